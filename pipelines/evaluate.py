@@ -1,0 +1,73 @@
+"""Stage `evaluate@<experiment>`: measure a model and its samples; numbers, references, figures."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ebm import EBMError, params
+from pipelines import stage, tracking
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ebm.evaluation import Evaluation
+
+
+def evaluate(name: str) -> None:
+    experiment, _ = params.experiment(stage.PARAMS, name)
+    import torch  # only once the parameters are known to be right
+
+    from ebm import data, variants
+    from ebm.evaluation import evaluate
+    from ebm.seeds import mix
+
+    folder = Path("models", name)
+    device = stage.device(experiment.threads)
+    model = variants.load(folder / "weights.safetensors", folder / "config.json").to(device)
+    samples = {k: v.to(device) for k, v in _samples(folder / "samples.npz").items()}
+    prepared = data.read(Path("data", experiment.dataset))
+    torch.manual_seed(mix("evaluate", experiment.seed))
+    result = evaluate(model, samples, prepared, experiment.evaluate.model_dump())
+    _write(folder / "evaluation", result)
+    _track(name, folder, result)
+
+
+def _samples(path: Path) -> "dict[str, Tensor]":
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (OSError, ValueError, KeyError) as error:
+        raise EBMError(f"{path}: not a usable sample file ({error}); sample again") from None
+
+
+def _write(folder: Path, result: "Evaluation") -> None:
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    stage.write_json(folder / "metrics.json", result.metrics)
+    stage.write_json(folder / "references.json", result.references)
+    listing = [
+        {"file": f"figures/{name}.png", "title": title, "caption": caption}
+        for name, title, caption, _ in result.figures
+    ]
+    stage.write_json(folder / "figures.json", listing)
+    for name, _, _, figure in result.figures:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
+        (folder / "figures" / f"{name}.png").write_bytes(buffer.getvalue())
+
+
+def _track(name: str, folder: Path, result: "Evaluation") -> None:
+    """Continue the MLflow run of the training with what was measured and drawn."""
+    record = stage.read_json(folder / "run.json", f"train@{name}")
+    run = tracking.Run.start(name, key=record["tracking_key"], params={}, tags={}, dataset=None)
+    run.log_final(result.metrics)
+    for picture in sorted((folder / "evaluation" / "figures").iterdir()):
+        run.artifact(picture, "figures")
+    run.artifact(folder / "samples.npz", "samples")
+    run.close()
+
+
+if __name__ == "__main__":
+    stage.main(evaluate, "experiment")

@@ -1,0 +1,87 @@
+"""What every stage shares: one argument, one-line errors, a device, threads, a checksum."""
+
+import argparse
+import errno
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ebm import EBMError
+
+if TYPE_CHECKING:
+    import torch
+
+PARAMS = Path("params.yaml")
+
+
+def main(run: Callable[[str], None], noun: str) -> None:
+    """Run a stage for the `noun` named on the command line; a known error is one line and exit 1."""
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    parser.add_argument("name", help=f"the {noun}, a key of params.yaml")
+    name = parser.parse_args().name
+    logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
+    guarded(lambda: run(name))
+
+
+def guarded(run: Callable[[], None]) -> None:
+    """Call `run`; turn what a user can mend into one line on stderr and an exit code."""
+    try:
+        run()
+    except EBMError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: {error.filename or 'disk'}: no space left on the device")
+
+
+def root() -> Path:
+    """The checkout that owns checkpoints and tracking; DVC names it in stages and experiments."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+def device(threads: int) -> "torch.device":
+    """The GPU where there is one (EBM_DEVICE overrides), else the CPU with `threads` threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return torch.device(os.environ.get("EBM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def digest(content: object) -> str:
+    """SHA-256 of a JSON-able value, the same for equal values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, stage: str) -> dict[str, Any]:
+    """Read a JSON object that `stage` wrote; EBMError names the file and the stage if it is unusable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EBMError(f"{path}: unusable ({error}); run stage {stage} again") from None
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the checkout and whether tracked files differ from it."""
+    return {
+        "git_commit": _git("rev-parse", "HEAD") or "none",
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!dvc.lock")),
+    }
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return result.stdout.strip()

@@ -1,0 +1,148 @@
+"""Stage `train@<experiment>`: train one model, resumable at any moment, tracked as one MLflow run."""
+
+import platform
+import sys
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ebm import params
+from ebm.schema import Experiment
+from pipelines import stage, tracking
+
+if TYPE_CHECKING:
+    from ebm.data import Prepared
+    from ebm.train import Logs
+    from ebm.variants.base import EBM
+
+SECTIONS = {"dataset", "variant", "seed", "threads", "model", "train"}
+"""What of an experiment a training depends on."""
+
+
+def train(name: str) -> None:
+    experiment, _ = params.experiment(stage.PARAMS, name)
+    import torch  # only once the parameters are known to be right
+
+    from ebm import data, variants
+    from ebm.checkpoint import Checkpoints
+    from ebm.seeds import mix
+    from ebm.train import Watch, fit
+
+    prepared = data.read(Path("data", experiment.dataset))
+    device = stage.device(experiment.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(mix("model", experiment.seed))
+    settings = experiment.model_dump(include=SECTIONS)
+    model = variants.build(experiment.variant, prepared.shape, settings["model"]).to(device)
+
+    checkpoints = Checkpoints(_checkpoint_folder(name, settings, prepared, str(device)))
+    with checkpoints.locked():
+        record = _provenance(name, settings, prepared, str(device))
+        run = _tracked(name, settings, record, prepared, checkpoints.folder / "run")
+        options = experiment.train.model_dump()
+        progress = fit(
+            model,
+            prepared.tensors["train"].to(device),
+            **options | {"watch": Watch(**options["watch"])},
+            seed=experiment.seed,
+            checkpoints=checkpoints,
+            listener=lambda step, restarts, scalars: run.log(scalars, step, restarts),
+        )
+        record |= {"seconds": round(progress.seconds, 3), "restarts": progress.restarts}
+        _write(Path("models", name), model, settings, prepared, progress.history)
+        folder = Path("models", name)
+        run.model(*(folder / f for f in ("weights.safetensors", "config.json")), data_of(experiment))
+        run.log_final({"seconds": progress.seconds, "restarts": progress.restarts})
+        record |= {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=10)}
+        run.close()
+        stage.write_json(folder / "run.json", record)
+    checkpoints.clear()
+
+
+def data_of(experiment: Experiment) -> Path:
+    """The tensors that the experiment was trained on."""
+    return Path("data", experiment.dataset, "splits.safetensors")
+
+
+def _checkpoint_folder(
+    name: str, settings: dict[str, Any], prepared: "Prepared", device: str
+) -> Path:
+    """Checkpoints of another configuration, data set, device or code are never resumed from."""
+    modules = sorted(m.__file__ for n, m in sys.modules.items() if n.startswith("ebm.") if m.__file__)
+    code = [sha256(Path(file).read_bytes()).hexdigest() for file in modules]
+    key = stage.digest([settings, prepared.manifest["sha256"], device, code])
+    return stage.root() / ".checkpoints" / name / key[:16]
+
+
+def _provenance(
+    name: str, settings: dict[str, Any], prepared: "Prepared", device: str
+) -> dict[str, Any]:
+    import torch
+
+    return {
+        "experiment": name,
+        **{key: settings[key] for key in ("variant", "dataset", "seed", "threads")},
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        **stage.git_state(),
+        "params_sha256": stage.digest(settings),
+        "data_sha256": prepared.manifest["sha256"],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _tracked(
+    name: str, settings: dict[str, Any], record: dict[str, Any], prepared: "Prepared", memo: Path
+) -> tracking.Run:
+    """A new tracked run, or the one that a killed predecessor began: `memo` remembers its key."""
+    run = tracking.Run.start(
+        name,
+        key=memo.read_text() if memo.exists() else None,
+        params=settings,
+        tags={
+            "dvc.stage": f"train@{name}",
+            "git.commit": record["git_commit"],
+            "git.dirty": str(record["git_dirty"]).lower(),
+            "ebm.experiment": name,
+            "ebm.variant": record["variant"],
+            "params.sha256": record["params_sha256"],
+            "data.sha256": record["data_sha256"],
+        },
+        dataset={
+            "name": record["dataset"],
+            "source": prepared.manifest["source"],
+            "digest": record["data_sha256"],
+        },
+    )
+    memo.write_text(run.key)
+    return run
+
+
+def _write(
+    folder: Path,
+    model: "EBM",
+    settings: dict[str, Any],
+    prepared: "Prepared",
+    history: "list[Logs]",
+) -> None:
+    import csv
+
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.cpu().contiguous() for k, v in model.state_dict().items()},
+        folder / "weights.safetensors",
+    )
+    config = {key: settings[key] for key in ("variant", "model", "dataset")}
+    stage.write_json(folder / "config.json", config | {"shape": list(prepared.shape)})
+    with open(folder / "history.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+
+
+if __name__ == "__main__":
+    stage.main(train, "experiment")

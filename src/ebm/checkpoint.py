@@ -1,0 +1,112 @@
+"""Checkpoints that survive a kill, a full disk and a damaged file.
+
+A file is written beside its final name, flushed to the disk and renamed, so it is whole or absent; it
+begins with the SHA-256 of what follows, so damage is noticed. The newest two are kept. Loading never
+unpickles code (`weights_only`).
+"""
+
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebm import EBMError
+
+log = logging.getLogger(__name__)
+
+KEPT = 2
+_DIGEST = hashlib.sha256().digest_size
+
+
+class Checkpoints:
+    """The checkpoints of one training in `folder`, which nothing else may use meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second training; the lock dies with the process."""
+        with open(self.folder / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EBMError(f"{self.folder}: another process is training here") from None
+            yield
+
+    def save(self, step: int, content: dict[str, Any]) -> None:
+        """Write the checkpoint of `step` atomically, then drop all but the newest two."""
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        payload = buffer.getvalue()
+        write_atomically(self._path(step), hashlib.sha256(payload).digest() + payload)
+        for path in self.paths()[:-KEPT]:
+            path.unlink()
+
+    def paths(self) -> list[Path]:
+        """All checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-*.ckpt"))
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole; damaged ones are reported, removed and passed over.
+
+        Going back further is safe: a run is a function of (seed, step), so it ends the same.
+        """
+        for path in reversed(self.paths()):
+            try:
+                return _read(path)
+            except EBMError as error:
+                log.warning("%s; going back to an older one", error)
+                path.unlink()
+        return None
+
+    def oldest(self) -> dict[str, Any]:
+        """The oldest checkpoint kept; the newer ones are dropped."""
+        first, *newer = self.paths()
+        for path in newer:
+            path.unlink()
+        return _read(first)
+
+    def clear(self) -> None:
+        """Remove the folder: the training is done and its result is elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:010d}.ckpt"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EBMError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise EBMError(f"{path}: cannot be read: {error.strerror}") from None
+    if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
+        raise EBMError(f"{path}: damaged checkpoint (wrong checksum, {len(raw)} bytes)")
+    try:
+        return torch.load(io.BytesIO(raw[_DIGEST:]), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise EBMError(f"{path}: not a checkpoint of this version ({error})") from None

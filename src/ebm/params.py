@@ -1,0 +1,167 @@
+"""`params.yaml` -> typed, frozen configuration, or one line that says which key is wrong and why."""
+
+import difflib
+from collections.abc import Sequence
+from functools import reduce
+from importlib import import_module
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from ebm import EBMError
+from ebm.schema import Dataset, Experiment, Section
+from ebm.variants import VARIANTS
+
+
+class ParamsError(EBMError):
+    """`params.yaml` cannot be used; the message names file, key path, value and what is allowed."""
+
+
+_EXPERIMENTS = [import_module(f"ebm.variants.{name}_config").Experiment for name in VARIANTS]
+_AnyExperiment = Annotated[reduce(or_, _EXPERIMENTS), Field(discriminator="variant")]
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+
+
+class Params(Section):
+    """The whole file."""
+
+    datasets: dict[Name, Dataset] = Field(min_length=1)
+    experiments: dict[Name, _AnyExperiment] = Field(min_length=1)  # type: ignore[valid-type]
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """The configuration in `path`. Raises ParamsError, one line, for anything that is not right."""
+    raw = _read(path)
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        raise ParamsError(f"{path.name}: {_explain(error, raw)}") from None
+    for name, experiment in params.experiments.items():
+        _check_experiment(path, name, experiment, params)
+    return params
+
+
+def experiment(path: Path, name: str) -> tuple[Experiment, Dataset]:
+    """One experiment and the settings of its data set."""
+    params = load(path)
+    if name not in params.experiments:
+        raise ParamsError(f"{path.name}: experiments: {_unknown(name, params.experiments)}")
+    found = params.experiments[name]
+    return found, params.datasets[found.dataset]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; run from the root of the project") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = " ".join(str(error.problem).split())
+        raise ParamsError(f"{path.name}:{where}: not valid YAML: {problem}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path.name}: expected a mapping with the keys datasets, experiments")
+    return raw
+
+
+def _check_experiment(path: Path, name: str, experiment: Experiment, params: Params) -> None:
+    """What relates one key to another."""
+    where = f"{path.name}: experiments.{name}"
+    train = experiment.train
+    if experiment.dataset not in params.datasets:
+        raise ParamsError(f"{where}.dataset: {_unknown(experiment.dataset, params.datasets)}")
+    if train.checkpoint_every % train.log_every:
+        raise ParamsError(
+            f"{where}.train.checkpoint_every = {train.checkpoint_every}: "
+            f"must be a multiple of log_every = {train.log_every}"
+        )
+
+
+def _unknown(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    return f"unknown name {name!r}{_did_you_mean(name, list(known))}; known: {', '.join(known)}"
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
+    """The first problem in one line, in the words of the file and not of the library."""
+    problems = error.errors(include_url=False)
+    first = min(problems, key=_severity)
+    keys, tags = _key_path(first["loc"], raw)
+    line = f"{'.'.join(map(str, keys)) or 'the file'}{_complaint(first, keys, tags)}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return " ".join(line.split()) + more
+
+
+def _severity(problem: Any) -> int:
+    """An unknown key first: it usually explains the key that is missing beside it."""
+    return {"extra_forbidden": 0, "missing": 2}.get(problem["type"], 1)
+
+
+def _key_path(location: Sequence[int | str], raw: Any) -> tuple[list[int | str], list[str]]:
+    """Split pydantic's location into keys of the file and the union tags among them."""
+    keys: list[int | str] = []
+    tags: list[str] = []
+    for i, part in enumerate(location):
+        last = i == len(location) - 1
+        if isinstance(raw, dict) and part not in raw and not last:
+            tags.append(str(part))
+        elif part != "[key]":
+            keys.append(part)
+            raw = raw.get(part) if isinstance(raw, dict) else None
+    return keys, tags
+
+
+def _complaint(problem: Any, keys: Sequence[int | str], tags: Sequence[str]) -> str:
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(keys, tags)
+        return f": unknown key{_did_you_mean(str(keys[-1]), known)}; allowed: {', '.join(known)}"
+    if kind == "missing":
+        return ": missing key"
+    if kind == "union_tag_not_found":
+        return f".{context['discriminator'].strip(chr(39))}: missing key"
+    if kind == "union_tag_invalid":
+        known = [word.strip(" '") for word in context["expected_tags"].split(",")]
+        field = context["discriminator"].strip("'")
+        return f".{field}: {_unknown(context['tag'], known)}"
+    if kind == "string_pattern_mismatch":
+        return ": a name must be made of lower-case letters, digits and '-'"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    close = ""
+    if kind == "literal_error":
+        known = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
+        close = _did_you_mean(str(value), known)
+    return f" = {_short(value)}: {message}{close}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _known_keys(keys: Sequence[int | str], tags: Sequence[str]) -> list[str]:
+    """The keys that are allowed beside the last one of `keys`."""
+    model: type[BaseModel] = Params
+    if len(keys) > 2:
+        choices = _EXPERIMENTS if keys[0] == "experiments" else Dataset.__origin__.__args__
+        tag_field = "variant" if keys[0] == "experiments" else "kind"
+        tag = tags[0] if tags else ""
+        model = next(c for c in choices if tag in c.model_fields[tag_field].annotation.__args__)
+        for key in keys[2:-1]:
+            inner = model.model_fields[str(key)].annotation
+            if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+                return []
+            model = inner
+    return list(model.model_fields)

@@ -1,0 +1,201 @@
+"""The one training loop: steps, seeds, checkpoints and the divergence watch, for any variant.
+
+Every draw is a function of (seed, restarts, step): the batch, the noise, the chains. A run that is
+killed at any moment and started again therefore ends with the same weights, bit for bit.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ebm import EBMError
+from ebm.checkpoint import Checkpoints
+from ebm.seeds import mix
+from ebm.variants.base import EBM
+
+log = logging.getLogger(__name__)
+
+Logs = dict[str, float]
+Listener = Callable[[int, int, Logs], None]
+"""Called as listener(step, restarts, scalars) every `log_every` steps."""
+
+
+class DivergenceError(EBMError):
+    """Training left the limits of its watch more often than it may go back."""
+
+
+@dataclass
+class Progress:
+    """How far a training has come: `history` is one row of scalars every `log_every` steps."""
+
+    step: int = 0
+    restarts: int = 0
+    seconds: float = 0.0
+    history: list[Logs] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A scalar that is not finite, or whose absolute value exceeds its limit, is divergence."""
+
+    limits: Mapping[str, float]
+    restarts: int
+
+    def complaint(self, scalars: Logs) -> str | None:
+        """The first scalar that is out of bounds, in words; None if all is well."""
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+            if abs(value) > self.limits.get(name, math.inf):
+                return f"|{name}| = {abs(value):.4g} exceeds its limit {self.limits[name]:.4g}"
+        return None
+
+
+class Batches:
+    """Row indices of the batch of a step: each epoch is a fresh permutation of all rows, drawn from
+    (seed, epoch), cut into whole batches."""
+
+    def __init__(self, rows: int, size: int, seed: int, device: torch.device) -> None:
+        if size > rows:
+            raise EBMError(f"batch_size = {size} is more than the {rows} training rows")
+        self.rows, self.size, self.seed, self.device = rows, size, seed, device
+        self.per_epoch = rows // size
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> Tensor:
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mix("order", self.seed, epoch))
+            self._order = torch.randperm(self.rows, generator=generator).to(self.device)
+            self._epoch = epoch
+        return self._order[position * self.size : (position + 1) * self.size]
+
+
+def fit(
+    model: EBM,
+    data: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    log_every: int,
+    checkpoint_every: int,
+    cooldown: float,
+    watch: Watch,
+    checkpoints: Checkpoints,
+    listener: Listener = lambda step, restarts, scalars: None,
+) -> Progress:
+    """Train `model` on the rows of `data` [N, *], which lies on the model's device, for `steps`.
+
+    Resumes from `checkpoints` where there are any. The learning rates fall linearly to zero over the
+    last share `cooldown` of the steps. On divergence (see Watch) training goes back to the older of
+    the kept checkpoints, because the newer may already carry the trouble, and on with fresh noise.
+    Raises DivergenceError when that has happened more than `watch.restarts` times.
+    """
+    rates = [group["lr"] for o in model.optimizers.values() for group in o.param_groups]
+    batches = Batches(len(data), batch_size, seed, data.device)
+    progress = _resume(model, checkpoints) or _begin(model, data, checkpoints)
+    model.train()
+    window: list[dict[str, Tensor]] = []
+    started = time.monotonic() - progress.seconds
+    with tqdm(total=steps, initial=progress.step, disable=None, dynamic_ncols=True) as bar:
+        while progress.step < steps:
+            torch.manual_seed(mix("step", seed, progress.restarts, progress.step))
+            _set_rates(model, rates, _rate_factor(progress.step, steps, cooldown))
+            window.append(model.training_step(data[batches(progress.step)]))
+            progress.step += 1
+            if progress.step % log_every and progress.step < steps:
+                continue
+            scalars = _means(window)
+            window.clear()
+            if complaint := watch.complaint(scalars):
+                progress = _go_back(model, checkpoints, progress, watch, complaint)
+                bar.reset()
+                bar.update(progress.step)
+                continue
+            progress.seconds = time.monotonic() - started
+            progress.history.append({"step": progress.step, **scalars})
+            listener(progress.step, progress.restarts, scalars)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in scalars.items()})
+            bar.update(progress.step - bar.n)
+            if progress.step % checkpoint_every == 0 and progress.step < steps:
+                _save(model, checkpoints, progress)
+                if bar.disable:
+                    log.info("step %d of %d: %s", progress.step, steps, _in_words(scalars))
+    return progress
+
+
+def _begin(model: EBM, data: Tensor, checkpoints: Checkpoints) -> Progress:
+    model.initialise(data)
+    progress = Progress()
+    _save(model, checkpoints, progress)
+    return progress
+
+
+def _resume(model: EBM, checkpoints: Checkpoints) -> Progress | None:
+    content = checkpoints.newest()
+    if content is None:
+        return None
+    progress = _restore(model, content)
+    log.info("resuming at step %d", progress.step)
+    return progress
+
+
+def _go_back(
+    model: EBM, checkpoints: Checkpoints, progress: Progress, watch: Watch, complaint: str
+) -> Progress:
+    where = f"diverged at step {progress.step}: {complaint}"
+    restarts = progress.restarts + 1
+    if restarts > watch.restarts:
+        advice = "lower the learning rate, or raise the limit if this is no divergence"
+        raise DivergenceError(f"{where}, after {watch.restarts} restarts; {advice}")
+    back = _restore(model, checkpoints.oldest())
+    back.restarts, back.seconds = restarts, progress.seconds
+    log.warning("%s; back to step %d with fresh noise (restart %d)", where, back.step, restarts)
+    _save(model, checkpoints, back)
+    return back
+
+
+def _save(model: EBM, checkpoints: Checkpoints, progress: Progress) -> None:
+    content: dict[str, Any] = {
+        "progress": vars(progress),
+        "model": model.state_dict(),
+        "optimizers": {name: o.state_dict() for name, o in model.optimizers.items()},
+    }
+    checkpoints.save(progress.step, content)
+
+
+def _restore(model: EBM, content: dict[str, Any]) -> Progress:
+    model.load_state_dict(content["model"])
+    for name, optimizer in model.optimizers.items():
+        optimizer.load_state_dict(content["optimizers"][name])
+    return Progress(**content["progress"])
+
+
+def _set_rates(model: EBM, rates: list[float], factor: float) -> None:
+    groups = (group for o in model.optimizers.values() for group in o.param_groups)
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate * factor
+
+
+def _rate_factor(step: int, steps: int, cooldown: float) -> float:
+    """1 until the last share `cooldown` of the steps, then linearly towards 0."""
+    falling = cooldown * steps
+    return min(1.0, (steps - step) / falling) if falling else 1.0
+
+
+def _means(window: list[dict[str, Tensor]]) -> Logs:
+    """The mean of every scalar over the window, fetched from the device in one transfer."""
+    table = torch.stack([torch.stack(list(row.values())) for row in window]).double().mean(0)
+    return dict(zip(window[0], table.tolist(), strict=True))
+
+
+def _in_words(scalars: Logs) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())

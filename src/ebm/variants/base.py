@@ -1,0 +1,78 @@
+"""The contract of a variant, and the one place where a gradient becomes a step."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class EBM(nn.Module):
+    """An energy-based model p(x) = exp(-E(x)) / Z together with the way it is trained.
+
+    Parameters, persistent chains and counters are module state. With the state of the optimisers,
+    which are plain attributes, they are all that a checkpoint holds.
+    """
+
+    def energy(self, x: Tensor) -> Tensor:
+        """E(x) for x of shape [B, *]: shape [B], in nats, lower = more likely."""
+        raise NotImplementedError
+
+    def training_step(self, x: Tensor) -> dict[str, Tensor]:
+        """The algorithm box of the paper on one batch [B, *]; detached scalars to log."""
+        raise NotImplementedError
+
+    def sample(self, n: int) -> dict[str, Tensor]:
+        """`samples` [n, *] and, under names of their own, what else is worth keeping."""
+        raise NotImplementedError
+
+    def initialise(self, data: Tensor) -> None:
+        """Set what depends on the training data [N, *] once, before the first step."""
+
+    def portraits(self) -> dict[str, Tensor]:
+        """Parameters worth looking at, by name: images [n, height, width]."""
+        return {}
+
+    def log_partition(self, **settings: Any) -> tuple[Tensor, Tensor] | None:
+        """log Z from below and from above; None where the variant has no estimator of its own."""
+        return None
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """Name -> optimiser, in the order of their definition."""
+        return {name: o for name, o in vars(self).items() if isinstance(o, Optimizer)}
+
+
+def descend(optimizer: Optimizer, loss: Tensor, clip: float = float("inf")) -> Tensor:
+    """One step of `optimizer` down the gradient of `loss`, averaged over all processes and cut to
+    the norm `clip`; returns the norm before the cut. No other parameter gets a gradient."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    _average(gradients)
+    norm = nn.utils.get_total_norm(gradients)
+    if clip < float("inf"):
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    optimizer.step()
+    return norm
+
+
+def _average(gradients: Iterable[Tensor]) -> None:
+    if dist.is_available() and dist.is_initialized():
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+            gradient.div_(dist.get_world_size())
+
+
+def parameters_of(*modules: nn.Module) -> list[nn.Parameter]:
+    """The parameters of several networks that one optimiser moves together."""
+    return [p for module in modules for p in module.parameters()]
+
+
+def update_average(average: nn.Module, current: nn.Module, decay: float) -> None:
+    """Exponential moving average: average <- decay * average + (1 - decay) * current."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)

@@ -1,0 +1,141 @@
+r"""Maximum entropy generators (Kumar, Ozair, Goyal, Courville & Bengio 2019, arXiv:1901.08508).
+
+An energy E, a generator G whose samples stand in for the model's own, and a statistics network T
+that bounds the mutual information I(G(z); z), which for a deterministic G is its entropy:
+
+    E descends   E_data[E(x)] - E_z[E(G(z))] + lambda E_data[|grad E(x)|^2]
+    G descends   E_z[E(G(z))] - I_JSD,   and T, with the same gradient, ascends
+    I_JSD        = -E_p(x,z)[softplus(-T(x, z))] - E_p(x)p(z)[softplus(T(x, z'))]
+
+    paper     | here
+    ----------|------------------------------------------------------------------------
+    E_theta   | energy_network      G_omega | generator      T_phi | statistics
+    lambda    | score_penalty, on the squared norm over all axes of x (the released code's is
+              | over axis 1, the same for vectors)
+    n_phi     | energy_steps per generator step; a batch is cut into that many parts
+    -         | entropy, the weight of I_JSD. The released code averages where the formula adds:
+              | its weight 1 is 0.5 here.
+    z'        | z with its rows shuffled, as released (the text shuffles each dimension)
+
+Samples: z by MALA on the latent target exp(-beta E(G(z)) - |z|^2 / 2). The released sampler leaves
+out the prior and squares no norm, so its target is another one; this is the corrected one.
+
+Logged: `energy_gap` = E_data[E] - E_z[E(G(z))], the critic's part of the loss; `score_norm`, the
+mean |grad E|^2 at data; `information`, the bound I_JSD (at most 0; -2 log 2 = nothing learned);
+`gradient_norm` and `generator_gradient_norm` of the two steps.
+"""
+
+import math
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from ebm.networks import mlp
+from ebm.samplers import MALA, State, run
+from ebm.variants.base import EBM, descend, parameters_of, update_average
+
+
+class MEG(EBM):
+    """MEG over points of `shape` with multilayer perceptrons; settings as in `meg_config.Model`."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        width: int,
+        depth: int,
+        latent: int,
+        energy_steps: int,
+        score_penalty: float,
+        entropy: float,
+        energy_learning_rate: float,
+        generator_learning_rate: float,
+        betas: tuple[float, float],
+        ema: float,
+    ) -> None:
+        super().__init__()
+        self.shape, self.latent, self.ema = shape, latent, ema
+        self.energy_steps, self.score_penalty, self.entropy = energy_steps, score_penalty, entropy
+        data, hidden, leaky = math.prod(shape), [width] * depth, nn.LeakyReLU(0.2)
+        self.energy_network = mlp([data, *hidden, 1], leaky)
+        self.generator = mlp([latent, *hidden, data], nn.ReLU())
+        self.statistics = mlp([data + latent, *hidden, 1], leaky)
+        self.average = deepcopy(self.generator).requires_grad_(False) if ema else None
+        self.energy_optimizer = torch.optim.Adam(
+            self.energy_network.parameters(), lr=energy_learning_rate, betas=betas
+        )
+        self.generator_optimizer = torch.optim.Adam(
+            parameters_of(self.generator, self.statistics), lr=generator_learning_rate, betas=betas
+        )
+
+    def energy(self, x: Tensor) -> Tensor:
+        return self.energy_network(x.flatten(1)).squeeze(1)
+
+    def training_step(self, x: Tensor) -> dict[str, Tensor]:
+        for data in x.flatten(1).chunk(self.energy_steps):
+            logs = self._energy_step(data)
+        return logs | self._generator_step(len(data))
+
+    def _energy_step(self, data: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            fake = self.generator(self._prior(len(data)))
+        data = data.detach().requires_grad_()
+        positive, negative = self.energy(data), self.energy(fake)
+        (score,) = torch.autograd.grad(positive.sum(), data, create_graph=True)
+        score_norm = score.square().sum(1).mean()
+        gap = positive.mean() - negative.mean()
+        norm = descend(self.energy_optimizer, gap + self.score_penalty * score_norm)
+        return {
+            "energy_gap": gap.detach(),
+            "score_norm": score_norm.detach(),
+            "gradient_norm": norm,
+        }
+
+    def _generator_step(self, n: int) -> dict[str, Tensor]:
+        z = self._prior(n)
+        x = self.generator(z)
+        information = self.information(x, z, z[torch.randperm(n, device=z.device)])
+        loss = self.energy(x).mean() - self.entropy * information
+        norm = descend(self.generator_optimizer, loss)
+        if self.average is not None:
+            update_average(self.average, self.generator, self.ema)
+        return {"information": information.detach(), "generator_gradient_norm": norm}
+
+    def information(self, x: Tensor, z: Tensor, shuffled: Tensor) -> Tensor:
+        """I_JSD, the Jensen-Shannon bound on I(x; z) up to the constant 2 log 2; a scalar."""
+        joint = self.statistics(torch.cat([x, z], 1))
+        product = self.statistics(torch.cat([x, shuffled], 1))
+        return -softplus(-joint).mean() - softplus(product).mean()
+
+    def generate(self, z: Tensor) -> Tensor:
+        """G(z), by the moving average where there is one: [B, latent] -> [B, D]."""
+        return (self.average or self.generator)(z)
+
+    def latent_energy(self, z: Tensor, inverse_temperature: float) -> Tensor:
+        """beta E(G(z)) + |z|^2 / 2 for z [B, latent]: shape [B]."""
+        return inverse_temperature * self.energy(self.generate(z)) + z.square().sum(1) / 2
+
+    def sample(
+        self, n: int, steps: int = 0, step_size: float = 0.01, inverse_temperature: float = 1.0
+    ) -> dict[str, Tensor]:
+        """`samples` G(z) after `steps` of latent MALA, `generator` G(z) before it, both [n, *], and
+        the mean `acceptance` of every step [steps]."""
+        rates: list[Tensor] = []
+
+        def observe(step: int, state: State) -> None:
+            if state.acceptance is not None:
+                rates.append(state.acceptance.mean())
+
+        z = self._prior(n)
+        kernel = MALA(lambda z: self.latent_energy(z, inverse_temperature), step_size)
+        end = run(kernel, z, steps, observe).x
+        with torch.no_grad():
+            return {
+                "samples": self.generate(end).view(n, *self.shape),
+                "generator": self.generate(z).view(n, *self.shape),
+                "acceptance": torch.stack(rates) if rates else torch.ones(0),
+            }
+
+    def _prior(self, n: int) -> Tensor:
+        return torch.randn(n, self.latent, device=self.generator[0].weight.device)

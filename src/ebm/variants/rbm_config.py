@@ -1,0 +1,42 @@
+"""Settings of the restricted Boltzmann machine, as they stand in `params.yaml`."""
+
+from typing import Literal
+
+from ebm import schema
+from ebm.schema import Count, NonNegative, Positive, Section, Share
+
+
+class Model(Section):
+    """`hidden` units; `k` Gibbs steps per update, from `chains` persistent chains (PCD-k) or, with
+    `chains: 0`, from the data (CD-k); `momentum`, `weight_decay` and `centering` as in `ebm.variants.rbm`."""
+
+    hidden: Count
+    k: Count
+    chains: schema.Size
+    learning_rate: Positive
+    momentum: Share
+    weight_decay: NonNegative
+    centering: bool
+
+
+class Sample(Section):
+    """`count` chains of `steps` block Gibbs steps, started from the base rate."""
+
+    count: Count
+    steps: Count
+
+
+class Evaluate(Section):
+    """Annealed importance sampling: `chains`, `temperatures`, and the Gibbs steps that bring the
+    chains of the reverse estimate into the model's own distribution first."""
+
+    chains: Count
+    temperatures: Count
+    burn_in: Count
+
+
+class Experiment(schema.Experiment):
+    variant: Literal["rbm"]
+    model: Model
+    sample: Sample
+    evaluate: Evaluate
