@@ -17,16 +17,15 @@ def evaluate(name: str) -> None:
     experiment, _ = params.experiment(stage.PARAMS, name)
     import torch  # only once the parameters are known to be right
 
-    from ebm import data, variants
+    from ebm import data, seeds, variants
     from ebm.evaluation import evaluate
-    from ebm.seeds import mix
 
     folder = Path("models", name)
     device = stage.device(experiment.threads)
     model = variants.load(folder / "weights.safetensors", folder / "config.json").to(device)
     samples = {k: v.to(device) for k, v in _samples(folder / "samples.npz").items()}
     prepared = data.read(Path("data", experiment.dataset))
-    torch.manual_seed(mix("evaluate", experiment.seed))
+    seeds.seed("evaluate", experiment.seed)
     result = evaluate(model, samples, prepared, experiment.evaluate.model_dump())
     _write(folder / "evaluation", result)
     _track(name, folder, result)

@@ -11,13 +11,12 @@ def sample(name: str) -> None:
     import numpy as np  # torch: only once the parameters are known to be right
     import torch
 
-    from ebm import variants
-    from ebm.seeds import mix
+    from ebm import seeds, variants
 
     folder = Path("models", name)
     device = stage.device(experiment.threads)
     model = variants.load(folder / "weights.safetensors", folder / "config.json").to(device)
-    torch.manual_seed(mix("sample", experiment.seed))
+    seeds.seed("sample", experiment.seed)
     settings = experiment.sample.model_dump()
     arrays = model.sample(settings.pop("count"), **settings)
     np.savez(folder / "samples.npz", **{key: value.cpu().numpy() for key, value in arrays.items()})

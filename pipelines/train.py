@@ -24,15 +24,14 @@ def train(name: str) -> None:
     experiment, _ = params.experiment(stage.PARAMS, name)
     import torch  # only once the parameters are known to be right
 
-    from ebm import data, variants
+    from ebm import data, seeds, variants
     from ebm.checkpoint import Checkpoints
-    from ebm.seeds import mix
     from ebm.train import Watch, fit
 
     prepared = data.read(Path("data", experiment.dataset))
     device = stage.device(experiment.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(mix("model", experiment.seed))
+    seeds.seed("model", experiment.seed)
     settings = experiment.model_dump(include=SECTIONS)
     model = variants.build(experiment.variant, prepared.shape, settings["model"]).to(device)
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ebm import EBMError
+from ebm import EBMError, seeds
 from ebm.checkpoint import Checkpoints
-from ebm.seeds import mix
 from ebm.variants.base import EBM
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class Batches:
     def __call__(self, step: int) -> Tensor:
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(mix("order", self.seed, epoch))
+            generator = torch.Generator().manual_seed(seeds.mix("order", self.seed, epoch))
             self._order = torch.randperm(self.rows, generator=generator).to(self.device)
             self._epoch = epoch
         return self._order[position * self.size : (position + 1) * self.size]
@@ -107,7 +106,7 @@ def fit(
     started = time.monotonic() - progress.seconds
     with tqdm(total=steps, initial=progress.step, disable=None, dynamic_ncols=True) as bar:
         while progress.step < steps:
-            torch.manual_seed(mix("step", seed, progress.restarts, progress.step))
+            seeds.seed("step", seed, progress.restarts, progress.step)
             _set_rates(model, rates, _rate_factor(progress.step, steps, cooldown))
             window.append(model.training_step(data[batches(progress.step)]))
             progress.step += 1

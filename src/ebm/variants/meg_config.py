@@ -1,6 +1,8 @@
 """Settings of maximum entropy generators, as they stand in `params.yaml`."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from ebm import schema
 from ebm.schema import Count, NonNegative, Positive, Section, Share, Size
@@ -20,7 +22,7 @@ class Model(Section):
     entropy: NonNegative
     energy_learning_rate: Positive
     generator_learning_rate: Positive
-    betas: tuple[Share, Share]
+    betas: Annotated[tuple[Share, Share], Field(strict=False)]
     ema: Share
 
 

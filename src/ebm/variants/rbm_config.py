@@ -8,7 +8,8 @@ from ebm.schema import Count, NonNegative, Positive, Section, Share
 
 class Model(Section):
     """`hidden` units; `k` Gibbs steps per update, from `chains` persistent chains (PCD-k) or, with
-    `chains: 0`, from the data (CD-k); `momentum`, `weight_decay` and `centering` as in `ebm.variants.rbm`."""
+    `chains: 0`, from the data (CD-k); gradient descent with `momentum`, and `weight_decay` on the
+    weights only."""
 
     hidden: Count
     k: Count
@@ -16,7 +17,6 @@ class Model(Section):
     learning_rate: Positive
     momentum: Share
     weight_decay: NonNegative
-    centering: bool
 
 
 class Sample(Section):
