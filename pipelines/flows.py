@@ -1,0 +1,179 @@
+"""`python -m pipelines.flows -j 4`: what `pipelines.run` does as a Prefect flow, one task a stage.
+
+The plan is DVC's and the scheduler is the runner's. Prefect shows, logs, retries and cancels, and
+starts the flow on a schedule. If no server runs, it starts one for the time of the flow. This is
+the only module that imports Prefect.
+"""
+# ruff: noqa: E402 (the command line stands above an import that takes seconds)
+
+import contextlib
+import contextvars
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from pipelines import ROOT, dag, run
+from pipelines.dag import Stage
+from pipelines.run import Result, StageFailed
+from pipelines.supervise import Cancelled, Launcher
+
+COLUMNS = ("stage", "outcome", "seconds", "reason")
+POLL_SECONDS = 2.0
+SETTINGS = {
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # a busy machine needs over 20
+}
+
+
+def main() -> int:
+    """The command line: that of the runner. Prefect is imported only if there is work to do."""
+
+    def execute(targets: Sequence[str], force: bool, **options: Any) -> bool:  # noqa: ANN401
+        if not force and not dag.plan(targets).stale:
+            run.show(run.NOTHING_TO_DO)
+            return True
+        from pipelines import flows  # this module, by the name under which Prefect finds the flow
+
+        state = flows.pipeline(targets=targets, force=force, **options, return_state=True)
+        return state.is_completed()
+
+    return run.main(execute)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
+
+import httpx
+from prefect import Task, flow, get_client, get_run_logger, runtime, states
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas import State
+
+
+@flow(name="ebm", persist_result=False)
+def pipeline(
+    targets: Sequence[str] = (),
+    jobs: int | None = None,
+    force: bool = False,
+    keep_going: bool = True,
+    root: Path = ROOT,
+) -> State:
+    """Run the stale stages of `dvc.yaml`, one task each. The parameters are those of `run.run`."""
+    jobs, started = jobs or run.cores(), time.monotonic()
+    plan = dag.plan(targets, root)
+    stages = plan.stages if force else plan.stale
+    if not stages:
+        return states.Completed(message=run.NOTHING_TO_DO)
+    flow_run, results = runtime.flow_run.id, list[Result]()
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        run.start_launcher(root, EBM_FLOW_RUN_ID=flow_run) as launcher,
+        watched(UUID(flow_run), launcher),
+    ):
+        tasks = Tasks(launcher, root, force)
+        for result in run.schedule(stages, tasks.run, pool, jobs, keep_going):
+            results.append(result)
+            if result.outcome == "skipped":
+                tasks.mark_skipped(result)
+        cancelled = launcher.cancelled
+    return report(results, time.monotonic() - started, cancelled)
+
+
+def report(results: Sequence[Result], seconds: float, cancelled: bool) -> State:
+    """Write the table of results, and the log of what failed; the state of the flow run."""
+    rows = [{name: getattr(result, name) for name in COLUMNS} for result in results]
+    create_table_artifact(rows, key="stages", description="The stages of this flow run")
+    if failures := run.failures(results):
+        get_run_logger().error(failures)
+    message = run.tally(results, seconds)
+    if cancelled:
+        return states.Cancelled(message=message)
+    if any(result.outcome != "done" for result in results):
+        return states.Failed(message=message)
+    return states.Completed(message=message)
+
+
+class Tasks:
+    """The tasks of a flow run, each linked to those of its upstream stages."""
+
+    def __init__(self, launcher: Launcher, root: Path, force: bool) -> None:
+        self._launcher, self._root, self._force = launcher, root, force
+        self._context = contextvars.copy_context()  # Prefect's; other threads do not have it
+        self._states: dict[str, State] = {}
+
+    def run(self, stage: Stage) -> Result:
+        """Run a stage as a task, in this thread."""
+        started = time.monotonic()
+        task = _task(
+            stage.name,
+            lambda: self._reproduce(stage),
+            retries=stage.retries,
+            retry_condition_fn=lambda *_: not self._launcher.cancelled,
+        )
+        upstream = [self._states[name] for name in stage.upstream if name in self._states]
+        state = self._context.copy().run(task, return_state=True, wait_for=upstream)
+        self._states[stage.name] = state
+        seconds = time.monotonic() - started
+        if state.is_completed():
+            return Result(stage.name, "done", seconds)
+        failure = state.result(raise_on_failure=False)
+        lines = failure.lines if isinstance(failure, StageFailed) else ()
+        return Result(stage.name, "failed", seconds, str(failure), lines)
+
+    def _reproduce(self, stage: Stage) -> State | None:
+        log, show = run.log_path(stage, self._root), get_run_logger().info
+        try:
+            run.reproduce(stage, self._launcher, log, show, self._force)
+        except (StageFailed, Cancelled):
+            if not self._launcher.cancelled:
+                raise
+            return states.Cancelled(message="cancelled with its flow run")
+        return None
+
+    def mark_skipped(self, result: Result) -> None:
+        """Have a task for a stage that will not run, whose state says why."""
+        skipped: State = states.Cancelled(name="Skipped", message=result.reason)
+        _task(result.stage, lambda: skipped)(return_state=True)
+
+
+def _task(name: str, body: Callable[[], Any], **options: Any) -> Task[[], Any]:  # noqa: ANN401
+    """A task that does not keep its result: what a stage makes is in DVC's cache."""
+    return Task(
+        body, name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, **options
+    )
+
+
+@contextlib.contextmanager
+def watched(flow_run: UUID, launcher: Launcher) -> Iterator[None]:
+    """Within this context, end the stages when somebody cancels the flow run.
+
+    A worker that started the flow sends it a signal then, but a flow that was started by hand has
+    none, and has to look.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        with get_client(sync_client=True) as client:
+            while not over.wait(POLL_SECONDS):
+                with contextlib.suppress(httpx.HTTPError):  # the server is busy: ask again
+                    state = client.read_flow_run(flow_run).state
+                    if state and (state.is_cancelling() or state.is_cancelled()):
+                        launcher.cancel()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

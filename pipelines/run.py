@@ -1,0 +1,295 @@
+"""`python -m pipelines.run -j 4`: what `dvc repro` would run, independent stages side by side.
+
+DVC decides what is stale and records what was done. This module decides when a stage starts: as
+soon as all that it depends on is done and one of the `-j` places is free. It needs no server. What
+a stage prints is shown with its name in front, and kept in `.checkpoints/logs/`.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from ebm import EBMError
+from pipelines import ROOT, dag
+from pipelines.dag import Stage
+from pipelines.supervise import Launcher
+
+LAST_LINES = 12
+NOTHING_TO_DO = "nothing to do: every stage is up to date"
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StageFailed(EBMError):
+    """A stage did not succeed. `lines` are the last ones that it wrote."""
+
+    def __init__(self, reason: str, lines: Sequence[str] = ()) -> None:
+        super().__init__(reason)
+        self.lines = tuple(lines)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a stage: after how many seconds, why if not done, and its last lines."""
+
+    stage: str
+    outcome: Literal["done", "failed", "skipped"]
+    seconds: float = 0.0
+    reason: str = ""
+    lines: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.outcome == "skipped":
+            return f"skipped {self.stage}: {self.reason}"
+        return f"{self.outcome} {self.stage} after {self.seconds:.1f} s" + (
+            f": {self.reason}" if self.reason else ""
+        )
+
+
+def schedule(
+    stages: Sequence[Stage],
+    work: Callable[[Stage], Result],
+    pool: ThreadPoolExecutor,
+    jobs: int,
+    keep_going: bool = True,
+) -> Iterator[Result]:
+    """Do the work of each stage once its upstream stages are done; yield results as they come.
+
+    When several could start, the first in `stages` does. None ever waits inside the pool, where it
+    would occupy a place.
+
+    Args:
+        stages: upstream before downstream. What is upstream but not among them counts as done.
+        work: what is to be done for a stage, in a thread of the pool.
+        pool: has at least `jobs` threads.
+        jobs: how many stages may run at once.
+        keep_going: after a failure, go on with what does not depend on the failed stage.
+    """
+    waiting, unfinished = list(stages), {stage.name for stage in stages}
+    running: dict[Future[Result], Stage] = {}
+    blame: dict[str, str] = {}  # what will not be done -> the stage whose failure is the reason
+    while waiting or running:
+        for stage in tuple(waiting):
+            culprits = [blame[name] for name in blame if name in stage.upstream or not keep_going]
+            if culprits:
+                waiting.remove(stage)
+                blame[stage.name] = culprits[0]
+                yield Result(stage.name, "skipped", reason=f"{culprits[0]} failed")
+            elif len(running) < jobs and unfinished.isdisjoint(stage.upstream):
+                waiting.remove(stage)
+                running[pool.submit(work, stage)] = stage
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            unfinished.remove(running.pop(future).name)
+            result = future.result()
+            if result.outcome != "done":
+                blame[result.stage] = result.stage
+            yield result
+
+
+def reproduce(
+    stage: Stage, launcher: Launcher, log: Path, show: Callable[[str], None], force: bool
+) -> None:
+    """Let DVC run a stage, once; show and keep what it prints.
+
+    Raises:
+        StageFailed: it failed, took too long or was cancelled.
+    """
+    tail: deque[str] = deque(maxlen=LAST_LINES)
+    process = launcher.start(stage.name, force, timeout=stage.timeout)
+    with log.open("w", encoding="utf-8", buffering=1) as file:
+        for line in process.lines():
+            tail.append(line)
+            file.write(f"{line}\n")
+            show(line)
+    ended = process.wait()
+    if ended.code:
+        raise StageFailed(str(ended), tail)
+
+
+def log_path(stage: Stage, root: Path) -> Path:
+    """Where the output of a stage is kept."""
+    folder = root / ".checkpoints" / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{re.sub(r'[^a-zA-Z0-9@._-]', '_', stage.name)}.log"
+
+
+def start_launcher(root: Path, **extra: str) -> Launcher:
+    """What starts stages in a DVC repository, and ends those that run when its context is left.
+
+    In the stages' environment, `python` is the one that runs us, nothing phones home unless that
+    was asked for, and `extra` is added.
+    """
+    quiet = {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    changed = {"PATH": path, "PYTHONUNBUFFERED": "1", **extra}
+    return Launcher("pipelines.dag:reproducer", root, {**quiet, **os.environ, **changed})
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+
+
+def run(
+    targets: Sequence[str] = (),
+    jobs: int | None = None,
+    force: bool = False,
+    keep_going: bool = True,
+    root: Path = ROOT,
+) -> bool:
+    """Run what is stale (with `force`: everything) of what `targets` need; True if all succeeded.
+
+    Args:
+        targets: as for `dag.plan`.
+        jobs: how many stages may run at once; None: one for each core.
+        force: run the stages even if DVC finds nothing changed.
+        keep_going: after a failure, go on with what does not depend on the failed stage.
+        root: the DVC repository.
+    """
+    jobs, started = jobs or cores(), time.monotonic()
+    plan = dag.plan(targets, root)
+    stages = plan.stages if force else plan.stale
+    if not stages:
+        show(NOTHING_TO_DO)
+        return True
+    show(f"{len(stages)} of {len(plan.stages)} stages to run, {jobs} at a time")
+    results: list[Result] = []
+    with ThreadPoolExecutor(jobs) as pool, start_launcher(root) as launcher:
+
+        def work(stage: Stage) -> Result:
+            return attempt(stage, launcher, log_path(stage, root), force)
+
+        for result in schedule(stages, work, pool, jobs, keep_going):
+            results.append(result)
+            show(f"[{len(results)}/{len(stages)}] {result}")
+    if failed := failures(results):
+        show(failed)
+    show(tally(results, time.monotonic() - started))
+    return all(result.outcome == "done" for result in results)
+
+
+def attempt(stage: Stage, launcher: Launcher, log: Path, force: bool) -> Result:
+    """Run a stage, again if it fails as often as it allows, and say so."""
+    started = time.monotonic()
+    show(f"start {stage.name}")
+    for retries in reversed(range(stage.retries + 1)):
+        try:
+            reproduce(stage, launcher, log, lambda line: show(f"{stage.name} | {line}"), force)
+            return Result(stage.name, "done", time.monotonic() - started)
+        except StageFailed as failure:
+            if not retries or launcher.cancelled:
+                seconds = time.monotonic() - started
+                return Result(stage.name, "failed", seconds, str(failure), failure.lines)
+            show(f"retry {stage.name}: {failure}")
+    raise AssertionError
+
+
+def failures(results: Sequence[Result]) -> str:
+    """What failed, with its last lines; they scrolled by long ago. Empty if nothing did."""
+    return "\n".join(
+        "\n".join([str(result), *(f"    {line}" for line in result.lines)])
+        for result in results
+        if result.outcome == "failed"
+    )
+
+
+def tally(results: Sequence[Result], seconds: float) -> str:
+    """How many stages ended how."""
+    counts = Counter(result.outcome for result in results)
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in ("done", "failed", "skipped"))
+    return f"{told} in {seconds:.1f} s"
+
+
+def show(text: str) -> None:
+    """Print a line, whole even when several threads print."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def command(call: Callable[[], bool]) -> int:
+    """A call as the whole of a command: its exit code, and one line instead of a traceback."""
+    try:
+        with interruptible():
+            return 0 if call() else 1
+    except KeyboardInterrupt as interrupt:
+        return 128 + (interrupt.args or (signal.SIGINT,))[0]
+    except (EBMError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Make the first signal that asks us to end a KeyboardInterrupt, and ignore impatient ones.
+
+    Also where SIGINT is ignored at first, as in a background process of a shell script.
+    """
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        for other in INTERRUPTIONS:
+            signal.signal(other, signal.SIG_IGN)
+        os.write(2, b"interrupted: ending the stages that run; the next run goes on from here\n")
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, interrupt) for number in INTERRUPTIONS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(execute: Callable[..., bool] = run) -> int:
+    """The command line, for this runner or another one with the same arguments."""
+    options = parser().parse_args()
+
+    def validated() -> bool:
+        from ebm import params
+
+        params.load(ROOT / "params.yaml")
+        return execute(**vars(options))
+
+    return command(validated)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar; the names are those of the arguments of `run`."""
+    parser = argparse.ArgumentParser(description="Run the stale stages of dvc.yaml in parallel.")
+    parser.add_argument(
+        "targets",
+        nargs="*",
+        help="stages (train@NAME), groups (train), patterns ('*@meg-*'); with all they need",
+    )
+    parser.add_argument("-j", "--jobs", type=positive, help="stages at a time (default: cores)")
+    parser.add_argument("-f", "--force", action="store_true", help="run them even if unchanged")
+    parser.add_argument(
+        "-k",
+        "--keep-going",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="after a failure, go on with what does not depend on it (default: yes)",
+    )
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
