@@ -1,0 +1,232 @@
+"""The courier: a process that takes events from the spools and brings them to MLflow.
+
+`python -m pipelines.courier KEY` delivers for all runs while the stage that writes KEY lives, and
+then what is left; `python -m pipelines.courier` delivers what waits now. There is one courier at a
+time, by a lock on the checkout: so an event is in one pair of hands, and a database is made once.
+
+A courier may be killed at any point. It notes an event as delivered after MLflow has it, and one
+that is sent twice has the same effect as once (see `pipelines.mlflow_store`).
+"""
+
+import fcntl
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from pipelines.spool import Event, Spool, State, UnfitError, public, root
+
+if TYPE_CHECKING:
+    from pipelines.mlflow_store import Store
+
+POLL, RETRY = 2.0, 10.0  # seconds to the next round after a good one, after a bad one
+LINGER = 15.0  # seconds that a courier may outlive its stage
+BATCH = 1000  # values in a request: MLflow's limit
+REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST"}
+SETTINGS = {  # unless the user has set them
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+class Courier:
+    """Delivers what lies in the spools. Only the holder of the lock may make one."""
+
+    def __init__(self) -> None:
+        self._stores: dict[str, Store] = {}
+        self._down: dict[str, Exception] = {}  # the stores that failed in this round
+
+    def round(self) -> bool:
+        """Deliver all that can be read; whether nothing is left."""
+        self._down.clear()
+        served = [self._serve(spool) for spool in Spool.all() if spool.pending()]
+        return all(served)
+
+    def _serve(self, spool: Spool) -> bool:
+        state = spool.state() or _afresh(spool)
+        alive = spool.written()  # asked first: what a dead writer wrote can all be read
+        try:
+            for events, offset in batches(spool.read(state.offset)):
+                self._deliver(spool, state, events)
+                state.offset, state.problem = offset, None
+                spool.save(state)
+            if state.open and not alive:
+                self._bury(spool, state)
+        except Exception as error:
+            self._postpone(spool, state, error)
+            return False
+        return True
+
+    def _deliver(self, spool: Spool, state: State, events: list[Event]) -> None:
+        try:
+            self._hand_over(spool, state, events)
+        except Exception as error:
+            # A run that cannot begin can wait; an event that MLflow will never take cannot.
+            if not _hopeless(error) or events[0]["op"] == "start":
+                raise
+            _note(state, f"run {spool.key}: a {events[0]['op']} was left out: {reason(error)}")
+
+    def _hand_over(self, spool: Spool, state: State, events: list[Event]) -> None:
+        event = events[0]
+        match event.get("op"):
+            case "start":
+                state.tracking_uri, state.mlflow_run_id = event["uri"], None
+                state.mlflow_run_id = self._store(state).begin(spool.key, event)
+                state.open = True
+            case "row" | "final":
+                self._store(state).log(_run_id(state), events)
+            case "artifact" | "model" as op:
+                files = spool.files / event["files"]
+                if files.exists():  # or else it is delivered, and only the note of it is lost
+                    getattr(self._store(state), op)(_run_id(state), files, event)
+                    shutil.rmtree(files)
+            case "close":
+                self._store(state).end(_run_id(state), event["status"], event["time"])
+                state.open = False
+            case _:
+                _note(state, f"{spool.events}: a line is unreadable and was left out")
+
+    def _bury(self, spool: Spool, state: State) -> None:
+        died = int(spool.events.stat().st_mtime * 1000)
+        self._store(state).end(_run_id(state), "KILLED", died)
+        state.open, state.problem = False, None
+        spool.save(state)
+
+    def _store(self, state: State) -> "Store":
+        uri = state.tracking_uri or ""
+        if uri in self._down:
+            raise self._down[uri]
+        if uri not in self._stores:
+            from pipelines.mlflow_store import Store
+
+            self._stores[uri] = Store(uri)
+        return self._stores[uri]
+
+    def _postpone(self, spool: Spool, state: State, error: Exception) -> None:
+        uri = state.tracking_uri or ""
+        if isinstance(error, OSError) or (_code(error) and not _hopeless(error)):
+            self._down[uri] = error
+        problem = f"{public(uri)} does not take what is logged ({reason(error)})"
+        if state.problem is None or not state.problem.startswith(problem):
+            traceback.print_exception(error)
+        state.problem = f"{problem}; it is kept in .tracking and delivered later"
+        state.failed_at = time.time()
+        with suppress(OSError):
+            spool.save(state)
+
+
+def batches(events: Iterable[tuple[Event, int]]) -> Iterator[tuple[list[Event], int]]:
+    """Neighbouring rows of scalars together, as far as one request takes them, any other event by
+    itself; each with the offset behind it."""
+    rows: list[Event] = []
+    size = end = 0
+    for event, offset in events:
+        values = len(event.get("values", ()))
+        if rows and (not values or size + values > BATCH):
+            yield rows, end
+            rows, size = [], 0
+        if values:
+            rows, size, end = [*rows, event], size + values, offset
+        else:
+            yield [event], offset
+    if rows:
+        yield rows, end
+
+
+def reason(error: BaseException) -> str:
+    """Why, in one line: the failure of the system at the bottom of it, if there is one."""
+    chain = [error]
+    while deeper := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(deeper)
+    causes = [e for e in chain if isinstance(e, OSError | sqlite3.Error)]
+    cause = causes[-1] if causes else error
+    return " ".join(str(cause).split())[:200] or type(cause).__name__
+
+
+def _code(error: Exception) -> str | None:
+    """MLflow's code, if it is MLflow that fails."""
+    return getattr(error, "error_code", None)
+
+
+def _hopeless(error: Exception) -> bool:
+    """Whether the event itself is at fault, so that no later try would go better."""
+    return isinstance(error, UnfitError) or _code(error) in REFUSALS
+
+
+def _afresh(spool: Spool) -> State:
+    return State(notes=[f"{spool.key}/state.json is damaged; the run is delivered anew"])
+
+
+def _note(state: State, note: str) -> None:
+    if note not in state.notes:
+        state.notes.append(note)
+
+
+def _run_id(state: State) -> str:
+    if state.mlflow_run_id is None:
+        raise UnfitError("the run has no beginning")
+    return state.mlflow_run_id
+
+
+def tail(own: Spool) -> bool:
+    """Deliver until the writer of `own` is gone, and then what is left; whether nothing is."""
+    if not _lock(lambda: own.written() or any(spool.pending() for spool in Spool.all())):
+        return True
+    courier = Courier()
+    while True:
+        alive = own.written()
+        clean = courier.round()
+        if not alive:
+            return clean
+        until = time.monotonic() + (POLL if clean else RETRY)
+        while own.written() and time.monotonic() < until:
+            time.sleep(0.25)
+
+
+def _lock(wanted: Callable[[], bool]) -> bool:
+    """Wait for the checkout's lock as long as it is `wanted`; held to the end of the process."""
+    descriptor = os.open(root() / ".tracking" / "lock", os.O_RDONLY | os.O_CREAT, 0o600)
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wanted():
+                return False
+            time.sleep(0.25)
+        else:
+            (root() / ".tracking" / "courier.log").write_bytes(b"")  # what the last one said
+            return True
+
+
+def _leave_in_time(own: Spool) -> None:
+    """End the process, in the middle of whatever it does, when its stage is long gone."""
+    while own.written():
+        time.sleep(0.5)
+    time.sleep(LINGER)
+    os._exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stage; its end ends this
+    os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
+    os.chdir(root())  # MLflow puts artifacts into ./mlruns
+    if not arguments:
+        _lock(lambda: True)
+        return 0 if Courier().round() else 1
+    os.nice(19)
+    own = Spool(arguments[0])
+    threading.Thread(target=_leave_in_time, args=[own], daemon=True).start()
+    return 0 if tail(own) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

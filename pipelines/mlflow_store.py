@@ -1,0 +1,216 @@
+"""MLflow, as a courier uses it: a store of runs. The one room with `import mlflow` (but for
+`pipelines.served`, which MLflow itself runs).
+
+Every call may be repeated after a kill, with the same effect as once: a run is found again by its
+tag `ebm.key`; params, tags, data sets and files replace themselves; MLflow drops a metric of which
+it has the name, step, time and value; a model is found again by its run and its weights' checksum.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow.pyfunc
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+from pipelines.spool import Event, UnfitError
+
+EXPERIMENT = "ebm"
+KEY = "ebm.key"
+WEIGHTS = "ebm.weights_sha256"
+REQUIREMENTS = ("mlflow", "numpy", "pandas", "pydantic", "safetensors", "torch")
+PAGE = 100  # params or tags in a request: MLflow's limit
+
+
+class Store:
+    """The runs at one tracking URI."""
+
+    def __init__(self, uri: str) -> None:
+        if uri.startswith("sqlite:///"):
+            create_database(Path(uri.removeprefix("sqlite:///")))
+        self._client = MlflowClient(uri)
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        self._experiment = (
+            found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
+        )
+
+    def begin(self, key: str, event: Event) -> str:
+        """The MLflow id of the run `key`, which is RUNNING from now on."""
+        tags = _names(event["tags"])
+        run = self._find(key) or self._client.create_run(
+            self._experiment,
+            start_time=event["time"],
+            run_name=event["experiment"],
+            tags={KEY: key, **_sources(tags), **tags},
+        )
+        self._add(run, _names(event["params"]), tags, event["stage"])
+        if dataset := event["dataset"]:
+            self._client.log_inputs(run.info.run_id, [_dataset(**dataset)])
+        if run.info.status != "RUNNING":
+            self._client.update_run(run.info.run_id, "RUNNING")
+        return run.info.run_id
+
+    def log(self, run_id: str, events: list[Event]) -> None:
+        """Rows of scalars, in order."""
+        metrics = [
+            Metric(name, value, event["time"], event["step"])
+            for event in events
+            for name, value in _names(event["values"]).items()
+        ]
+        self._client.log_batch(run_id, metrics=metrics)
+
+    def artifact(self, run_id: str, files: Path, event: Event) -> None:
+        """Upload one file."""
+        self._client.log_artifact(run_id, str(files / event["name"]), event["folder"] or None)
+
+    def model(self, run_id: str, files: Path, event: Event) -> None:
+        """Log weights, config and code as a model that answers energies."""
+        model = self._model_of(run_id, files / event["weights"])
+        if model.status == LoggedModelStatus.READY:
+            return
+        described = Model(model.artifact_location, run_id, model_id=model.model_id)
+        try:
+            save_model(files, event, described)
+        except OSError:
+            raise
+        except Exception as error:
+            raise UnfitError(f"the model cannot be packed: {error}") from error
+        self._client.log_model_artifacts(model.model_id, str(files / "model"))
+        self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+    def end(self, run_id: str, status: str, time: int) -> None:
+        """The run is over since `time`, in milliseconds since the epoch."""
+        self._client.set_terminated(run_id, status, end_time=time)
+
+    def _find(self, key: str) -> Run | None:
+        found = self._client.search_runs([self._experiment], f"tags.`{KEY}` = '{key}'")
+        return found[0] if found else None
+
+    def _add(
+        self, run: Run, params: Mapping[str, str], tags: Mapping[str, str], stage: str
+    ) -> None:
+        """Add what is new. MLflow's params cannot change, so what a later stage says differently
+        becomes a tag under the name of the stage."""
+        known = {**run.data.params, **run.data.tags}
+        new = {name: value for name, value in params.items() if name not in known}
+        changed = {
+            f"{stage}.{name}" if name in known else name: value
+            for name, value in {**params, **tags}.items()
+            if name not in new and known.get(name) != value
+        }
+        for page in _pages([Param(*item) for item in new.items()]):
+            self._client.log_batch(run.info.run_id, params=page)
+        for page in _pages([RunTag(*item) for item in changed.items()]):
+            self._client.log_batch(run.info.run_id, tags=page)
+
+    def _model_of(self, run_id: str, weights: Path) -> LoggedModel:
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        found = self._client.search_logged_models(
+            [self._experiment], f"source_run_id = '{run_id}' AND tags.`{WEIGHTS}` = '{digest}'"
+        )
+        if found:
+            return found[0]
+        run = self._client.get_run(run_id)
+        return self._client.create_logged_model(
+            self._experiment,
+            name=re.sub(r"[/:.%\"']", "-", run.info.run_name),
+            source_run_id=run_id,
+            tags={WEIGHTS: digest},
+            params=run.data.params,
+            model_type="energy",
+        )
+
+
+def create_database(path: Path) -> None:
+    """Make MLflow's database at `path` if there is none, so that it appears whole: killed in the
+    middle, MLflow's own way leaves a file that no later process can open. WAL lets a UI read while
+    a courier writes."""
+    if path.exists():
+        return
+    draft, ready = path.with_name(f"{path.name}.draft"), path.with_name(f"{path.name}.ready")
+    for old in (draft, ready):
+        old.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
+    with closing(sqlite3.connect(draft)) as database:
+        database.execute("VACUUM INTO ?", [str(ready)])
+    with closing(sqlite3.connect(ready)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+    os.replace(ready, path)
+    draft.unlink()
+
+
+def save_model(files: Path, event: Event, model: Model) -> None:
+    """Write the MLflow model into `files`/model, from what a stage has put there."""
+    target, config = files / "model", files / event["config"]
+    shutil.rmtree(target, ignore_errors=True)
+    mlflow.pyfunc.save_model(
+        target,
+        mlflow_model=model,
+        python_model=str(files / "served.py"),
+        code_paths=[str(files / "ebm")],
+        artifacts={"weights": str(files / event["weights"]), "config": str(config)},
+        pip_requirements=[f"{name}=={_release(name)}" for name in REQUIREMENTS],
+        signature=signature(tuple(json.loads(config.read_text(encoding="utf-8"))["shape"])),
+        input_example=np.load(files / "example.npy"),
+    )
+
+
+def signature(shape: tuple[int, ...]) -> ModelSignature:
+    """Points of `shape` in, one energy each out. Vectors are columns, so that tables of any kind
+    of numbers are welcome; images MLflow takes as float32 tensors only."""
+    columns = [ColSpec(DataType.double)] * shape[0] if len(shape) == 1 else []
+    points = columns or [TensorSpec(np.dtype(np.float32), (-1, *shape))]
+    return ModelSignature(Schema(points), Schema([ColSpec(DataType.double, "energy")]))
+
+
+def _names(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The same under names that MLflow accepts."""
+    return {re.sub(r"[^\w\-. :/]", "-", name): value for name, value in named.items()}
+
+
+def _sources(tags: Mapping[str, str]) -> dict[str, str]:
+    """MLflow's own names for what its UI shows of the source."""
+    return {
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": tags.get("dvc.stage", "pipelines"),
+        "mlflow.source.git.commit": tags.get("git.commit", ""),
+    }
+
+
+def _dataset(name: str, source: str, digest: str) -> DatasetInput:
+    where = json.dumps({"uri": source})
+    dataset = Dataset(name, digest[:36], source_type="local", source=where)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+def _pages(items: list[Any]) -> list[list[Any]]:
+    return [items[i : i + PAGE] for i in range(0, len(items), PAGE)]
+
+
+def _release(package: str) -> str:
+    """The version without a local part such as +cpu, which no index knows."""
+    return version(package).partition("+")[0]

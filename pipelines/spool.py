@@ -1,0 +1,164 @@
+"""A run on disk, between the stage that writes it and the courier that delivers it.
+
+`.tracking/<key>/` holds events.jsonl and files/, to which only a stage adds, and state.json, which
+only a courier writes. Who is alive is asked of the kernel: a stage holds a shared lock on its
+events, and however it ends, the lock ends with it.
+"""
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines import ROOT
+
+Event = dict[str, Any]
+
+
+class UnfitError(Exception):
+    """An event that can never be delivered, whatever the store."""
+
+
+def root() -> Path:
+    """The folder that holds mlflow.db, mlruns/ and .tracking/."""
+    return Path(os.environ.get("DVC_ROOT") or ROOT)
+
+
+def tracking_uri() -> str:
+    """Where runs go: MLFLOW_TRACKING_URI, or `mlflow.db` in the root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root()}/mlflow.db"
+
+
+def public(uri: str) -> str:
+    """`uri` without this machine's paths, and without the user and the password it may hold."""
+    return re.sub(r"//[^/@]*@", "//", uri).replace(f"{root()}/", "")
+
+
+@dataclass
+class State:
+    """What a courier knows of one spool: `offset`, the bytes of events.jsonl that are delivered;
+    `open`, whether the run is RUNNING in MLflow; `problem`, why nothing could be delivered at
+    `failed_at` (seconds since the epoch); `notes`, what had to be left out for good."""
+
+    offset: int = 0
+    tracking_uri: str | None = None
+    mlflow_run_id: str | None = None
+    open: bool = False
+    problem: str | None = None
+    failed_at: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+class Spool:
+    """One run on disk: a stage appends to events.jsonl and files/, a courier keeps state.json."""
+
+    def __init__(self, key: str) -> None:
+        folder = root() / ".tracking" / key
+        self.key = key
+        self.events = folder / "events.jsonl"
+        self.files = folder / "files"
+        self._state = folder / "state.json"
+
+    @classmethod
+    def all(cls) -> "list[Spool]":
+        """Every spool of this checkout."""
+        return [cls(path.parent.name) for path in sorted(root().glob(".tracking/*/events.jsonl"))]
+
+    def open(self) -> int:
+        """A descriptor to append events to; who holds it, is seen to be alive. A line that a
+        predecessor could not end is ended."""
+        folder = self.events.parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a URI may hold a password
+        self.files.mkdir(exist_ok=True)
+        descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if self._torn():
+            os.write(descriptor, b"\n")
+        return descriptor
+
+    def state(self) -> State | None:
+        """What the last courier left; None if it cannot be read."""
+        try:
+            return State(**json.loads(self._state.read_text(encoding="utf-8")))
+        except OSError:
+            return State()
+        except (ValueError, TypeError):
+            return None
+
+    def save(self, state: State) -> None:
+        """Replace state.json: a reader sees the old one or the new one."""
+        fresh = self._state.with_suffix(".new")
+        fresh.write_text(json.dumps(asdict(state)), encoding="utf-8")
+        fresh.replace(self._state)
+
+    def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
+        """The events from `offset` on, each with the offset behind it. A last line without an end
+        is being written, or was cut off by a kill: no event. Any other unreadable line is {}."""
+        with self.events.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                if line.strip():
+                    yield _parse(line), offset
+
+    def _torn(self) -> bool:
+        with self.events.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            return file.read() not in (b"", b"\n")
+
+    def written(self) -> bool:
+        """Whether a living process holds this spool open for writing."""
+        try:
+            descriptor = os.open(self.events, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def pending(self) -> bool:
+        """Whether a courier has something to do: an event to deliver, a dead run to close."""
+        state = self.state() or State()
+        return any(True for _ in self.read(state.offset)) or (state.open and not self.written())
+
+
+def _parse(line: bytes) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+class Echo:
+    """What couriers have to say about a spool from now on, each thing once."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool, self._since = spool, time.time()
+        self._problem: str | None = None
+        self._told = len((spool.state() or State()).notes)
+
+    def problem(self, state: State) -> str | None:
+        """What keeps the courier from delivering, if it has tried since this echo began."""
+        return state.problem if state.failed_at >= self._since else None
+
+    def news(self) -> list[str]:
+        """What is new since the last call, in lines."""
+        state = self._spool.state() or State()
+        lines, problem = state.notes[self._told :], self.problem(state)
+        if problem != self._problem:
+            lines.append(problem or "MLflow answers again")
+        self._told, self._problem = len(state.notes), problem
+        return lines

@@ -1,0 +1,279 @@
+"""What a stage has to say to MLflow, written down at once and delivered by somebody else.
+
+A stage never imports mlflow (seconds) and never waits for a server. Its `Run` appends events to a
+spool (`pipelines.spool`) and starts a courier (`pipelines.courier`), a process of low priority
+that reads all spools and sends them on. What cannot be delivered stays where it is, for any later
+courier or for `flush`; `python -m pipelines.tracking` does that by hand. Events survive the death
+of the process, not that of the machine.
+
+Environment: EBM_TRACKING=0 writes nothing; MLFLOW_TRACKING_URI names another store than mlflow.db
+in the root; DVC_ROOT, which DVC sets, is that root (in a queued experiment the main checkout).
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipelines import ROOT
+from pipelines.spool import Echo, Spool, State, public, root, tracking_uri
+
+log = logging.getLogger(__name__)
+
+CODE = ROOT / "src" / "ebm"
+SERVED = ROOT / "pipelines" / "served.py"
+EXAMPLES = 8  # rows of the test split that go with a model
+LISTEN_EVERY = 2.0  # seconds between two looks of a busy stage at what the courier says
+
+_couriers: list[subprocess.Popen[bytes]] = []  # kept, or Python warns about children still running
+
+
+class Run:
+    """One tracked run, as a stage sees it. Nothing is raised because tracking fails: a full disk
+    is worth one line, and the stage goes on.
+
+    As a context manager it closes itself: FINISHED, FAILED after an exception, KILLED after
+    KeyboardInterrupt or SystemExit. If the process dies without a word, a courier says KILLED.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._spool = Spool(key)
+        self._descriptor: int | None = None  # None: tracking is off, or the run is closed
+        self._echo: Echo | None = None
+        self._listen_at = 0.0
+        self._torn = self._warned = False
+        self._resumed_after, self._last = (-1, 0), (0, 0)  # (restarts, step)
+
+    @classmethod
+    def start(
+        cls,
+        experiment: str,
+        *,
+        key: str | None = None,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        dataset: dict[str, str] | None,
+    ) -> Self:
+        """Begin a run named `experiment`, or continue the run `key`, even one of another machine.
+
+        `params` may be nested: they arrive as `model.width`. `dataset` has name, source and digest
+        (MLflow keeps 36 characters of it). A continued run keeps its first params and tags; what
+        differs arrives as a tag that begins with the stage, such as `evaluate.git.commit`.
+        """
+        run = cls(key or uuid.uuid4().hex)
+        if os.environ.get("EBM_TRACKING") == "0" or not run._guarded("begin a run", run._open):
+            return run
+        run._append(
+            "start",
+            experiment=experiment,
+            uri=tracking_uri(),
+            stage=os.environ.get("DVC_STAGE", "").partition("@")[0] or "later",
+            params=dict(_flat(params)),
+            tags={"ebm.experiment": experiment, **_environment(), **tags},
+            dataset=dataset,
+        )
+        if run._torn:  # without their beginning, events could not be delivered
+            run._release()
+        run._guarded("start a courier", lambda: _couriers.append(_courier(run.key)))
+        return run
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where this run goes, fit to be shown: without password and without the root's path."""
+        return public(tracking_uri())
+
+    def log(self, metrics: dict[str, float], step: int, restarts: int = 0) -> None:
+        """One row of scalars; `restarts` counts how often training went back to a checkpoint.
+
+        Rows at or before the last (restarts, step) that the spool held when the run was continued
+        are dropped, so a resumed training repeats none. NaN stays NaN; MLflow's database keeps an
+        infinity as the largest double of its sign.
+        """
+        if (restarts, step) <= self._resumed_after:
+            return
+        self._last = max(self._last, (restarts, step))
+        values = _floats(metrics) | ({"restarts": float(restarts)} if restarts else {})
+        self._append("row", step=step, restarts=restarts, values=values)
+        if time.monotonic() >= self._listen_at:
+            self._listen()
+
+    def log_final(self, metrics: dict[str, float]) -> None:
+        """Results, at the last step of the training, so that they are the latest values."""
+        self._append("final", step=self._last[1], values=_floats(metrics))
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Have a copy of the file `path` uploaded into `folder` of the run's artifacts."""
+        if place := self._keep(path):
+            self._append("artifact", files=place, name=path.name, folder=folder)
+
+    def model(self, weights: Path, config: Path, data: Path) -> None:
+        """Have the model logged as an MLflow model: its weights and config, the code of `ebm` as
+        it is now, and the first test rows of the prepared splits `data` as the example."""
+        place = self._keep(weights, config, CODE, SERVED)
+        if place and self._guarded("read an example", lambda: self._example(place, data)):
+            self._append("model", files=place, weights=weights.name, config=config.name)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run as FINISHED, FAILED or KILLED; the courier delivers the rest by itself."""
+        self._append("close", status=status)
+        self._listen()
+        self._release()
+
+    def mlflow_run_id(self, wait: float = 0) -> str | None:
+        """MLflow's id of this run as soon as it is known, or None: after `wait` seconds, and at
+        once if tracking is off or the store does not answer."""
+        deadline = time.monotonic() + wait
+        while True:
+            state = self._spool.state() or State()
+            hopeless = self._echo is None or self._echo.problem(state)
+            if state.mlflow_run_id or hopeless or time.monotonic() >= deadline:
+                return state.mlflow_run_id
+            time.sleep(0.1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        failed = "FAILED" if kind and issubclass(kind, Exception) else "KILLED"
+        self.close(failed if kind else "FINISHED")
+
+    def _open(self) -> None:
+        descriptor = self._spool.open()
+        for event, _ in self._spool.read():
+            if event.get("op") == "row":
+                self._last = max(self._last, (event["restarts"], event["step"]))
+                self._resumed_after = self._last
+        self._echo = Echo(self._spool)
+        self._descriptor = descriptor
+
+    def _append(self, op: str, **content: object) -> None:
+        event = {"op": op, "time": time.time_ns() // 1_000_000, **content}
+        line = b"\n" * self._torn + json.dumps(event, default=str).encode() + b"\n"
+        self._torn = not self._guarded("keep what it logs", lambda: self._write(line))
+
+    def _write(self, line: bytes) -> None:
+        if self._descriptor is not None and os.write(self._descriptor, line) < len(line):
+            raise OSError("the disk took only a part")
+
+    def _keep(self, *sources: Path) -> str | None:
+        """Copy files and folders beside the events; the name of the folder that holds them."""
+        place = self._spool.files / uuid.uuid4().hex
+        kept = self._descriptor is not None and self._guarded(
+            f"keep {sources[0].name}", lambda: _copy(sources, place)
+        )
+        return place.name if kept else None
+
+    def _example(self, place: str, data: Path) -> None:
+        import numpy as np
+        from safetensors import safe_open
+
+        with safe_open(data, framework="numpy") as splits:
+            rows = splits.get_slice("test")[:EXAMPLES]
+        np.save(self._spool.files / place / "example.npy", rows.astype(np.float32))
+
+    def _guarded(self, what: str, act: Callable[[], None]) -> bool:
+        """Whether `act` worked. Its first failure is said, and none goes any further."""
+        try:
+            act()
+        except Exception as error:
+            if not self._warned:
+                log.warning("tracking: cannot %s (%s); the stage goes on without", what, error)
+            self._warned = True
+            return False
+        return True
+
+    def _listen(self) -> None:
+        self._listen_at = time.monotonic() + LISTEN_EVERY
+        for line in self._echo.news() if self._echo else ():
+            log.warning("tracking: %s", line)
+
+    def _release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
+
+
+def flush(timeout: float = 120.0) -> bool:
+    """Deliver everything that waits, now; whether nothing is left. Says what went wrong."""
+    spools = [spool for spool in Spool.all() if spool.pending()]
+    if not spools:
+        return True
+    echoes = [Echo(spool) for spool in spools]
+    courier = _courier()
+    try:
+        done = courier.wait(timeout) == 0
+    except subprocess.TimeoutExpired:
+        log.warning("tracking: not everything could be delivered in %g seconds", timeout)
+        done = False
+    finally:
+        courier.kill()
+        courier.wait()
+    for line in dict.fromkeys(line for echo in echoes for line in echo.news()):
+        log.warning("tracking: %s", line)
+    return done
+
+
+def _courier(*arguments: str) -> subprocess.Popen[bytes]:
+    """Start a courier: for the run that is named, or without a name for all that waits now. What
+    it and MLflow print goes to .tracking/courier.log."""
+    command = [sys.executable, "-m", "pipelines.courier", *arguments]
+    with (root() / ".tracking" / "courier.log").open("ab") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+
+
+def _copy(sources: tuple[Path, ...], place: Path) -> None:
+    try:
+        place.mkdir()
+        for source in sources:
+            if source.is_dir():
+                ignore = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(source, place / source.name, ignore=ignore)
+            else:
+                shutil.copy(source, place)
+    except OSError:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def _floats(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _environment() -> dict[str, str]:
+    """What DVC and Prefect tell a stage about itself, as tags."""
+    variables = os.environ
+    tags = {
+        "dvc.stage": variables.get("DVC_STAGE"),
+        "dvc.exp_name": variables.get("DVC_EXP_NAME"),
+        "prefect.flow_run_id": variables.get("EBM_FLOW_RUN_ID")
+        or variables.get("PREFECT__FLOW_RUN_ID"),
+    }
+    return {tag: value for tag, value in tags.items() if value}
+
+
+if __name__ == "__main__":
+    sys.exit(0 if flush() else 1)

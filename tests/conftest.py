@@ -1,0 +1,50 @@
+"""Fixtures: a root without a past, MLflow's database made once."""
+
+import shutil
+import warnings
+
+import pytest
+from tracking_store import Lookup, serving
+
+from pipelines import tracking
+from pipelines.courier import SETTINGS
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """MLflow's database without a run, made once: it takes seconds."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow warns of its own type hints as it is imported
+        from pipelines.mlflow_store import create_database
+
+        create_database(path)
+    return path
+
+
+@pytest.fixture
+def fresh_root(tmp_path, monkeypatch):
+    """An empty root, and no trace of the environment that the tests run in."""
+    for name in ("EBM_TRACKING", "MLFLOW_TRACKING_URI", "DVC_STAGE", "DVC_EXP_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**SETTINGS, "DVC_ROOT": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def store(fresh_root, empty_database, monkeypatch):
+    """A root with a database, where a run starts no courier: the test delivers itself."""
+    shutil.copy(empty_database, fresh_root / "mlflow.db")
+    courier = tracking._courier
+    monkeypatch.setattr(tracking, "_courier", lambda *key: None if key else courier())
+    return Lookup(f"sqlite:///{fresh_root}/mlflow.db")
+
+
+@pytest.fixture
+def server(store, monkeypatch):
+    """A stand-in for an MLflow server, and the environment that names it."""
+    with serving() as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        yield server

@@ -1,0 +1,173 @@
+"""What couriers promise, with real processes: real kills, real servers, real locks."""
+
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import pytest
+from tracking_store import (
+    MLFLOW_WARNS,
+    Lookup,
+    couriers,
+    serving,
+    start,
+    undelivered,
+    wait_until,
+)
+
+from pipelines import ROOT, courier, tracking
+from pipelines.spool import Spool, root
+
+pytestmark = MLFLOW_WARNS
+
+LEFT = courier.LINGER + 3  # seconds after which no courier may be left
+
+STAGE = """
+import sys
+from pipelines.tracking import Run
+
+run = Run.start(sys.argv[1], params={"seed": 1}, tags={}, dataset=None)
+for step in range(int(sys.argv[2])):
+    run.log({"loss": step}, step)
+print(run.key, flush=True)
+sys.stdin.read()
+run.log({"loss": -1.0}, 10**6)
+run.close()
+"""
+
+
+def stage(name="toy", rows=100):
+    """A stage that logs, and then works until its input ends, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", STAGE, name, str(rows)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port():
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def database(fresh_root, empty_database):
+    """A root with a database, where real couriers deliver."""
+    shutil.copy(empty_database, fresh_root / "mlflow.db")
+    yield Lookup(f"sqlite:///{fresh_root}/mlflow.db")
+    assert wait_until(lambda: not couriers(), LEFT)
+
+
+@pytest.mark.parametrize(
+    "begun", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["later", "at once"]
+)
+def test_kill_9_of_a_stage_loses_nothing_and_leaves_no_courier(database, begun):
+    with stage(rows=5000) as process:
+        spool = Spool(process.stdout.readline().strip())
+        assert wait_until(lambda: not begun or spool.state().open, 60)
+        process.kill()
+    assert len(couriers()) == 1
+    assert wait_until(lambda: not couriers(), 5 if begun else LEFT)
+    assert tracking.flush()
+    assert database.run().info.status == "KILLED"
+    assert database.rows("loss") == [(step, step) for step in range(5000)]
+
+
+def test_a_server_that_is_down_neither_stops_nor_slows_a_stage(database, monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with stage() as process:
+        begin = time.monotonic()
+        spool = Spool(process.stdout.readline().strip())
+        assert time.monotonic() - begin < 2
+        assert wait_until(lambda: spool.state().problem, 60)
+        _, said = process.communicate()
+    assert process.returncode == 0
+    [line] = said.splitlines()
+    assert f"127.0.0.1:{port} does not take what is logged" in line
+    assert "Connection refused" in line
+    assert wait_until(lambda: not couriers(), LEFT)
+    with serving(port) as server:
+        assert tracking.flush()
+    assert server.rows == [(step, step) for step in range(100)] + [(10**6, -1)]
+
+
+def test_couriers_that_start_together_deliver_each_thing_once(server):
+    for name in "abc":
+        with start(name) as run:
+            for step in range(3000):
+                run.log({"loss": step}, step)
+    command = [sys.executable, "-m", "pipelines.courier"]
+    racers = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) for _ in range(3)]
+    assert [racer.wait() for racer in racers] == [0, 0, 0]
+    assert sorted(server.rows) == sorted([(step, step) for step in range(3000)] * 3)
+    assert server.calls.count("runs/create") == 1  # the stand-in finds its one run for each key
+
+
+def test_flush_has_nothing_to_do_in_no_time(fresh_root):
+    begin = time.monotonic()
+    assert tracking.flush()
+    assert time.monotonic() - begin < 0.5
+    assert list(fresh_root.iterdir()) == []
+
+
+def test_flush_keeps_its_time_and_says_what_is_left(server, caplog):
+    with start() as run:
+        run.log({"loss": 1}, 1)
+    server.mood = "silent"
+    assert not tracking.flush(timeout=2)
+    assert "not everything could be delivered" in caplog.text
+    assert undelivered() == [run.key]
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_holds_nobody(database, monkeypatch):
+    with serving() as server:
+        server.mood = "silent"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        with stage() as process:
+            process.communicate()
+        assert wait_until(lambda: not couriers(), LEFT)
+    assert len(undelivered()) == 1
+
+
+@pytest.mark.slow
+def test_eight_processes_on_a_machine_without_a_database_all_log(fresh_root):
+    stages = [stage(f"run-{i}") for i in range(8)]
+    said = [process.communicate()[1] for process in stages]
+    assert said == [""] * 8
+    assert wait_until(lambda: not couriers(), LEFT)
+    assert tracking.flush()
+    store = Lookup(f"sqlite:///{fresh_root}/mlflow.db")
+    runs = store.runs()
+    assert sorted(run.info.run_name for run in runs) == [f"run-{i}" for i in range(8)]
+    for run in runs:
+        assert store.rows("loss", run) == [(s, s) for s in range(100)] + [(10**6, -1)]
+    with closing(sqlite3.connect(fresh_root / "mlflow.db")) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [0.3, 1.5, 3.0])
+def test_killed_while_it_makes_the_database_a_courier_leaves_a_clean_slate(fresh_root, moment):
+    with stage() as process:
+        process.stdout.readline()
+        assert wait_until(lambda: (fresh_root / "mlflow.db.draft").exists(), 60)
+        time.sleep(moment)
+        for pid in couriers():
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+    assert tracking.flush()
+    assert Lookup(f"sqlite:///{fresh_root}/mlflow.db").run().info.status == "KILLED"
+    assert not list(fresh_root.glob("mlflow.db.*"))
