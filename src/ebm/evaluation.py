@@ -80,6 +80,7 @@ def _evaluate_density(
     result.metrics |= sample_scores(drawn, test, density)
     if "generator" in samples:
         before = sample_scores(samples["generator"], test, density)
+        before.pop("modes_total", None)
         result.metrics |= {f"{name}_generator": value for name, value in before.items()}
     if len(samples.get("acceptance", ())):
         result.metrics["acceptance"] = samples["acceptance"].mean().item()

@@ -138,4 +138,5 @@ class MEG(EBM):
             }
 
     def _prior(self, n: int) -> Tensor:
-        return torch.randn(n, self.latent, device=self.generator[0].weight.device)
+        weight = self.generator[0].weight
+        return torch.randn(n, self.latent, device=weight.device, dtype=weight.dtype)

@@ -1,0 +1,143 @@
+"""Laws of MEG: the bound, the score penalty, who moves when, the latent target."""
+
+import math
+
+import pytest
+import torch
+
+from ebm.samplers import MALA, run
+from ebm.variants.meg import MEG
+
+
+def model(**changes):
+    """A small MEG in float64."""
+    torch.manual_seed(0)
+    settings = {
+        "width": 16,
+        "depth": 2,
+        "latent": 3,
+        "energy_steps": 2,
+        "score_penalty": 0.1,
+        "entropy": 1.0,
+        "energy_learning_rate": 1e-3,
+        "generator_learning_rate": 1e-3,
+        "betas": (0.5, 0.9),
+        "ema": 0.0,
+    }
+    return MEG((2,), **settings | changes).double()
+
+
+def snapshot(network):
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def moved(network, before):
+    return any(not torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))
+
+
+def test_the_energy_step_moves_the_energy_only():
+    meg = model()
+    before = {n: snapshot(getattr(meg, n)) for n in ("energy_network", "generator", "statistics")}
+    meg._energy_step(torch.randn(8, 2).double())
+    assert moved(meg.energy_network, before["energy_network"])
+    assert not moved(meg.generator, before["generator"])
+    assert not moved(meg.statistics, before["statistics"])
+
+
+def test_the_generator_step_moves_generator_and_statistics_only():
+    meg = model()
+    before = {n: snapshot(getattr(meg, n)) for n in ("energy_network", "generator", "statistics")}
+    meg._generator_step(8)
+    assert not moved(meg.energy_network, before["energy_network"])
+    assert moved(meg.generator, before["generator"])
+    assert moved(meg.statistics, before["statistics"])
+
+
+def test_the_logged_score_norm_is_the_squared_gradient_by_finite_differences():
+    meg = model(energy_learning_rate=1e-12)
+    data = torch.randn(8, 2, dtype=torch.float64)
+    h = 1e-6
+    steps = h * torch.eye(2, dtype=torch.float64)
+    slopes = [(meg.energy(data + d) - meg.energy(data - d)) / (2 * h) for d in steps]
+    expected = torch.stack(slopes).square().sum(0).mean()
+    logged = meg._energy_step(data)["score_norm"]
+    torch.testing.assert_close(logged, expected.detach(), rtol=1e-5, atol=0)
+
+
+def test_the_information_bound_knows_nothing_of_independent_pairs_and_stays_below_zero():
+    meg = model()
+    with torch.no_grad():
+        meg.statistics[-1].weight.zero_()
+        meg.statistics[-1].bias.zero_()
+    x, z = torch.randn(64, 2).double(), torch.randn(64, 3).double()
+    ignorant = meg.information(x, z, z.roll(1, 0))
+    assert ignorant.item() == pytest.approx(-2 * math.log(2))
+
+
+def test_the_information_bound_at_its_optimum_is_a_jensen_shannon_divergence():
+    """With T = log p(x,z) / p(x)p(z) the bound is 2 JSD - 2 log 2; a correlated Gaussian pair."""
+    torch.manual_seed(1)
+    r, n = 0.8, 400000
+    z = torch.randn(n, 1).double()
+    x = r * z + math.sqrt(1 - r * r) * torch.randn(n, 1).double()
+    meg = model(latent=1)
+
+    class Optimal(torch.nn.Module):
+        def forward(self, pair):
+            a, b = pair[:, :1], pair[:, 1:]
+            quadratic = (r * r * (a * a + b * b) - 2 * r * a * b) / (2 * (1 - r * r))
+            return -quadratic - math.log(1 - r * r) / 2
+
+    meg.statistics = Optimal()
+    bound = meg.information(x, z, z.roll(1, 0)).item()
+
+    def mean_log_share(a, b, sign):
+        ratio = Optimal()(torch.cat([a, b], 1))
+        return torch.nn.functional.logsigmoid(sign * ratio).mean().item()
+
+    divergence = mean_log_share(x, z, 1) + mean_log_share(x, z.roll(1, 0), -1)
+    assert bound == pytest.approx(divergence, abs=1e-9)
+    assert -2 * math.log(2) < bound < 0
+
+
+def test_latent_mala_with_a_constant_energy_returns_the_prior():
+    """The test that the released sampler fails: without the prior z would diffuse away."""
+    meg = model().float()
+    with torch.no_grad():
+        for p in meg.energy_network.parameters():
+            p.zero_()
+    torch.manual_seed(2)
+    z = run(MALA(lambda z: meg.latent_energy(z, 1.0), 0.3), torch.randn(20000, 3), 50).x
+    assert z.var().item() == pytest.approx(1, abs=4 * math.sqrt(2 / z.numel()))
+    assert z.mean().item() == pytest.approx(0, abs=4 / math.sqrt(z.numel()))
+
+
+def test_the_latent_energy_is_beta_times_energy_plus_the_prior():
+    meg = model()
+    z = torch.randn(5, 3).double()
+    expected = 2.5 * meg.energy(meg.generator(z)) - torch.distributions.Normal(0, 1).log_prob(
+        z
+    ).sum(1)
+    offset = 1.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(meg.latent_energy(z, 2.5), expected - offset)
+
+
+def test_the_moving_average_lags_behind_the_generator():
+    meg = model(ema=0.9).float()
+    before, average = snapshot(meg.generator), snapshot(meg.average)
+    meg.training_step(torch.randn(8, 2))
+    for p, a, q, b in zip(
+        meg.generator.parameters(), meg.average.parameters(), before, average, strict=True
+    ):
+        torch.testing.assert_close(a, 0.9 * b + 0.1 * p.detach())
+        assert torch.equal(q, b)
+
+
+def test_it_learns_a_gaussian_that_is_not_its_prior():
+    torch.manual_seed(3)
+    meg = model(width=64, score_penalty=0.1, entropy=2.0, ema=0.99).float()
+    for _ in range(600):
+        meg.training_step(torch.tensor([0.5, -0.5]) + 0.3 * torch.randn(128, 2))
+    drawn = meg.sample(2000)["samples"].detach()
+    assert drawn.mean(0).tolist() == pytest.approx([0.5, -0.5], abs=0.12)
+    assert drawn.std(0).tolist() == pytest.approx([0.3, 0.3], abs=0.15)

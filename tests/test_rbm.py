@@ -1,0 +1,139 @@
+"""Laws of the RBM, by enumeration of machines small enough to write out."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from ebm import EBMError
+from ebm.samplers import run
+from ebm.variants.rbm import RBM
+
+
+def machine(visible=6, hidden=4, scale=0.8, chains=0, seed=0):
+    torch.manual_seed(seed)
+    rbm = RBM((visible,), hidden, 1, chains, 0.1, 0.0, 0.0)
+    for parameter in rbm.parameters():
+        torch.nn.init.normal_(parameter, std=scale)
+    rbm.base_rate.normal_()
+    return rbm.double()
+
+
+def states(units):
+    return torch.tensor(list(itertools.product([0.0, 1.0], repeat=units)), dtype=torch.float64)
+
+
+def log_p(rbm, visible=6):
+    return (-rbm.energy(states(visible))).log_softmax(0)
+
+
+def test_free_energy_is_the_hidden_units_summed_out():
+    rbm, h = machine(), states(4)
+    v = states(6)
+    joint = v @ rbm.visible_bias + (h @ rbm.hidden_bias)[:, None] + h @ rbm.weight.T @ v.T
+    torch.testing.assert_close(rbm.energy(v), -torch.logsumexp(joint, 0))
+
+
+def test_conditionals_are_those_of_the_joint():
+    rbm, h, v = machine(), states(4), states(6)
+    joint = torch.exp(
+        (v @ rbm.visible_bias)[:, None] + h @ rbm.hidden_bias + v @ rbm.weight @ h.T
+    )
+    gibbs = rbm.gibbs()
+    torch.testing.assert_close(gibbs.p_hidden(v), joint @ h / joint.sum(1, keepdim=True))
+    torch.testing.assert_close(gibbs.p_visible(h), joint.T @ v / joint.sum(0)[:, None])
+
+
+@pytest.mark.parametrize(("visible", "hidden"), [(6, 4), (4, 6)])
+def test_exact_log_partition_is_the_sum_over_all_states(visible, hidden):
+    rbm = machine(visible, hidden)
+    expected = torch.logsumexp(-rbm.energy(states(visible)), 0)
+    torch.testing.assert_close(rbm.log_partition_exact(), expected.detach())
+
+
+def test_exact_log_partition_refuses_what_it_cannot_sum():
+    with pytest.raises(EBMError, match="20"):
+        machine(21, 21).log_partition_exact()
+
+
+def test_gibbs_leaves_the_model_invariant():
+    """One exact transition matrix: p T = p."""
+    rbm, v, h = machine(), states(6), states(4)
+    gibbs = rbm.gibbs()
+
+    def table(p, outcomes):
+        return (p[:, None] * outcomes + (1 - p[:, None]) * (1 - outcomes)).prod(2)
+
+    transition = table(gibbs.p_hidden(v), h) @ table(gibbs.p_visible(h), v)
+    p = log_p(rbm).exp()
+    torch.testing.assert_close(p @ transition, p)
+
+
+def test_gibbs_chains_sample_the_enumerated_distribution():
+    rbm, count = machine(), 100000
+    torch.manual_seed(1)
+    v = run(rbm.gibbs(), torch.zeros(count, 6, dtype=torch.float64), 100).x.detach()
+    code = (v @ (2.0 ** torch.arange(5, -1, -1, dtype=torch.float64))).long()
+    p = log_p(rbm).exp().detach()
+    histogram = torch.bincount(code, minlength=64) / count
+    assert ((histogram - p).abs() < 5 * (p * (1 - p) / count).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_annealing_brackets_the_exact_log_partition(seed):
+    rbm = machine(12, 20, scale=0.7, seed=seed)
+    exact = rbm.log_partition_exact().item()
+    low, high = (bound.item() for bound in rbm.log_partition(400, 2000, 500))
+    assert low == pytest.approx(exact, abs=0.1)
+    assert high == pytest.approx(exact, abs=0.1)
+
+
+def test_the_annealing_path_ends_where_it_says():
+    rbm, v = machine(), states(6)
+    torch.testing.assert_close(rbm._annealed_energy(1.0, v), rbm.energy(v))
+    free = -v @ rbm.base_rate - 4 * math.log(2)
+    torch.testing.assert_close(rbm._annealed_energy(0.0, v), free)
+
+
+def test_the_training_gradient_is_the_likelihood_gradient_once_the_chains_have_mixed():
+    """grad mean F(data) - E_model[grad F], both sides exact."""
+    rbm = machine()
+    data = states(6)[torch.tensor([3, 17, 40, 63])]
+    p = log_p(rbm).exp().detach()
+    contrast = rbm.energy(data).mean() - p @ rbm.energy(states(6))
+    likelihood = -log_p(rbm)[torch.tensor([3, 17, 40, 63])].mean()
+    ours = torch.autograd.grad(contrast, list(rbm.parameters()))
+    exact = torch.autograd.grad(likelihood, list(rbm.parameters()))
+    torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("chains", [0, 200])
+def test_training_raises_the_exact_likelihood(chains):
+    torch.manual_seed(2)
+    data = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0]], dtype=torch.float32)
+    data = data.repeat(50, 1)
+    rbm = RBM((6,), 4, 1, chains, 0.1, 0.5, 0.0)
+    rbm.initialise(data)
+
+    def likelihood():
+        return (-rbm.energy(data).mean() - rbm.log_partition_exact()).item()
+
+    before = likelihood()
+    for _ in range(500):
+        rbm.training_step(data)
+    assert likelihood() > before + 2
+    assert likelihood() < -math.log(2) + 1e-6  # two equal patterns: no model beats log 1/2
+
+
+def test_persistent_chains_move_and_are_part_of_the_state():
+    rbm = RBM((6,), 4, 1, 10, 0.1, 0.0, 0.0)
+    rbm.initialise(torch.eye(6))
+    before = rbm.state_dict()["chains"].clone()
+    rbm.training_step(torch.eye(6))
+    assert not torch.equal(before, rbm.chains)
+
+
+def test_grey_data_are_refused():
+    with pytest.raises(EBMError, match="binarize"):
+        RBM((4,), 2, 1, 0, 0.1, 0.0, 0.0).initialise(torch.full((3, 4), 0.5))

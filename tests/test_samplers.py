@@ -1,0 +1,179 @@
+"""Laws of the kernels: moments, detailed balance, invariance, annealing. Chance has 4 standard errors."""
+
+import math
+
+import pytest
+import torch
+
+from ebm.samplers import MALA, BlockGibbs, Langevin, State, ais, log_mean_exp, run
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def gaussian(x):
+    return x.square().sum(1) / 2
+
+
+def banana(x):
+    return x[:, 0] ** 2 / 2 + (x[:, 1] - x[:, 0] ** 2) ** 2
+
+
+def variance_error(x):
+    """Distance of the sample variance of N(0, v) draws from their count's standard error, v = 1."""
+    return math.sqrt(2 / x.numel())
+
+
+@pytest.mark.parametrize("step_size", [0.1, 0.5])
+def test_unadjusted_langevin_has_its_known_bias(step_size):
+    torch.manual_seed(0)
+    x = run(Langevin(gaussian, step_size), torch.randn(20000, 2), 60).x
+    bias = 1 / (1 - step_size / 2)
+    assert x.var() == pytest.approx(bias, abs=4 * bias * variance_error(x))
+
+
+@pytest.mark.parametrize("step_size", [0.05, 0.5])
+@pytest.mark.parametrize("dimensions", [1, 8])
+def test_mala_keeps_a_gaussian(step_size, dimensions):
+    torch.manual_seed(1)
+    state = run(MALA(gaussian, step_size), torch.randn(20000, dimensions), 40)
+    assert state.x.var() == pytest.approx(1, abs=4 * variance_error(state.x))
+    assert state.x.mean() == pytest.approx(0, abs=4 / math.sqrt(state.x.numel()))
+
+
+def test_mala_converges_to_a_gaussian_from_elsewhere():
+    torch.manual_seed(2)
+    x = run(MALA(gaussian, 0.3), 5 + torch.randn(20000, 1), 60).x
+    assert x.var() == pytest.approx(1, abs=5 * variance_error(x))
+
+
+def log_proposal(kernel, to, given):
+    """log q written out here once more, from the textbook."""
+    mean = given.x - kernel.step_size * given.gradient
+    return -((to.x - mean) ** 2).sum(1) / (4 * kernel.step_size)
+
+
+@pytest.mark.parametrize("energy", [gaussian, banana])
+def test_mala_is_in_detailed_balance(energy):
+    """p(x) q(y|x) a(x,y) = p(y) q(x|y) a(y,x) for any pair of points."""
+    torch.manual_seed(3)
+    kernel = MALA(energy, 0.2)
+    s, t = kernel.init(torch.randn(500, 2)), kernel.init(torch.randn(500, 2))
+    forth = -s.energy + log_proposal(kernel, t, s) + kernel.log_accept(s, t).clamp(max=0)
+    back = -t.energy + log_proposal(kernel, s, t) + kernel.log_accept(t, s).clamp(max=0)
+    torch.testing.assert_close(forth, back)
+
+
+def test_mala_leaves_a_discretised_line_invariant():
+    """The whole transition matrix on a fine line: rows of rates times p give p again."""
+    line = torch.linspace(-4, 4, 401)[:, None]
+    kernel = MALA(lambda x: (x**4 / 4 - x**2).sum(1), 0.1)
+    states = kernel.init(line)
+
+    def row(i):
+        here = State(*(f[i : i + 1].expand_as(f) for f in states[:3]))
+        return log_proposal(kernel, states, here) + kernel.log_accept(here, states).clamp(max=0)
+
+    width = line[1, 0] - line[0, 0]
+    rates = torch.stack([row(i) for i in range(len(line))]).exp() * width
+    rates /= math.sqrt(4 * math.pi * kernel.step_size)
+    rates.fill_diagonal_(0)
+    rates += torch.diag(1 - rates.sum(1))
+    p = (-states.energy).softmax(0)
+    torch.testing.assert_close(p @ rates, p, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda k, s, t: s.energy - t.energy,
+        lambda k, s, t: s.energy - t.energy + k.log_proposal(t, s) - k.log_proposal(s, t),
+        lambda k, s, t: (
+            s.energy
+            - t.energy
+            - k.log_proposal(s, t).abs().sqrt()
+            + k.log_proposal(t, s).abs().sqrt()
+        ),
+    ],
+    ids=["proposal forgotten", "sign flipped", "norm not squared"],
+)
+def test_a_planted_bug_in_the_acceptance_breaks_detailed_balance(fault):
+    class Faulty(MALA):
+        def log_accept(self, s, t):
+            return fault(self, s, t)
+
+    torch.manual_seed(4)
+    kernel = Faulty(banana, 0.2)
+    s, t = kernel.init(torch.randn(500, 2)), kernel.init(torch.randn(500, 2))
+    forth = -s.energy + log_proposal(kernel, t, s) + kernel.log_accept(s, t).clamp(max=0)
+    back = -t.energy + log_proposal(kernel, s, t) + kernel.log_accept(t, s).clamp(max=0)
+    assert (forth - back).abs().max() > 0.01
+
+
+def test_mala_accepts_tiny_steps_and_rejects_huge_ones():
+    torch.manual_seed(5)
+    x = torch.randn(1000, 4)
+    assert run(MALA(gaussian, 1e-4), x, 2).acceptance.mean() > 0.999
+    assert run(MALA(gaussian, 20.0), x, 2).acceptance.mean() < 0.05
+
+
+def test_a_rejected_proposal_leaves_the_whole_state():
+    torch.manual_seed(6)
+    kernel = MALA(gaussian, 3.0)
+    before = kernel.init(torch.randn(500, 2))
+    after = kernel.step(before)
+    stayed = (after.x == before.x).all(1)
+    assert 0 < stayed.sum() < 500
+    torch.testing.assert_close(after.energy, gaussian(after.x))
+    torch.testing.assert_close(after.gradient, after.x)
+
+
+def test_run_shows_every_step_to_its_observer():
+    seen = []
+    run(Langevin(gaussian, 0.1), torch.zeros(3, 2), 4, lambda step, state: seen.append(step))
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_block_gibbs_converges_to_the_joint_it_was_made_from():
+    """Two binary units with a known joint: the histogram of v is its marginal."""
+    torch.manual_seed(7)
+    joint = torch.tensor([[0.4, 0.1], [0.2, 0.3]])  # [v, h]
+    given_v = joint[:, 1] / joint.sum(1)
+    given_h = joint[1] / joint.sum(0)
+    kernel = BlockGibbs(lambda v: given_v[v.long()], lambda h: given_h[h.long()])  # [B, 1]
+    v = run(kernel, torch.zeros(200000, 1), 30).x
+    expected = joint[1].sum().item()
+    error = 4 * math.sqrt(expected * (1 - expected) / len(v))
+    assert v.mean().item() == pytest.approx(expected, abs=error)
+
+
+def test_annealing_finds_the_ratio_of_normalisers_from_both_sides():
+    """N(0, I) to N(0, s^2 I) in two dimensions: Z ratio = s^2."""
+    torch.manual_seed(8)
+    s = 0.3
+
+    def energy_at(beta, x):
+        return x.square().sum(1) / 2 * ((1 - beta) + beta / s**2)
+
+    def kernel_at(beta):
+        return MALA(lambda x: energy_at(beta, x), 0.05)
+
+    betas = torch.linspace(0, 1, 200).tolist()
+    forward = log_mean_exp(ais(energy_at, kernel_at, torch.randn(500, 2), betas))
+    reverse = -log_mean_exp(ais(energy_at, kernel_at, s * torch.randn(500, 2), betas[::-1]))
+    truth = 2 * math.log(s)
+    assert forward == pytest.approx(truth, abs=0.05)
+    assert reverse == pytest.approx(truth, abs=0.05)
+
+
+def test_a_single_jump_is_plain_importance_sampling():
+    """With one rung the weight is exp(E0 - E1) of the start, whatever the kernel does."""
+    x = torch.randn(50, 2)
+    weights = ais(
+        lambda beta, x: (1 + beta) * gaussian(x), lambda b: Langevin(gaussian, 0.1), x, [0, 1]
+    )
+    torch.testing.assert_close(weights, -gaussian(x))
