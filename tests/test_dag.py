@@ -1,0 +1,190 @@
+"""The plan is DVC's own idea of the graph and of what is stale, wherever one stands."""
+
+import contextlib
+import json
+import shutil
+
+import psutil
+import pytest
+from dvc.repo import Repo
+from toy_house import House
+
+from ebm import EBMError
+from pipelines import dag
+
+# DVC's dependency pygtrie warns DVC.
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
+
+ALL = ("prepare", "train@a", "train@b", "evaluate@a", "evaluate@b", "report")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A house in which every stage has run."""
+    house = House.build(tmp_path_factory.mktemp("built") / "house")
+    code, output = house.run()
+    assert code == 0, output
+    return house
+
+
+@pytest.fixture
+def house(built, tmp_path):
+    """A copy of it."""
+    return House(shutil.copytree(built.root, tmp_path / "house"))
+
+
+def stale(house, *targets):
+    return [stage.name for stage in dag.plan(targets, house.root).stale]
+
+
+def test_stages_come_after_what_they_depend_on(house):
+    stages = dag.plan(root=house.root).stages
+    assert tuple(stage.name for stage in stages) == ALL
+    assert [stage.upstream for stage in stages] == [
+        (),
+        ("prepare",),
+        ("prepare",),
+        ("train@a",),
+        ("train@b",),
+        ("evaluate@a", "evaluate@b"),
+    ]
+    assert stages[1].cmd == "python stage.py train a"
+
+
+def test_what_has_run_is_not_stale(house):
+    assert stale(house) == []
+    assert house.status() == {}
+
+
+def test_everything_is_stale_at_first(tmp_path):
+    assert tuple(stale(House.build(tmp_path / "house"))) == ALL
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "expected"),
+    [
+        (
+            "params.yaml",
+            "b:\n    train: {steps: 1}",
+            "b:\n    train: {steps: 2}",
+            ["train@b", "evaluate@b", "report"],
+        ),
+        (
+            "params.yaml",
+            "{samples: 1}\n  b:",
+            "{samples: 2}\n  b:",
+            ["evaluate@a", "report"],
+        ),
+        ("params.yaml", "seed: 0", "seed: 1", list(ALL)),
+        ("params.yaml", "seed: 0", "seed:  0  # a comment", []),
+        ("dvc.yaml", "timeout: 60", "timeout: 61", []),
+        ("stage.py", "import json", "import json ", []),
+    ],
+    ids=["train of b", "evaluate of a", "seed", "comment", "meta", "no dependency"],
+)
+def test_stale_is_what_dvc_finds_changed_and_all_downstream(house, path, old, new, expected):
+    house.edit(path, old, new)
+    plan = dag.plan(root=house.root)
+    with contextlib.chdir(house.root), Repo() as repo:
+        closure = set(repo.status())
+    for stage in plan.stages:
+        if closure & set(stage.upstream):
+            closure.add(stage.name)
+    assert [stage.name for stage in plan.stale] == expected
+    assert set(expected) == closure
+
+
+def test_an_output_that_is_gone_or_altered_is_stale(house):
+    (house.root / "out" / "evaluate@a").unlink()
+    assert stale(house) == ["evaluate@a", "report"]
+    (house.root / "out" / "train@b").chmod(0o644)
+    house.write("out/train@b", "tampered")
+    assert stale(house) == ["train@b", "evaluate@a", "evaluate@b", "report"]
+
+
+def test_names_do_not_depend_on_the_current_directory(house, monkeypatch):
+    (house.root / "paper").mkdir()
+    house.write("paper/dvc.yaml", "stages:\n  train:\n    cmd: echo\n    deps: [../out/train@a]\n")
+    expected = ["prepare", "train@a", "paper/dvc.yaml:train"]
+    for folder in ("/", house.root, house.root / "paper"):
+        monkeypatch.chdir(folder)
+        for target in ("paper/dvc.yaml", "paper/dvc.yaml:train", "paper/*"):
+            stages = dag.plan([target], house.root).stages
+            assert [stage.name for stage in stages] == expected
+    assert tuple(stage.name for stage in dag.plan(root=house.root).stages) == ALL
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["train@b"], ["prepare", "train@b"]),
+        (["train"], ["prepare", "train@a", "train@b"]),
+        (["*@a"], ["prepare", "train@a", "evaluate@a"]),
+        (["evaluate@b", "prepare"], ["prepare", "train@b", "evaluate@b"]),
+        (["dvc.yaml"], list(ALL)),
+    ],
+)
+def test_targets_come_with_all_they_need(house, targets, expected):
+    assert [stage.name for stage in dag.plan(targets, house.root).stages] == expected
+
+
+def test_a_frozen_stage_is_cut_off_from_what_is_upstream(house):
+    house.edit("dvc.yaml", "    cmd: python stage.py report", "    frozen: true\n    cmd: echo")
+    house.edit("params.yaml", "seed: 0", "seed: 1")
+    stages = {stage.name: stage for stage in dag.plan(root=house.root).stages}
+    assert stages["report"].upstream == ()
+    assert [stage.name for stage in dag.plan(["report"], house.root).stages] == ["report"]
+    assert stages["evaluate@a"].stale
+
+
+def test_hints_are_read(house):
+    prepare, train, *_ = dag.plan(root=house.root).stages
+    assert (prepare.timeout, prepare.retries) == (None, 0)
+    assert (train.timeout, train.retries) == (60, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "told"),
+    [
+        ("dvc.yaml", "timeout: 60", "timeout: 1h", "dvc.yaml: train@a: meta.timeout: '1h'"),
+        ("dvc.yaml", "retries: 0", "retries: -1", "dvc.yaml: train@a: meta.retries: -1"),
+        ("dvc.yaml", "foreach: ${experiments}\n    do:\n      cmd: python stage.py train",
+         "foreach: ${trials}\n    do:\n      cmd: python stage.py train", "trials"),
+        ("dvc.yaml", "params: [seed]", "parms: [seed]", "parms"),
+        ("dvc.yaml", "params: [seed]", "params: [seed", "dvc.yaml"),
+        ("dvc.yaml", "params: [seed]", "deps: [out/report]", "both a dependency and an output"),
+        ("params.yaml", "seed: 0", "seed: [", "params.yaml"),
+    ],
+)  # fmt: skip
+def test_a_broken_graph_is_told_in_one_line(house, path, old, new, told):
+    house.edit(path, old, new)
+    with pytest.raises(EBMError) as error:
+        dag.plan(root=house.root)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_target_is_told_with_a_suggestion(house):
+    with pytest.raises(EBMError, match=r"^no stage matches 'trian'; did you mean 'train'\?$"):
+        dag.plan(["trian"], house.root)
+    with pytest.raises(EBMError, match=r"^no stage matches 'xyz'$"):
+        dag.plan(["xyz"], house.root)
+
+
+def test_no_repository_and_no_graph_are_told(tmp_path, house):
+    with pytest.raises(EBMError, match=r"not.* DVC repository"):
+        dag.plan(root=tmp_path)
+    (house.root / "dvc.yaml").unlink()
+    with pytest.raises(EBMError, match=r"no stage matches 'dvc\.yaml'"):
+        dag.plan(root=house.root)
+
+
+def test_a_stage_that_somebody_else_runs_is_told(house):
+    """As when a stage is being run by `dvc repro` in another terminal."""
+    house.edit("params.yaml", "seed: 0", "seed: 1")
+    somebody = {"pid": psutil.Process().ppid(), "cmd": "dvc repro"}
+    lock = {"write": {str(house.root / "out" / "prepare"): somebody}, "read": {}}
+    (house.root / ".dvc" / "tmp" / "rwlock").write_text(json.dumps(lock))
+    with pytest.raises(EBMError, match=r"out/prepare' is busy.*PID \d+.*dvc repro") as error:
+        dag.plan(root=house.root)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,186 @@
+"""A small DVC repository with our `pipelines` in it, whose stages take fractions of a second.
+
+What a stage does beyond writing its output is told by files that DVC does not see.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+STAGE = """\
+import json, os, pathlib, signal, subprocess, sys, time
+
+name = "@".join(sys.argv[1:])
+told = pathlib.Path("told", name)
+told = json.loads(told.read_text()) if told.exists() else {}
+
+def note(event, pid=os.getpid()):
+    with open("events", "a") as file:
+        file.write(json.dumps([event, name, time.monotonic(), pid]) + "\\n")
+
+if told.get("stubborn"):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if told.get("child"):
+    note("child", subprocess.Popen(["sleep", "600"]).pid)
+note("start")
+print(told.get("prints", ""))
+time.sleep(told.get("seconds", 0))
+if told.get("failures", 0) >= open("events").read().count(f'["start", "{name}"'):
+    sys.exit("ValueError: the dog ate it")
+pathlib.Path("out").mkdir(exist_ok=True)
+pathlib.Path("out", name).write_text(pathlib.Path("params.yaml").read_text())
+note("end")
+"""
+
+PARAMS = "seed: 0\nexperiments:\n"
+EXPERIMENT = """\
+  {name}:
+    train: {{steps: 1}}
+    evaluate: {{samples: 1}}
+"""
+GRAPH = """\
+stages:
+  prepare:
+    cmd: python stage.py prepare
+    params: [seed]
+    outs: [out/prepare]
+  train:
+    foreach: ${experiments}
+    do:
+      cmd: python stage.py train ${key}
+      deps: [out/prepare]
+      params:
+      - experiments.${key}.train
+      outs:
+      - out/train@${key}
+      meta: {timeout: 60, retries: 0}
+  evaluate:
+    foreach: ${experiments}
+    do:
+      cmd: python stage.py evaluate ${key}
+      deps:
+      - out/train@${key}
+      params:
+      - experiments.${key}.evaluate
+      outs:
+      - out/evaluate@${key}
+  report:
+    cmd: python stage.py report
+    outs: [out/report]
+    deps:
+"""
+# The real one needs an `ebm` that validates; this house has other parameters.
+VALIDATION = """\
+from ebm import EBMError
+
+def load(path):
+    if "seed" not in path.read_text():
+        raise EBMError("params.yaml: seed: missing")
+"""
+
+
+class House:
+    """One such repository."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def build(cls, root: Path, experiments: Sequence[str] = ("a", "b")) -> "House":
+        """Make one in which no stage has run."""
+        house = cls(root)
+        for folder in ("pipelines", "src/ebm", "told", ".dvc"):
+            (root / folder).mkdir(parents=True)
+        subprocess.run(["git", "init", "-q", root], check=True)
+        for name in ("__init__", "dag", "flows", "run", "supervise"):
+            shutil.copy(CHECKOUT / "pipelines" / f"{name}.py", root / "pipelines")
+        shutil.copy(CHECKOUT / "src" / "ebm" / "__init__.py", root / "src" / "ebm")
+        house.write("src/ebm/params.py", VALIDATION)
+        house.write(".dvc/config", "")
+        house.write(".dvc/.gitignore", "/tmp\n/cache\n")
+        house.write("stage.py", STAGE)
+        house.write(
+            "params.yaml", PARAMS + "".join(EXPERIMENT.format(name=e) for e in experiments)
+        )
+        house.write("dvc.yaml", GRAPH + "".join(f"    - out/evaluate@{e}\n" for e in experiments))
+        return house
+
+    def write(self, path: str, text: str) -> None:
+        (self.root / path).write_text(text)
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        """Replace the only `old` in a file."""
+        text = (self.root / path).read_text()
+        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {path}"
+        self.write(path, text.replace(old, new))
+
+    def tell(self, stage: str, **told: object) -> None:
+        """Tell a stage to: sleep `seconds`, `print` a text, fail the first `failures` times, start
+        a `child`, be `stubborn` (ignore SIGINT and SIGTERM)."""
+        self.write(f"told/{stage}", json.dumps(told))
+
+    def events(self, *kinds: str) -> list[tuple[str, str, float, int]]:
+        """What stages have noted: (start | end | child, stage, monotonic time, process id)."""
+        path = self.root / "events"
+        events = path.read_text().splitlines() if path.exists() else []
+        return [tuple(e) for e in map(json.loads, events) if not kinds or e[0] in kinds]
+
+    def ran(self) -> list[str]:
+        """The stages that have come to their end, in that order."""
+        return [stage for _, stage, _, _ in self.events("end")]
+
+    def forget(self) -> None:
+        """Forget the events so far."""
+        (self.root / "events").unlink(missing_ok=True)
+
+    def start(self, *arguments: str, module: str = "run", **environment: str) -> subprocess.Popen:
+        """Start `python -m pipelines.<module>` as a user would, in a session of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", f"pipelines.{module}", *arguments],
+            cwd=self.root,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, module: str = "run", **environment: str) -> tuple[int, str]:
+        """Its exit code and what it printed."""
+        with self.start(*arguments, module=module, **environment) as process:
+            output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    def status(self) -> dict[str, object]:
+        """What DVC's own command says is changed."""
+        command = [sys.executable, "-m", "dvc", "status", "--json"]
+        return json.loads(subprocess.check_output(command, cwd=self.root))
+
+
+def wait_for(condition: Callable[[], T], seconds: float) -> T:
+    """The first true value of a condition; an AssertionError if it takes longer than `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
