@@ -1,0 +1,215 @@
+"""Arrays in, matplotlib figures out. Opens no file, keeps no global state, never imports pyplot.
+
+Figures are made for `DPI`: at that resolution one pixel of an image becomes a whole number of
+pixels of the file, so that small images stay sharp and files small. `png` makes such a file.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+DPI = 110
+
+Array = NDArray[Any]
+Extent = tuple[float, float, float, float]
+
+INK, MUTED, FAINT = "#1f2933", "#5f6b76", "#d5dbe1"
+SERIES = ("#2f6690", "#c8682b", "#3c8267", "#8a5a9e", "#a8862c", "#4d4d4d")
+DENSITY = LinearSegmentedColormap.from_list(
+    "density", ("#ffffff", "#dcebf2", "#9fcbd9", "#4f9bb8", "#23648f", "#143459", "#0b1a33"), N=24
+)
+INK_ON_PAPER = LinearSegmentedColormap.from_list("ink on paper", ("#edf0f3", INK))
+DIVERGING = LinearSegmentedColormap.from_list(
+    "diverging", ("#123a66", "#3f7fb3", "#a9cbe0", "#f6f6f4", "#f0b697", "#c8594a", "#7a1526")
+)
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "text.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+}
+
+NATS_SHOWN = 10.0  # of log density, below its highest value
+NATS_OF_FOUR_SIGMA = 8.0  # what a Gaussian loses at 4 standard deviations
+WIDEST, TALLEST = 900, 720  # mosaics aim at this, in pixels of the file
+LARGEST_PIXEL = 12  # of the file, for one pixel of an image
+LABEL = 12  # points: a mosaic is often shown at half its size
+GAP = 4
+SMOOTH: Any = {"interpolation": "bilinear", "interpolation_stage": "data"}
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file with 256 colours of its own, none off by more than a few of 255
+    levels: a third of the usual size."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=DPI)
+    image = Image.open(drawn).convert("RGB")
+    palette: Any = {"method": Image.Quantize.MAXCOVERAGE, "kmeans": 1, "dither": Image.Dither.NONE}
+    image.quantize(256, **palette).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+@rc_context(STYLE)
+def density_panels(
+    true_log_density: Array | None,
+    learned_log_density: Array,
+    samples: Array,
+    generator_samples: Array | None,
+    extent: Extent,
+) -> Figure:
+    """True density, learned density and samples in the plane, side by side.
+
+    Densities [n, n] are normalised log densities in nats at the centres of the cells that fill
+    `extent` (x_min, x_max, y_min, y_max), row 0 at the lowest y. They share one colour scale,
+    whose top is the highest value of the first panel, so that a spike in the learned density
+    cannot fade the truth. Samples are [m, 2]; `generator_samples` get a panel of their own, before
+    MCMC. What is None gets no panel. A thin contour around the samples shows where the first
+    density has fallen by 8 nats, as a Gaussian has at 4 standard deviations.
+    """
+    densities = {"Learned density": learned_log_density}
+    if true_log_density is not None:
+        densities = {"True density": true_log_density} | densities
+    points = {"Samples": samples}
+    if generator_samples is not None:
+        points = {"Generator, before MCMC": generator_samples, "After MCMC": samples}
+    count = len(densities) + len(points)
+    figure = Figure(figsize=(2.35 * count + 0.8, 2.6), layout="constrained")
+    axes = list(figure.subplots(1, count, sharex=True, sharey=True))
+    reference = next(iter(densities.values()))
+    top = float(reference.max())
+    scale = Normalize(top - NATS_SHOWN, top)
+    for ax, (title, log_density) in zip(axes, densities.items(), strict=False):
+        ax.imshow(log_density, DENSITY, scale, origin="lower", extent=extent, **SMOOTH)
+        ax.set_title(title)
+    for ax, (title, x) in zip(axes[len(densities) :], points.items(), strict=True):
+        _contour(ax, reference, top - NATS_OF_FOUR_SIGMA, extent)
+        _scatter(ax, x, extent)
+        ax.set_title(title)
+    axes[0].locator_params(nbins=4)
+    bar_ax = axes[-1].inset_axes((1.05, 0, 0.04, 1))
+    bar = figure.colorbar(ScalarMappable(scale, DENSITY), cax=bar_ax, extend="both")
+    bar.set_label("log density (nats)")
+    return figure
+
+
+def _contour(ax: Axes, field: Array, level: float, extent: Extent) -> None:
+    if field.min() < level < field.max():
+        line: Any = {"colors": "#aab6c1", "linewidths": 0.7, "linestyles": "solid"}
+        ax.contour(field, [level], origin="lower", extent=extent, **line)
+
+
+def _scatter(ax: Axes, x: Array, extent: Extent) -> None:
+    """Points [m, 2]; those outside the frame are counted, so that they are not silently lost."""
+    low, high = np.array(extent[::2]), np.array(extent[1::2])
+    opacity = min(0.7, max(0.12, 1500 / (len(x) + 1)))
+    ax.scatter(x[:, 0], x[:, 1], s=3, color=SERIES[0], alpha=opacity, linewidths=0)
+    ax.set(xlim=extent[:2], ylim=extent[2:], aspect="equal")
+    outside = len(x) - int(((low <= x) & (x <= high)).all(1).sum())
+    if outside:
+        text = f"{outside:,} of {len(x):,} outside"
+        ax.text(0.96, 0.03, text, transform=ax.transAxes, ha="right", size=8, color=SERIES[1])
+
+
+@rc_context(STYLE)
+def image_grid(images: Array, columns: int) -> Figure:
+    """Images [n, h, w] in [0, 1] row by row, 0 light and 1 dark: ink on paper."""
+    return _mosaic(images, columns, Normalize(0, 1), INK_ON_PAPER)[0]
+
+
+@rc_context(STYLE)
+def filters(weights: Array, columns: int) -> Figure:
+    """Weights [n, h, w] row by row: red positive, blue negative, one symmetric scale for all.
+
+    The scale ends at the 99.5th percentile of |w|: one large weight would fade the rest.
+    """
+    limit = float(np.quantile(np.abs(weights), 0.995)) or 1.0
+    scale = Normalize(-limit, limit)
+    figure, ax, _ = _mosaic(weights, columns, scale, DIVERGING, margin=(0, 130))
+    bar_ax = ax.inset_axes((1 + 12 / ax.bbox.width, 0, 10 / ax.bbox.width, 1))
+    bar = figure.colorbar(ScalarMappable(scale, DIVERGING), cax=bar_ax, extend="both")
+    bar.set_label("weight", size=LABEL)
+    bar_ax.tick_params(labelsize=LABEL)
+    return figure
+
+
+@rc_context(STYLE)
+def chain_strip(chain: Array, step_numbers: Sequence[int]) -> Figure:
+    """Markov chains [steps, chains, h, w] in [0, 1]: a row for each chain, time to the right."""
+    steps, _, height, width = chain.shape
+    images = chain.swapaxes(0, 1).reshape(-1, height, width)
+    figure, ax, corners = _mosaic(
+        images, steps, Normalize(0, 1), INK_ON_PAPER, gap_below=2 * GAP, margin=(28, 0)
+    )
+    for number, (x, y) in zip(step_numbers, corners, strict=False):
+        text = f"step {number:,}" if x == 0 else f"{number:,}"
+        ax.text(x, y - 5, text, size=LABEL, color=MUTED, va="bottom")
+    return figure
+
+
+def _mosaic(
+    images: Array,
+    columns: int,
+    scale: Normalize,
+    colours: Colormap,
+    gap_below: int = GAP,
+    margin: tuple[int, int] = (0, 0),
+) -> tuple[Figure, Axes, Array]:
+    """Tiles [n, h, w] on one axes, whose unit is a pixel of the file and whose y points down.
+
+    Returns the figure, the axes and the top left corner (x, y) of every tile [n, 2]. `margin` is
+    what stays free above and to the right. One image, not n axes: 100 axes take seconds to draw.
+    """
+    n, height, width = images.shape
+    columns = min(columns, n)
+    rows = math.ceil(n / columns)
+    fit = min((WIDEST // columns - GAP) // width, (TALLEST // rows - gap_below) // height)
+    zoom = min(max(fit, 1), LARGEST_PIXEL)
+    tiles = np.asarray(images, float).repeat(zoom, 1).repeat(zoom, 2)
+    row, column = np.divmod(np.arange(n), columns)
+    corners = np.stack([column * (zoom * width + GAP), row * (zoom * height + gap_below)], 1)
+    wide, tall = corners[:, 0].max() + zoom * width, corners[:, 1].max() + zoom * height
+    canvas = np.full((tall, wide), np.nan)
+    for tile, (x, y) in zip(tiles, corners, strict=True):
+        canvas[y : y + zoom * height, x : x + zoom * width] = tile
+    size = wide + margin[1], tall + margin[0]
+    figure = Figure(figsize=((size[0] + 0.01) / DPI, (size[1] + 0.01) / DPI), dpi=DPI)
+    ax = figure.add_axes((0, 0, wide / size[0], tall / size[1]))
+    box = (0, wide, tall, 0)
+    ax.imshow(canvas, colours, scale, aspect="auto", interpolation="nearest", extent=box)
+    ax.set_axis_off()
+    return figure, ax, corners
+
+
+@rc_context(STYLE)
+def energy_histogram(energies: Mapping[str, Array]) -> Figure:
+    """Energies [n] of several sets over common bins, each normalised to an area of one."""
+    pooled = np.concatenate([np.ravel(e) for e in energies.values()])
+    bins = np.histogram_bin_edges(pooled, 60).tolist()
+    figure = Figure(figsize=(5.4, 2.6), layout="constrained")
+    ax = figure.add_subplot()
+    for (name, energy), colour in zip(energies.items(), cycle(SERIES), strict=False):
+        ax.hist(np.ravel(energy), bins, density=True, histtype="stepfilled", alpha=0.15, fc=colour)
+        ax.hist(np.ravel(energy), bins, density=True, histtype="step", color=colour, label=name)
+    ax.set(xlabel="energy", ylabel="density of the set")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend()
+    return figure

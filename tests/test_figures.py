@@ -1,0 +1,237 @@
+"""Figures show what the arrays say: the right way up, in the right place, on one scale."""
+
+import gc
+import io
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ebm import figures
+
+EXTENT = (-3.0, 3.0, -3.0, 3.0)
+N = 60
+ROOT = Path(__file__).parents[1]
+
+
+def drawn(figure: Figure) -> np.ndarray:
+    """The pixels [h, w, 3], row 0 at the top."""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(figures.DPI)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+
+
+def colour_at(pixels, ax, x, y):
+    """The drawn colour at the data coordinates (x, y) of `ax`."""
+    right, up = ax.transData.transform((x, y))
+    return pixels[pixels.shape[0] - 1 - int(up), int(right)]
+
+
+def darkness(pixels, ax, x, y, radius=2):
+    """How far from white the darkest pixel near (x, y) is."""
+    right, up = (int(v) for v in ax.transData.transform((x, y)))
+    row = pixels.shape[0] - 1 - up
+    near = pixels[row - radius : row + radius + 1, right - radius : right + radius + 1]
+    return 255 * 3 - near.sum(-1).min()
+
+
+def spot(x, y, value=0.0, size=4):
+    """A log density that is `value` around (x, y) and very low elsewhere."""
+    centres = -3 + 6 * (np.arange(N) + 0.5) / N
+    field = np.full((N, N), value - 50.0)
+    i, j = np.abs(centres - y).argmin(), np.abs(centres - x).argmin()
+    field[i - size : i + size + 1, j - size : j + size + 1] = value
+    return field
+
+
+def panels(true, learned, samples=((0.0, 0.0),), generator=None):
+    points = None if generator is None else np.array(generator)
+    return figures.density_panels(true, learned, np.array(samples), points, EXTENT)
+
+
+def titled(figure, title):
+    return next(ax for ax in figure.axes if ax.get_title() == title)
+
+
+@pytest.mark.parametrize("title", ["True density", "Learned density"])
+def test_a_density_is_drawn_the_right_way_up(title):
+    figure = panels(spot(2, 1), spot(2, 1))
+    pixels, ax = drawn(figure), titled(figure, title)
+    assert colour_at(pixels, ax, 2, 1).sum() < 120
+    for mirrored in [(-2, 1), (2, -1), (1, 2), (-1, -2)]:
+        assert colour_at(pixels, ax, *mirrored).sum() > 750
+
+
+def test_equal_densities_have_equal_colours_in_both_panels():
+    """Even where the learned one has a spike that the truth has not."""
+    truth = np.maximum(spot(1, 1), spot(-1, 1, -4.0))
+    learned = np.maximum(spot(-1, 1, -4.0), spot(0, -2, 30.0))
+    figure = panels(truth, learned)
+    pixels = drawn(figure)
+    true, model = titled(figure, "True density"), titled(figure, "Learned density")
+    assert (colour_at(pixels, true, -1, 1) == colour_at(pixels, model, -1, 1)).all()
+    assert (colour_at(pixels, model, 0, -2) == colour_at(pixels, true, 1, 1)).all()
+    assert (colour_at(pixels, true, -1, 1) != colour_at(pixels, true, 1, 1)).any()
+
+
+def test_samples_land_where_they_are_and_before_and_after_are_not_confused():
+    figure = panels(None, np.zeros((N, N)), [(2.0, 1.0)], generator=[(-1.0, -2.0)])
+    pixels = drawn(figure)
+    before, after = titled(figure, "Generator, before MCMC"), titled(figure, "After MCMC")
+    assert darkness(pixels, after, 2, 1) > 100
+    assert darkness(pixels, before, -1, -2) > 100
+    for ax, x, y in [
+        (after, -1, -2),
+        (before, 2, 1),
+        (after, -2, 1),
+        (after, 2, -1),
+        (after, 1, 2),
+    ]:
+        assert darkness(pixels, ax, x, y) == 0
+
+
+def test_the_contour_stands_at_four_standard_deviations():
+    centres = -3 + 6 * (np.arange(200) + 0.5) / 200
+    squared = centres[:, None] ** 2 + centres[None, :] ** 2
+    gaussian = -squared / (2 * 0.5**2)
+    figure = figures.density_panels(gaussian, gaussian, np.zeros((0, 2)), None, EXTENT)
+    pixels, ax = drawn(figure), titled(figure, "Samples")
+    for angle in np.linspace(0.1, 6.2, 7):
+        x, y = np.cos(angle), np.sin(angle)
+        assert darkness(pixels, ax, 2.0 * x, 2.0 * y) > 60
+        assert darkness(pixels, ax, 1.7 * x, 1.7 * y) == 0
+
+
+def test_samples_outside_the_frame_are_counted():
+    figure = panels(None, np.zeros((N, N)), [(0, 0), (9, 0), (0, -3.1)])
+    assert [text.get_text() for text in titled(figure, "Samples").texts] == ["2 of 3 outside"]
+    inside = panels(None, np.zeros((N, N)), [(0, 0), (3, -3)])
+    assert not titled(inside, "Samples").texts
+
+
+def tile(pixels, k, columns, shape, gap=(4, 4), top=0):
+    """Tile k of a mosaic whose first tile is at the top left: mean of each image pixel."""
+    h, w = shape
+    row, column = divmod(k, columns)
+    zoom = 12
+    y, x = top + row * (zoom * h + gap[0]), column * (zoom * w + gap[1])
+    return pixels[y : y + zoom * h, x : x + zoom * w].reshape(h, zoom, w, zoom, 3)
+
+
+def test_an_image_grid_keeps_order_orientation_and_sharp_pixels():
+    images = np.zeros((5, 2, 3))
+    places = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2)]
+    for k, place in enumerate(places):
+        images[k][place] = 1
+    pixels = drawn(figures.image_grid(images, columns=3))
+    for k, place in enumerate(places):
+        shown = tile(pixels, k, 3, (2, 3))
+        assert (shown == shown[:, :1, :, :1]).all(), "a blurred pixel"
+        dark = shown[:, 0, :, 0].sum(-1) < 200
+        assert np.argwhere(dark).tolist() == [list(place)]
+    assert (tile(pixels, 5, 3, (2, 3)) == 255).all(), "an empty place is paper"
+
+
+def test_filters_are_symmetric_around_zero():
+    weights = np.array([[[0.0, 0.7], [-0.7, 0.1]], [[-0.1, 0.0], [0.2, -0.2]]])
+    pixels = drawn(figures.filters(weights, columns=2))
+    colour = {
+        value: tile(pixels, k, 2, (2, 2))[i, 0, j, 0]
+        for (k, i, j), value in np.ndenumerate(weights)
+    }
+    assert np.ptp(colour[0.0]) < 6, "zero is neutral"
+    for value in (0.1, 0.2, 0.7):
+        red, blue = colour[value], colour[-value]
+        assert red[0] > red[2], "positive is red"
+        assert blue[2] > blue[0], "negative is blue"
+        assert abs(red.sum() - blue.sum()) < 120, "equally strong"
+
+
+def test_one_outlier_does_not_fade_the_other_filters():
+    weights = np.random.default_rng(0).uniform(-1, 1, (50, 8, 8))
+    before = drawn(figures.filters(weights, 10))
+    weights[-1, -1, -1] = 1000
+    after = drawn(figures.filters(weights, 10))
+    assert np.abs(before - after)[:96, :96].max() <= 4
+
+
+def test_a_chain_runs_to_the_right_and_chains_lie_below_each_other():
+    steps, chains = 3, 2
+    chain = np.arange(steps * chains).reshape(steps, chains, 1, 1) / 5 * np.ones((1, 1, 4, 4))
+    figure = figures.chain_strip(chain, [0, 10, 1000])
+    pixels = drawn(figure)
+    top = pixels.shape[0] - (chains * 48 + 8)
+    grey = [tile(pixels, k, steps, (4, 4), (8, 4), top).mean() for k in range(steps * chains)]
+    by_time = np.array(grey).reshape(chains, steps)
+    assert (np.argsort(-by_time.T.ravel()) == np.arange(steps * chains)).all()
+    assert [text.get_text() for text in figure.axes[0].texts] == ["step 0", "10", "1,000"]
+
+
+def test_energy_histograms_have_common_bins_and_unit_area():
+    r = np.random.default_rng(0)
+    figure = figures.energy_histogram({"data": r.normal(size=500), "noise": r.normal(4, 2, 90)})
+    outlines = [patch.get_path().vertices for patch in figure.axes[0].patches[1::2]]
+    edges = [np.unique(outline[:, 0]) for outline in outlines]
+    assert (edges[0] == edges[1]).all()
+    for outline in outlines:
+        x, y = outline[:, 0], outline[:, 1]
+        assert np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) == pytest.approx(1)
+
+
+def random():
+    return np.random.default_rng(0)
+
+
+def densities():
+    r = random()
+    centres = -3 + 6 * (np.arange(200) + 0.5) / 200
+    modes = np.array([(i, j) for i in range(-2, 3) for j in range(-2, 3)])
+    squared = [(centres - x) ** 2 + ((centres - y) ** 2)[:, None] for x, y in modes]
+    density = np.logaddexp.reduce([-s / (2 * 0.12**2) for s in squared])
+    samples = modes[r.integers(0, 25, 10000)] + 0.12 * r.normal(size=(10000, 2))
+    spread = samples + 0.2 * r.normal(size=samples.shape)
+    return figures.density_panels(density, density / 2, samples, spread, EXTENT)
+
+
+REALISTIC = {
+    "densities": densities,
+    "images": lambda: figures.image_grid(random().uniform(size=(64, 28, 28)), 16),
+    "filters": lambda: figures.filters(random().normal(size=(100, 8, 8)), 20),
+    "chains": lambda: figures.chain_strip(random().uniform(size=(12, 8, 8, 8)), range(12)),
+}
+
+
+@pytest.mark.parametrize("kind", REALISTIC)
+def test_a_png_is_small_and_true_to_the_colours(kind):
+    file = figures.png(REALISTIC[kind]())
+    assert len(file) < 150_000
+    exact = io.BytesIO()
+    REALISTIC[kind]().savefig(exact, dpi=figures.DPI)
+    shown, drawn = (np.asarray(Image.open(f).convert("RGB")) for f in (io.BytesIO(file), exact))
+    assert np.abs(shown.astype(int) - drawn).max() <= 12
+
+
+def test_figures_are_freed_and_style_stays_inside():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figure = figures.image_grid(np.zeros((2, 3, 3)), 2)
+    alive = weakref.ref(figure)
+    del figure
+    gc.collect()
+    assert alive() is None
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_neither_pyplot_nor_torch_is_imported():
+    unwanted = {"torch", "matplotlib.pyplot"}
+    code = f"import sys, pipelines, ebm.figures; print({unwanted} & {{*sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "set()\n", result.stderr
