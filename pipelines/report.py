@@ -1,0 +1,83 @@
+"""Stage `report`: from models/ to metrics, training curves, figures and one page for the reader.
+
+It writes `metrics/<experiment>.json`, `reports/curves/<experiment>.csv`, `reports/figures/` and
+`reports/index.html`, and removes what experiments that are gone left there. Everything is read and
+checked before the first file is written. Numbers are rounded to six significant digits, so that a
+diff in git shows what changed and not the noise of the last bits.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ebm import params
+from pipelines import page, results, stage, tracking
+from pipelines.results import History
+
+CURVE_ROWS = 200
+
+
+def main() -> None:
+    write(Path(), params.load(stage.PARAMS).model_dump())
+    tracking.flush()
+
+
+def write(root: Path, settings: Mapping[str, Any]) -> None:
+    """Report on every experiment of `settings`, the whole of params.yaml as plain mappings."""
+    found = [results.read(root / "models", name, settings) for name in settings["experiments"]]
+    found = [replace(result, history=thin(result.history)) for result in found]
+    html = page.render(found)
+    reports = root / "reports"
+    pictures = {f"{r.name}-{p.name}.png": p.png for r in found for p in r.pictures}
+    _fill(root / "metrics", {f"{r.name}.json": _metrics(r.metrics) for r in found})
+    _fill(reports / "curves", {f"{r.name}.csv": _table(r.history) for r in found})
+    _fill(reports / "figures", pictures)
+    (reports / "index.html").write_text(html, encoding="utf-8")
+
+
+def thin(history: History) -> History:
+    """At most CURVE_ROWS rows, evenly spread, the first and the last among them."""
+    length = len(history["step"])
+    if length <= CURVE_ROWS:
+        return history
+    kept = [round(k * (length - 1) / (CURVE_ROWS - 1)) for k in range(CURVE_ROWS)]
+    return {name: [column[k] for k in kept] for name, column in history.items()}
+
+
+def _metrics(metrics: Mapping[str, float]) -> bytes:
+    """A flat object of numbers, sorted; JSON has no number for what is not finite: left out."""
+    finite = {name: _rounded(value) for name, value in metrics.items() if math.isfinite(value)}
+    return (json.dumps(finite, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def _table(history: History) -> bytes:
+    """The curves as CSV; a value that is missing is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(history)
+    for row in zip(*history.values(), strict=True):
+        writer.writerow("" if math.isnan(value) else f"{value:.6g}" for value in row)
+    return text.getvalue().encode()
+
+
+def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` into `folder`, and remove older files of the same kinds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    for old in folder.iterdir():
+        if old.suffix in (".json", ".csv", ".png") and old.name not in files:
+            old.unlink()
+
+
+if __name__ == "__main__":
+    stage.guarded(main)

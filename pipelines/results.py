@@ -1,0 +1,158 @@
+"""What an experiment left in `models/<experiment>/`, read and checked without importing torch."""
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+
+from ebm import EBMError
+
+T = TypeVar("T")
+
+History = dict[str, list[float]]
+"""The training curves: `step` first, then one column per scalar; NaN where nothing was logged."""
+
+
+class Record(BaseModel):
+    """`run.json`: where the numbers come from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    variant: str
+    dataset: str
+    seed: int
+    threads: int
+    device: str
+    git_commit: str
+    git_dirty: bool
+    params_sha256: str
+    data_sha256: str
+    started: str
+    seconds: FiniteFloat
+    restarts: int
+    python: str
+    torch: str
+    tracking_key: str | None
+    mlflow_run_id: str | None
+
+
+class Reference(BaseModel):
+    """What a number is held against."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: int | FiniteFloat
+    kind: Literal["exact", "floor", "ceiling", "published", "baseline"]
+    source: str
+
+
+class Listing(BaseModel):
+    """A figure as `figures.json` lists it; `file` is relative to that file."""
+
+    file: str
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file with the words that go with it. Width and height in pixels."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One experiment. `settings` is its part of params.yaml, `data` that of its data set."""
+
+    name: str
+    settings: Mapping[str, Any]
+    data: Mapping[str, Any]
+    record: Record
+    history: History
+    metrics: dict[str, float]
+    references: dict[str, list[Reference]]
+    pictures: list[Picture]
+
+
+_METRICS = TypeAdapter(dict[str, int | float])
+_REFERENCES = TypeAdapter(dict[str, list[Reference]])
+_LISTINGS = TypeAdapter(list[Listing])
+
+
+def read(models: Path, name: str, params: Mapping[str, Any]) -> Result:
+    """The results of experiment `name` of `params`, the whole of params.yaml as plain mappings.
+
+    EBMError names the first file that is missing or cannot be used, and the stage that makes it.
+    """
+    folder, train, evaluate = models / name, f"train@{name}", f"evaluate@{name}"
+    settings = params["experiments"][name]
+    record = _json(folder / "run.json", TypeAdapter(Record), train)
+    measured = _json(folder / "evaluation" / "metrics.json", _METRICS, evaluate)
+    listings = _json(folder / "evaluation" / "figures.json", _LISTINGS, evaluate)
+    return Result(
+        name=name,
+        settings=settings,
+        data=params["datasets"][settings["dataset"]],
+        record=record,
+        history=_history(folder / "history.csv", train),
+        metrics={**measured, "seconds": record.seconds},
+        references=_json(folder / "evaluation" / "references.json", _REFERENCES, evaluate),
+        pictures=[_picture(folder / "evaluation", one, evaluate) for one in listings],
+    )
+
+
+def _unusable(path: Path, problem: object, stage: str) -> EBMError:
+    return EBMError(f"{path}: {problem}; run stage {stage} again")
+
+
+def _bytes(path: Path, stage: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unusable(path, error.strerror, stage) from None
+
+
+def _json(path: Path, form: TypeAdapter[T], stage: str) -> T:
+    content = _bytes(path, stage)
+    try:
+        return form.validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        problem = f"{where}: {first['msg']}" if where else first["msg"]
+        raise _unusable(path, problem, stage) from None
+
+
+def _history(path: Path, stage: str) -> History:
+    text = _bytes(path, stage).decode("utf-8", errors="replace")
+    names, *rows = list(csv.reader(text.splitlines())) or [[]]
+    if names[:1] != ["step"] or not rows:
+        raise _unusable(path, "expected a header that begins with `step`, and rows", stage)
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(names):
+            problem = f"line {number} has {len(row)} of {len(names)} columns"
+            raise _unusable(path, problem, stage)
+    try:
+        columns = zip(*([float(cell or math.nan) for cell in row] for row in rows), strict=True)
+    except ValueError as error:
+        raise _unusable(path, error, stage) from None
+    return dict(zip(names, map(list, columns), strict=True))
+
+
+def _picture(folder: Path, listing: Listing, stage: str) -> Picture:
+    path = folder / listing.file
+    png = _bytes(path, stage)
+    if png[:8] != b"\x89PNG\r\n\x1a\n" or png[-8:-4] != b"IEND":
+        raise _unusable(path, "not a complete PNG file", stage)
+    width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
+    return Picture(path.stem, listing.title, listing.caption, png, width, height)
