@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 EXTENT = (-2.0, 2.0)
-"""Both axes of the square that holds every density here, up to less than 1e-9 of its mass."""
+"""Both axes of the square that holds every density here, up to less than 1e-5 of its mass."""
 
 
 class GaussianMixture(nn.Module):
@@ -81,7 +81,7 @@ def _rings(u: Tensor) -> Tensor:
 
 def _spirals(u: Tensor) -> Tensor:
     arm = 1 - 2 * (2 * u).floor()
-    t = 3 * math.pi * (2 * u % 1).sqrt()
+    t = 3 * math.pi * ((2 * u % 1 + 0.01) / 1.01).sqrt()
     return (arm * t)[:, None] * torch.stack([-t.cos(), t.sin()], 1) / 6
 
 
@@ -89,6 +89,6 @@ DENSITIES: dict[str, Callable[[], GaussianMixture]] = {
     "8gaussians": lambda: _ring_of_gaussians(8, radius=2 / 1.414, sigma=0.02 / 1.414),
     "25gaussians": lambda: _grid_of_gaussians(5, spacing=2 / 2.828, sigma=0.05 / 2.828),
     "swissroll": lambda: _blurred(_roll, nodes=2048, sigma=0.25 / 7.5),
-    "rings": lambda: _blurred(_rings, nodes=4096, sigma=0.03),
-    "2spirals": lambda: _blurred(_spirals, nodes=8192, sigma=0.03),
+    "rings": lambda: _blurred(_rings, nodes=3072, sigma=0.03),
+    "2spirals": lambda: _blurred(_spirals, nodes=2048, sigma=0.03),
 }

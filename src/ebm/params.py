@@ -40,7 +40,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
-        raise ParamsError(f"{path.name}: {_explain(error, raw)}") from None
+        raise ParamsError(f"{path.name}: {_explain(error)}") from None
     for name, experiment in params.experiments.items():
         _check_experiment(path, name, experiment, params)
     return params
@@ -94,12 +94,12 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
+def _explain(error: ValidationError) -> str:
     """The first problem in one line, in the words of the file and not of the library."""
     problems = error.errors(include_url=False)
     first = min(problems, key=_severity)
-    keys, tags = _key_path(first["loc"], raw)
-    line = f"{'.'.join(map(str, keys)) or 'the file'}{_complaint(first, keys, tags)}"
+    keys, tag = _key_path(first["loc"])
+    line = f"{'.'.join(map(str, keys)) or 'the file'}{_complaint(first, keys, tag)}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return " ".join(line.split()) + more
 
@@ -109,24 +109,17 @@ def _severity(problem: Any) -> int:
     return {"extra_forbidden": 0, "missing": 2}.get(problem["type"], 1)
 
 
-def _key_path(location: Sequence[int | str], raw: Any) -> tuple[list[int | str], list[str]]:
-    """Split pydantic's location into keys of the file and the union tags among them."""
-    keys: list[int | str] = []
-    tags: list[str] = []
-    for i, part in enumerate(location):
-        last = i == len(location) - 1
-        if isinstance(raw, dict) and part not in raw and not last:
-            tags.append(str(part))
-        elif part != "[key]":
-            keys.append(part)
-            raw = raw.get(part) if isinstance(raw, dict) else None
-    return keys, tags
+def _key_path(location: Sequence[int | str]) -> tuple[list[int | str], str]:
+    """Split pydantic's location into the keys of the file and the union tag that stands third."""
+    keys = [part for part in location if part != "[key]"]
+    tag = str(keys.pop(2)) if len(keys) > 2 else ""
+    return keys, tag
 
 
-def _complaint(problem: Any, keys: Sequence[int | str], tags: Sequence[str]) -> str:
+def _complaint(problem: Any, keys: Sequence[int | str], tag: str) -> str:
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _known_keys(keys, tags)
+        known = _known_keys(keys, tag)
         return f": unknown key{_did_you_mean(str(keys[-1]), known)}; allowed: {', '.join(known)}"
     if kind == "missing":
         return ": missing key"
@@ -151,13 +144,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _known_keys(keys: Sequence[int | str], tags: Sequence[str]) -> list[str]:
+def _known_keys(keys: Sequence[int | str], tag: str) -> list[str]:
     """The keys that are allowed beside the last one of `keys`."""
     model: type[BaseModel] = Params
     if len(keys) > 2:
         choices = _EXPERIMENTS if keys[0] == "experiments" else Dataset.__origin__.__args__
         tag_field = "variant" if keys[0] == "experiments" else "kind"
-        tag = tags[0] if tags else ""
         model = next(c for c in choices if tag in c.model_fields[tag_field].annotation.__args__)
         for key in keys[2:-1]:
             inner = model.model_fields[str(key)].annotation

@@ -1,0 +1,194 @@
+"""`params.yaml`: the real one is right, and any broken one ends in one line that names the key."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from ebm import params
+from ebm.densities import DENSITIES
+from ebm.params import ParamsError
+from ebm.schema import DensityData, Experiment, Section
+from ebm.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD = YAML(typ="safe").load(ROOT / "params.yaml")
+MEG, RBM = "experiments.meg-25gaussians", "experiments.rbm-digits"
+
+REMOVED = [
+    "datasets",
+    "experiments",
+    "datasets.digits.kind",
+    "datasets.digits.seed",
+    "datasets.swissroll.train",
+    f"{MEG}.variant",
+    f"{MEG}.dataset",
+    f"{MEG}.seed",
+    f"{MEG}.train",
+    f"{MEG}.train.steps",
+    f"{MEG}.train.watch.limits",
+    f"{MEG}.model.width",
+    f"{MEG}.sample.step_size",
+    f"{RBM}.evaluate.chains",
+]
+EXTRA = [
+    "extra",
+    "datasets.digits.binarise",
+    f"{MEG}.modle",
+    f"{MEG}.train.stesp",
+    f"{MEG}.train.watch.limit",
+    f"{MEG}.model.widht",
+    f"{MEG}.sample.step",
+    f"{RBM}.model.width",
+    f"{RBM}.evaluate.chians",
+]
+WRONG = [
+    ("datasets", None),
+    ("datasets", []),
+    ("datasets.digits", "digits"),
+    ("datasets.digits.kind", "digit"),
+    ("datasets.digits.binarize", "samples"),
+    ("datasets.digits.test", 0),
+    ("datasets.digits.seed", -1),
+    ("datasets.swissroll.density", "swissrol"),
+    ("datasets.swissroll.train", "many"),
+    ("datasets.swissroll.train", 1.5),
+    (f"{MEG}.dataset", "25gausians"),
+    (f"{MEG}.variant", "mge"),
+    (f"{MEG}.variant", 3),
+    (f"{MEG}.seed", "zero"),
+    (f"{MEG}.threads", 0),
+    (f"{MEG}.train.steps", -5),
+    (f"{MEG}.train.steps", True),
+    (f"{MEG}.train.batch_size", "512"),
+    (f"{MEG}.train.checkpoint_every", 75),
+    (f"{MEG}.train.cooldown", 1.5),
+    (f"{MEG}.train.watch.limits.energy_gap", -1.0),
+    (f"{MEG}.train.watch.restarts", -1),
+    (f"{MEG}.model.betas", [0.5]),
+    (f"{MEG}.model.betas", 0.5),
+    (f"{MEG}.model.ema", 2.0),
+    (f"{MEG}.model.energy_learning_rate", 0.0),
+    (f"{MEG}.model.score_penalty", float("nan")),
+    (f"{MEG}.model.entropy", float("inf")),
+    (f"{MEG}.sample", 7),
+    (f"{RBM}.model.hidden", 0),
+    (f"{RBM}.model.learning_rate", "1e-3"),
+    (f"{RBM}.sample.count", None),
+]
+
+
+def broken(change):
+    content = copy.deepcopy(GOOD)
+    change(content)
+    return content
+
+
+def at(content, path):
+    *parents, last = path.split(".")
+    for key in parents:
+        content = content[key]
+    return content, last
+
+
+def remove(path):
+    def change(content):
+        holder, key = at(content, path)
+        del holder[key]
+
+    return change
+
+
+def put(path, value):
+    def change(content):
+        holder, key = at(content, path)
+        holder[key] = value
+
+    return change
+
+
+CASES = (
+    [(path, broken(remove(path))) for path in REMOVED]
+    + [(path, broken(put(path, 1))) for path in EXTRA]
+    + [(path, broken(put(path, value))) for path, value in WRONG]
+)
+
+
+def complaint(folder, content):
+    file = folder / "params.yaml"
+    YAML().dump(content, file)
+    with pytest.raises(ParamsError) as caught:
+        params.load(file)
+    return str(caught.value)
+
+
+def test_there_are_fifty_broken_files():
+    assert len(CASES) >= 50
+
+
+@pytest.mark.parametrize(("path", "content"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)])
+def test_a_broken_file_is_one_line_that_names_the_key(tmp_path, path, content):
+    line = complaint(tmp_path, content)
+    assert "\n" not in line
+    assert line.startswith(f"params.yaml: {path}")
+
+
+def test_the_real_file_is_right():
+    loaded = params.load(ROOT / "params.yaml")
+    assert set(loaded.experiments) >= {"rbm-digits", "rbm-digits-cd1", "meg-25gaussians"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "hint"),
+    [
+        (f"{MEG}.train.stesp", 1, "'steps'"),
+        (f"{MEG}.dataset", "25gausians", "'25gaussians'"),
+        (f"{MEG}.variant", "mge", "'meg'"),
+        ("datasets.digits.binarize", "samples", "'sample'"),
+    ],
+)
+def test_a_typo_gets_a_suggestion(tmp_path, path, value, hint):
+    assert f"did you mean {hint}" in complaint(tmp_path, broken(put(path, value)))
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [1", "a: 1\na: 2\n", "\tx: 1", "- 1\n", "", "x: \x00", "a: *nobody"]
+)
+def test_what_is_not_a_mapping_in_yaml_is_one_line(tmp_path, text):
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(ParamsError) as caught:
+        params.load(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ParamsError, match="no such file"):
+        params.load(tmp_path / "params.yaml")
+
+
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path):
+    line = complaint(tmp_path, broken(put("datasets.Di/gits", GOOD["datasets"]["digits"])))
+    assert "lower-case" in line
+
+
+def test_parameters_are_checked_before_torch_is_imported():
+    code = "import sys, pipelines; from pathlib import Path; from ebm import params; "
+    code += "params.load(Path('params.yaml')); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_no_shared_section_has_a_default():
+    """schema.py is no DVC dependency of any stage: a number hidden there would change results unseen."""
+    sections = [Section, *Section.__subclasses__(), Experiment]
+    shared = [s for s in sections if s.__module__ == "ebm.schema"]
+    assert len(shared) > 4
+    assert all(field.is_required() for s in shared for field in s.model_fields.values())
+
+
+def test_the_schema_knows_every_density_and_variant():
+    assert set(DensityData.model_fields["density"].annotation.__args__) == set(DENSITIES)
+    assert all((ROOT / "src/ebm/variants" / f"{name}.py").exists() for name in VARIANTS)
