@@ -2,12 +2,11 @@
 
 import contextlib
 import json
-import shutil
 
 import psutil
 import pytest
 from dvc.repo import Repo
-from toy_house import House
+from toy_house import House, built
 
 from ebm import EBMError
 from pipelines import dag
@@ -18,19 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarni
 ALL = ("prepare", "train@a", "train@b", "evaluate@a", "evaluate@b", "report")
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A house in which every stage has run."""
-    house = House.build(tmp_path_factory.mktemp("built") / "house")
-    code, output = house.run()
-    assert code == 0, output
-    return house
-
-
 @pytest.fixture
-def house(built, tmp_path):
-    """A copy of it."""
-    return House(shutil.copytree(built.root, tmp_path / "house"))
+def house(tmp_path, tmp_path_factory):
+    """A house in which every stage has run."""
+    return built(tmp_path_factory.getbasetemp())[0].copy(tmp_path / "house")
 
 
 def stale(house, *targets):

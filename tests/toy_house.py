@@ -3,6 +3,7 @@
 What a stage does beyond writing its output is told by files that DVC does not see.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -137,6 +138,10 @@ class House:
         events = path.read_text().splitlines() if path.exists() else []
         return [tuple(e) for e in map(json.loads, events) if not kinds or e[0] in kinds]
 
+    def copy(self, root: Path) -> "House":
+        """The same one at another place."""
+        return House(shutil.copytree(self.root, root))
+
     def ran(self) -> list[str]:
         """The stages that have come to their end, in that order."""
         return [stage for _, stage, _, _ in self.events("end")]
@@ -167,6 +172,17 @@ class House:
         """What DVC's own command says is changed."""
         command = [sys.executable, "-m", "dvc", "status", "--json"]
         return json.loads(subprocess.check_output(command, cwd=self.root))
+
+
+@functools.cache
+def built(folder: Path) -> tuple[House, str]:
+    """A house in which every stage has run, made once, and what the runner said then."""
+    house = House.build(folder / "built-house")
+    house.tell("train@b", prints=" 1%\r 50%\r100%")
+    code, output = house.run("-j2")
+    assert code == 0, output
+    house.forget()
+    return house, output
 
 
 def wait_for(condition: Callable[[], T], seconds: float) -> T:

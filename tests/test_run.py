@@ -1,0 +1,295 @@
+"""The runner does what `dvc repro` would, side by side, and however it ends leaves nothing."""
+
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+from toy_house import House, alive, built, wait_for
+
+from pipelines import dag, run
+from pipelines.dag import Stage
+from pipelines.run import Result
+
+# DVC's dependency pygtrie warns DVC.
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
+
+ALL = ["prepare", "train@a", "train@b", "evaluate@a", "evaluate@b", "report"]
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def house(tmp_path, tmp_path_factory):
+    """A house in which both trainings, and what is downstream, are stale."""
+    house = built(tmp_path_factory.getbasetemp())[0].copy(tmp_path / "house")
+    params = (house.root / "params.yaml").read_text()
+    house.write("params.yaml", params.replace("steps: 1", "steps: 2"))
+    return house
+
+
+def stage(name, *upstream):
+    return Stage(name, "true", upstream, stale=True)
+
+
+def scheduled(stages, jobs, failing=(), keep_going=True, seconds=float):
+    """Results by stage, and [start, end] by stage of those that ran, in the order they started."""
+    ran = {}
+
+    def work(stage):
+        ran[stage.name] = [time.monotonic()]
+        time.sleep(seconds())
+        ran[stage.name].append(time.monotonic())
+        return Result(stage.name, "failed" if stage.name in failing else "done")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(run.schedule(stages, work, pool, jobs, keep_going))
+    assert sorted(result.stage for result in results) == sorted(stage.name for stage in stages)
+    return {result.stage: result for result in results}, ran
+
+
+def most_at_once(intervals):
+    intervals = list(intervals)
+    return max(sum(s <= moment < e for s, e in intervals) for moment, _ in intervals)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_any_graph_runs_in_order_side_by_side_and_as_far_as_failures_let_it(seed):
+    rng = random.Random(seed)
+    names = [f"s{number}" for number in range(30)]
+    stages = [
+        stage(name, *rng.sample(names[:index], rng.randint(0, min(index, 2))))
+        for index, name in enumerate(names)
+    ]
+    failing, jobs = set(rng.sample(names, rng.randint(0, 3))), rng.randint(1, 5)
+    results, ran = scheduled(stages, jobs, failing, seconds=lambda: rng.random() / 500)
+    for one in stages:
+        hopeless = any(results[name].outcome != "done" for name in one.upstream)
+        expected = "skipped" if hopeless else "failed" if one.name in failing else "done"
+        assert results[one.name].outcome == expected
+        assert (one.name in ran) == (not hopeless)
+        if not hopeless:
+            assert all(ran[name][1] <= ran[one.name][0] for name in one.upstream)
+    assert most_at_once(ran.values()) <= jobs
+
+
+def test_no_place_is_left_empty_and_none_is_taken_by_waiting():
+    chains = [[stage(f"{c}1"), stage(f"{c}2", f"{c}1"), stage(f"{c}3", f"{c}2")] for c in "abcd"]
+    stages = [chain[level] for level in range(3) for chain in chains]
+    started = time.monotonic()
+    _, ran = scheduled(stages, jobs=4, seconds=lambda: 0.2)
+    assert time.monotonic() - started < 0.9
+    assert most_at_once(ran.values()) == 4
+
+
+def test_what_comes_first_in_the_plan_starts_first():
+    stages = [stage("a"), stage("b"), stage("c"), stage("after a", "a")]
+    assert list(scheduled(stages, jobs=1)[1]) == ["a", "b", "c", "after a"]
+
+
+def test_a_skipped_stage_names_the_failure_that_is_to_blame():
+    results, _ = scheduled([stage("a"), stage("b", "a"), stage("c", "b")], 2, failing=["a"])
+    assert [str(result) for result in results.values()][1:] == [
+        "skipped b: a failed",
+        "skipped c: a failed",
+    ]
+
+
+def test_without_keep_going_nothing_starts_after_a_failure():
+    stages = [stage("a"), stage("b"), stage("c", "b")]
+    results, ran = scheduled(stages, 1, failing=["a"], keep_going=False)
+    assert list(ran) == ["a"]
+    assert [results[name].outcome for name in "bc"] == ["skipped", "skipped"]
+
+
+def test_upstream_stages_that_are_up_to_date_are_not_waited_for():
+    assert list(scheduled([stage("b", "a")], 1)[1]) == ["b"]
+
+
+def test_a_run_says_what_happens(tmp_path_factory):
+    house, output = built(tmp_path_factory.getbasetemp())
+    lines = output.splitlines()
+    assert lines[0] == "6 of 6 stages to run, 2 at a time"
+    assert lines.index("start prepare") < lines.index("start train@a")
+    assert "train@b | 100%" in lines
+    assert sum("done" in line and line.startswith("[") for line in lines) == 6
+    assert lines[-1].startswith("6 done, 0 failed, 0 skipped in ")
+    assert "git add" not in output, "DVC's advice after every stage"
+    assert "100%" in (house.root / ".checkpoints/logs/train@b.log").read_text().splitlines()
+
+
+def test_what_is_up_to_date_ends_soon(tmp_path_factory):
+    house, _ = built(tmp_path_factory.getbasetemp())
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code, output = house.run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (code, output) == (0, f"{run.NOTHING_TO_DO}\n")
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert cpu_seconds < 4, "so that it takes less than five, start to end"
+
+
+def test_a_failure_ends_what_depends_on_it_and_the_next_run_mends_it(house):
+    house.tell("train@a", failures=1)
+    code, output = house.run("-j2")
+    assert code == 1
+    assert house.ran() == ["train@b", "evaluate@b"]
+    last = output[output.rindex("failed train@a after") :].splitlines()
+    assert "    ValueError: the dog ate it" in last
+    assert last[-1].startswith("2 done, 1 failed, 2 skipped in ")
+    for name in ("evaluate@a", "report"):
+        assert f"skipped {name}: train@a failed" in output
+    house.forget()
+    house.tell("train@a")
+    assert run.run(root=house.root)
+    assert house.ran() == ["train@a", "evaluate@a", "report"]
+
+
+def test_only_what_the_targets_need_runs_but_forced_even_if_up_to_date(house):
+    assert run.run(["train@b"], force=True, root=house.root)
+    assert house.ran() == ["prepare", "train@b"]
+
+
+def test_hints_limit_the_time_and_allow_other_attempts(house, capsys):
+    house.edit("dvc.yaml", "timeout: 60, retries: 0", "timeout: 2, retries: 1")
+    house.tell("train@a", failures=1)
+    house.tell("train@b", seconds=600, child=True)
+    assert not run.run(["train"], jobs=2, root=house.root)
+    output = capsys.readouterr().out
+    assert "retry train@a: exit code 1" in output
+    assert "failed train@b" in output
+    assert "time limit reached" in output
+    assert house.ran() == ["train@a"]
+    assert len(house.events("child")) == 2
+    assert not any(alive(pid) for *_, pid in house.events())
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGTERM, 143, marks=slow),
+        pytest.param(signal.SIGHUP, 129, marks=slow),
+    ],
+)
+def test_a_runner_that_is_ended_leaves_nothing_and_the_next_run_works(house, ends, code):
+    for name in ("train@a", "train@b"):
+        house.tell(name, seconds=600, child=True)
+    with house.start("-j2") as runner:
+        wait_for(lambda: len(house.events("start")) == 2, 30)
+        everything = [process.pid for process in psutil.Process(runner.pid).children(True)]
+        runner.send_signal(ends)
+        output, _ = runner.communicate(timeout=15)
+    assert runner.returncode == code
+    assert not any(line.startswith("Traceback") for line in output.splitlines())
+    pids = [*everything, *(pid for *_, pid in house.events())]
+    wait_for(lambda: not any(map(alive, pids)), 15)
+    for name in ("train@a", "train@b"):
+        house.tell(name)
+    assert run.run(root=house.root)
+    assert sorted(house.ran()) == sorted(ALL[1:])
+    assert not dag.plan(root=house.root).stale
+
+
+@slow
+def test_stubborn_stages_are_gone_15_seconds_after_ctrl_c(house):
+    house.tell("train@a", seconds=600, stubborn=True)
+    with house.start() as runner:
+        wait_for(lambda: house.events("start"), 30)
+        runner.send_signal(signal.SIGINT)
+        runner.send_signal(signal.SIGINT)
+        runner.communicate(timeout=15)
+    assert not any(alive(pid) for *_, pid in house.events())
+
+
+@slow
+def test_a_killed_supervisor_fails_its_stage_and_leaves_nothing(house):
+    house.tell("train@a", seconds=600, child=True)
+    with house.start() as runner:
+        (_, _, _, pid), *_ = wait_for(lambda: house.events("start"), 30)
+        (pid,) = [pid for _, name, _, pid in house.events("start") if name == "train@a"]
+        leader = psutil.Process(pid).parent()
+        leader.parent().kill()
+        output, _ = runner.communicate(timeout=30)
+    assert runner.returncode == 1
+    assert "failed train@a" in output
+    assert "its supervisor was killed" in output
+    assert not any(alive(pid) for *_, pid in house.events())
+    assert house.ran() == ["train@b", "evaluate@b"]
+
+
+@slow
+def test_sigint_ends_a_runner_in_the_background_of_a_script(house):
+    """Where the shell has it ignored."""
+    house.tell("train@a", seconds=600)
+    script = f"{sys.executable} -m pipelines.run & echo $!; wait"
+    with subprocess.Popen(
+        ["bash", "-c", script], cwd=house.root, stdout=subprocess.PIPE, text=True
+    ) as shell:
+        runner = psutil.Process(int(shell.stdout.readline()))
+        wait_for(lambda: house.events("start"), 30)
+        runner.send_signal(signal.SIGINT)
+        shell.communicate(timeout=15)
+    assert not any(alive(pid) for *_, pid in house.events())
+
+
+@slow
+def test_a_second_runner_is_told_who_is_at_work(house):
+    house.tell("train@a", seconds=600)
+    with house.start() as runner:
+        wait_for(lambda: house.events("start"), 30)
+        code, output = house.run()
+        runner.send_signal(signal.SIGINT)
+        runner.communicate(timeout=15)
+    assert code == 1
+    assert "is busy" in output
+    assert len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("experiments", "jobs"), [(12, 6), pytest.param(100, 8, marks=slow)]
+)  # fmt: skip
+def test_no_entry_of_dvc_lock_is_lost(tmp_path, experiments, jobs):
+    names = [f"e{number}" for number in range(experiments)]
+    house = House.build(tmp_path / "house", names)
+    for name in names:
+        house.tell(f"train@{name}", seconds=0.2)
+    assert run.run(["train"], jobs=jobs, root=house.root)
+    lock = YAML(typ="safe").load((house.root / "dvc.lock").read_text())
+    assert set(lock["stages"]) == {"prepare", *(f"train@{name}" for name in names)}
+    assert not dag.plan(["train"], house.root).stale
+    starts = {name: t for _, name, t, _ in house.events("start")}
+    ends = {name: t for _, name, t, _ in house.events("end")}
+    assert 1 < most_at_once((starts[name], ends[name]) for name in starts) <= jobs
+
+
+@slow
+def test_runners_for_different_stages_run_at_the_same_time(house):
+    with house.start("train@a") as one, house.start("train@b") as other:
+        outputs = [runner.communicate(timeout=60)[0] for runner in (one, other)]
+    assert (one.returncode, other.returncode) == (0, 0), outputs
+    assert not dag.plan(["train"], house.root).stale
+
+
+@pytest.mark.parametrize(
+    ("arguments", "edit", "told"),
+    [
+        ([], ("params.yaml", "seed: 0", "sede: 0"), "error: params.yaml: seed: missing\n"),
+        (["trian"], None, "error: no stage matches 'trian'; did you mean 'train'?\n"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(house, arguments, edit, told):
+    if edit:
+        house.edit(*edit)
+    assert house.run(*arguments) == (1, told)
+
+
+def test_no_number_of_jobs_below_one_is_taken(house):
+    code, output = house.run("-j0")
+    assert code == 2
+    assert "argument -j/--jobs: invalid" in output
