@@ -34,11 +34,16 @@ def fresh_root(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def store(fresh_root, empty_database, monkeypatch):
-    """A root with a database, where a run starts no courier: the test delivers itself."""
-    shutil.copy(empty_database, fresh_root / "mlflow.db")
+def no_courier(monkeypatch):
+    """A run starts no courier: the test delivers, or calls flush."""
     courier = tracking._courier
     monkeypatch.setattr(tracking, "_courier", lambda *key: None if key else courier())
+
+
+@pytest.fixture
+def store(fresh_root, empty_database, no_courier):
+    """A root with a database, where nobody delivers but the test."""
+    shutil.copy(empty_database, fresh_root / "mlflow.db")
     return Lookup(f"sqlite:///{fresh_root}/mlflow.db")
 
 

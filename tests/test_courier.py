@@ -1,5 +1,6 @@
 """What couriers promise, with real processes: real kills, real servers, real locks."""
 
+import math
 import os
 import shutil
 import signal
@@ -8,7 +9,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
+from urllib.request import urlopen
 
 import pytest
 from tracking_store import (
@@ -22,7 +24,7 @@ from tracking_store import (
 )
 
 from pipelines import ROOT, courier, tracking
-from pipelines.spool import Spool, root
+from pipelines.spool import Spool
 
 pytestmark = MLFLOW_WARNS
 
@@ -131,6 +133,58 @@ def test_flush_keeps_its_time_and_says_what_is_left(server, caplog):
 
 
 @pytest.mark.slow
+def test_a_real_server_dies_in_the_middle_and_gets_everything_once(fresh_root, monkeypatch):
+    """With kill -9, so also in the middle of a request."""
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with mlflow_server(port), stage(rows=20_000) as process:
+        spool = Spool(process.stdout.readline().strip())
+        assert wait_until(lambda: spool.state().offset > 100_000, 60)
+    assert process.returncode == 0
+    assert undelivered() == [spool.key]
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "_courier", lambda key: None)
+        with start("toy", key=spool.key) as evaluation:
+            evaluation.log_final({"nan": math.nan})
+            evaluation.artifact(ROOT / "pyproject.toml", "files")
+    with mlflow_server(port):
+        assert tracking.flush()
+        store = Lookup(uri)
+        assert store.client.list_artifacts(store.run().info.run_id, "files")
+        [(step, value)] = store.rows("nan")
+        assert step == 10**6
+        assert math.isnan(value)
+        rows = [(step, step) for step in range(20_000)] + [(10**6, -1)]
+        assert sorted(store.rows("loss")) == rows
+
+
+@contextmanager
+def mlflow_server(port):
+    """A real server, which ends by kill -9."""
+    options = ["--port", str(port), "--workers", "1", "--backend-store-uri", "sqlite:///server.db"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *options],
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        assert wait_until(lambda: answers(port), 120)
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answers(port):
+    with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
+        return reply.status == 200
+    return False
+
+
+@pytest.mark.slow
 def test_a_server_that_never_answers_holds_nobody(database, monkeypatch):
     with serving() as server:
         server.mood = "silent"
@@ -141,7 +195,6 @@ def test_a_server_that_never_answers_holds_nobody(database, monkeypatch):
     assert len(undelivered()) == 1
 
 
-@pytest.mark.slow
 def test_eight_processes_on_a_machine_without_a_database_all_log(fresh_root):
     stages = [stage(f"run-{i}") for i in range(8)]
     said = [process.communicate()[1] for process in stages]

@@ -129,7 +129,9 @@ def test_there_are_fifty_broken_files():
     assert len(CASES) >= 50
 
 
-@pytest.mark.parametrize(("path", "content"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("path", "content"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)]
+)
 def test_a_broken_file_is_one_line_that_names_the_key(tmp_path, path, content):
     line = complaint(tmp_path, content)
     assert "\n" not in line

@@ -37,9 +37,7 @@ def test_free_energy_is_the_hidden_units_summed_out():
 
 def test_conditionals_are_those_of_the_joint():
     rbm, h, v = machine(), states(4), states(6)
-    joint = torch.exp(
-        (v @ rbm.visible_bias)[:, None] + h @ rbm.hidden_bias + v @ rbm.weight @ h.T
-    )
+    joint = torch.exp((v @ rbm.visible_bias)[:, None] + h @ rbm.hidden_bias + v @ rbm.weight @ h.T)
     gibbs = rbm.gibbs()
     torch.testing.assert_close(gibbs.p_hidden(v), joint @ h / joint.sum(1, keepdim=True))
     torch.testing.assert_close(gibbs.p_visible(h), joint.T @ v / joint.sum(0)[:, None])

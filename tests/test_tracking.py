@@ -1,7 +1,6 @@
 """Laws of the stage's side and of delivery, within one process. Real couriers: test_courier.py."""
 
 import json
-import logging
 import math
 import os
 import subprocess
@@ -32,11 +31,13 @@ def everything(run, folder):
         run.log({"loss": step / 7, "gap": -step}, step)
     run.artifact(folder / "figure.png", "figures")
     run.model(*model_files(folder))
-    run.log_final({"modes": 8})
+    run.log_final({"modes": 8, "lost": math.nan})
 
 
 def model_files(folder):
-    files = [folder / name for name in ("weights.safetensors", "config.json", "splits.safetensors")]
+    files = [
+        folder / name for name in ("weights.safetensors", "config.json", "splits.safetensors")
+    ]
     save_file({"w": np.ones(2, np.float32)}, files[0])
     files[1].write_text(json.dumps({"shape": [2]}))
     save_file({"test": np.ones((20, 2), np.float32)}, files[2])
@@ -55,6 +56,7 @@ def holds_everything(store):
         and [figure.path for figure in figures] == ["figures/figure.png"]
         and [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
         and model.status == "READY"
+        and [(metric.key, metric.value) for metric in model.metrics] == [("modes", 8.0)]
     )
 
 
@@ -277,7 +279,7 @@ def test_a_server_that_is_down_is_said_once_and_gets_everything_later(server, ca
         run.log({"loss": step}, step)
         assert deliver() == (mood == "well")
     run.log({"loss": 5}, 5)
-    assert [row for row in server.rows] == [(step, step) for step in range(5)]
+    assert server.rows == [(step, step) for step in range(5)]
     run.close()
     assert deliver()
     assert server.rows[-1] == (5, 5)

@@ -13,7 +13,6 @@ from pipelines import tracking
 from pipelines.courier import Courier
 from pipelines.spool import Spool, root
 
-
 MLFLOW_WARNS = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy"  # MLflow 3.17 with SQLAlchemy 2.1
 )
@@ -45,9 +44,7 @@ class Lookup:
 
 def start(experiment="toy", **changes):
     """A run with the arguments that a test does not care about."""
-    return tracking.Run.start(
-        experiment, **{"params": {}, "tags": {}, "dataset": None, **changes}
-    )
+    return tracking.Run.start(experiment, **{"params": {}, "tags": {}, "dataset": None, **changes})
 
 
 def deliver():

@@ -84,7 +84,9 @@ def read(folder: Path) -> Prepared:
     try:
         return Prepared(load(payload), manifest)
     except SafetensorError as error:
-        raise EBMError(f"{folder / FILES[0]}: not a safetensors file ({error}); {advice}") from None
+        raise EBMError(
+            f"{folder / FILES[0]}: not a safetensors file ({error}); {advice}"
+        ) from None
 
 
 def _density(settings: DensityData) -> tuple[str, dict[str, Tensor]]:
@@ -111,7 +113,11 @@ def _digits(settings: DigitsData) -> tuple[str, dict[str, Tensor]]:
     parts = order.split([len(order) - sum(held_out), *held_out])
     tensors: dict[str, Tensor] = {}
     for split, index in zip(SPLITS, parts, strict=True):
-        tensors |= {split: images[index], f"{split}_labels": labels[index], f"{split}_index": index}
+        tensors |= {
+            split: images[index],
+            f"{split}_labels": labels[index],
+            f"{split}_index": index,
+        }
     return f"scikit-learn load_digits, 1797 images, binarised: {settings.binarize}", tensors
 
 

@@ -209,7 +209,9 @@ def _picture_images(
 ) -> None:
     shown = samples.get("probability", samples["samples"])[:64]
     grid: Callable[[Tensor], Figure] = lambda x: figures.image_grid(x.cpu().numpy(), columns=16)  # noqa: E731
-    result.draw("samples", "Samples", "Probability of each pixel at the end of its chain.", grid(shown))
+    result.draw(
+        "samples", "Samples", "Probability of each pixel at the end of its chain.", grid(shown)
+    )
     result.draw("data", "Test images", "What the samples should look like.", grid(test[:64]))
     if "chain" in samples:
         chain, steps = samples["chain"].cpu().numpy(), samples["chain_steps"].tolist()

@@ -1,0 +1,42 @@
+# Two commands do the work: `make repro` and `make test`. Both set up what they need.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+repro: $(BIN)/.synced  ## Rebuild everything that is stale, stages side by side (JOBS=n)
+	python -m pipelines.run -j $(JOBS)
+
+flow: $(BIN)/.synced  ## The same as a Prefect flow
+	python -m pipelines.flows -j $(JOBS)
+
+test: $(BIN)/.synced  ## Run the tests (minutes)
+	python -m pytest -q -m "not slow"
+
+test-slow: $(BIN)/.synced  ## Run the long tests too: kills, many processes, servers
+	python -m pytest -q
+
+lint: $(BIN)/.synced  ## Check style, format and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+ui: $(BIN)/.synced  ## Open the tracked runs at http://127.0.0.1:5000
+	python -m pipelines.tracking
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
+
+$(BIN)/.synced: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	command -v uv >/dev/null || $(BIN)/python -m pip install -q uv
+	uv pip sync -q --require-hashes --python $(BIN)/python requirements.lock
+	test -x $(BIN)/uv || uv pip install -q --python $(BIN)/python uv
+	touch $@
+
+.PHONY: help repro flow test test-slow lint ui

@@ -1,0 +1,187 @@
+"""The house rules: the core knows no machinery, nothing imports in a circle, and every module that a
+stage computes with is one of its DVC dependencies."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parents[1]
+MACHINERY = {"mlflow": "courier mlflow_store served", "prefect": "flows", "dvc": "dag"}
+
+ROUTING = {
+    "ebm/__init__.py": "defines the error class",
+    "ebm/params.py": "parses; holds no number",
+    "ebm/schema.py": "declares; no field has a default (tests/test_params.py)",
+    "ebm/variants/__init__.py": "finds a variant by its name",
+    "pipelines/__init__.py": "finds the source tree",
+    "pipelines/stage.py": "arguments and error lines",
+    "pipelines/tracking.py": "reports what was computed",
+    "pipelines/spool.py": "reports what was computed",
+}
+"""Modules that can change no result, with the reason: they need not be dependencies."""
+
+
+def modules():
+    files = [*(ROOT / "src/ebm").rglob("*.py"), *(ROOT / "pipelines").glob("*.py")]
+    return {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
+
+
+def imports(tree, top_level_only=False):
+    """Absolute names that a module imports, `if TYPE_CHECKING` blocks left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (top_level_only and isinstance(node, ast.FunctionDef)):
+            yield from imports(node, top_level_only)
+
+
+def offenders(trees):
+    """(file, machinery) for every import of machinery outside the rooms that may."""
+    for file, tree in trees.items():
+        for name in {name.split(".")[0] for name in imports(tree)} & MACHINERY.keys():
+            if file.parent.name != "pipelines" or file.stem not in MACHINERY[name].split():
+                yield file.name, name
+
+
+def test_machinery_stays_in_its_rooms():
+    assert list(offenders(modules())) == []
+
+
+def test_that_rule_fails_when_it_is_broken():
+    broken = {ROOT / "src/ebm/data.py": ast.parse("def f():\n    import mlflow.pytorch\n")}
+    assert list(offenders(broken)) == [("data.py", "mlflow")]
+
+
+def test_the_core_imports_nothing_of_the_shell():
+    core = {f: t for f, t in modules().items() if "ebm" in f.parts[-3:]}
+    assert not [f for f, t in core.items() if any(n.startswith("pipelines") for n in imports(t))]
+
+
+def module_name(file):
+    relative = file.relative_to(ROOT / "src" if "src" in file.parts else ROOT).with_suffix("")
+    return ".".join(relative.parts).removesuffix(".__init__")
+
+
+def cycle(graph):
+    """A module that reaches itself by imports at module level, or None."""
+    for start in graph:
+        seen, todo = set(), list(graph[start])
+        while todo:
+            name = todo.pop()
+            if name == start:
+                return start
+            if name in graph and name not in seen:
+                seen.add(name)
+                todo += graph[name]
+    return None
+
+
+def import_graph():
+    trees = {module_name(file): tree for file, tree in modules().items()}
+    return {
+        name: {i for i in imports(tree, top_level_only=True) if i in trees and i != name}
+        for name, tree in trees.items()
+    }
+
+
+def test_nothing_imports_in_a_circle():
+    assert cycle(import_graph()) is None
+
+
+def test_that_rule_fails_when_a_circle_is_closed():
+    graph = import_graph()
+    graph["ebm.seeds"] = {"ebm.train"}
+    assert cycle(graph) is not None
+
+
+def stage_dependencies():
+    """Stage name -> (deps, variant) by the templates of dvc.yaml over params.yaml, one key each."""
+    yaml = YAML(typ="safe")
+    stages = yaml.load(ROOT / "dvc.yaml")["stages"]
+    experiments = yaml.load(ROOT / "params.yaml")["experiments"]
+    for variant in sorted({e["variant"] for e in experiments.values()}):
+        for name, stage in stages.items():
+            body = stage.get("do", stage)
+            deps = [d.replace("${item.variant}", variant) for d in body["deps"]]
+            yield name, variant, set(deps)
+
+
+USED = """
+import json, sys, importlib
+import pipelines
+from pathlib import Path
+before = set(sys.modules)
+importlib.import_module(f"pipelines.{sys.argv[1]}")
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+files = [getattr(m, "__file__", None) for n, m in list(sys.modules.items())
+         if n.split(".")[0] in ("ebm", "pipelines")]
+print(json.dumps([f for f in files if f]))
+"""
+
+
+def used(stage, variant):
+    """Files of ours that a stage loads: its module, and what its functions import later."""
+    tree = ast.parse((ROOT / "pipelines" / f"{stage}.py").read_text(encoding="utf-8"))
+    later = {name for name in imports(tree) if name.startswith("ebm.")}
+    later = {name for name in later if _is_module(name)}
+    if stage in ("train", "sample", "evaluate"):
+        later.add(f"ebm.variants.{variant}")
+    command = [sys.executable, "-c", USED, stage, *sorted(later)]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return {str(Path(file).relative_to(ROOT)) for file in json.loads(output)}
+
+
+def _is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def undeclared(loaded, deps, variant):
+    """Loaded files that are neither a dependency, nor under one, nor exempt. The settings of variants
+    other than `variant` are loaded to check params.yaml as a whole, and used for nothing."""
+    for file in sorted(loaded):
+        plain = file.removeprefix("src/")
+        foreign_settings = plain.startswith("ebm/variants/") and plain.endswith("_config.py")
+        if plain in ROUTING or (foreign_settings and plain != f"ebm/variants/{variant}_config.py"):
+            continue
+        if not any(file == dep or file.startswith(f"{dep}/") for dep in deps):
+            yield file
+
+
+CASES = list(stage_dependencies())
+
+
+@pytest.mark.parametrize(
+    ("stage", "variant", "deps"),
+    [(s, None if s in ("prepare", "report") else v, d) for s, v, d in CASES],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_module_that_a_stage_loads_is_its_dependency(stage, variant, deps):
+    loaded = used(stage, variant)
+    assert list(undeclared(loaded, deps, variant)) == []
+    dropped = next(d for d in sorted(deps) if d in loaded)
+    assert list(undeclared(loaded, deps - {dropped}, variant)) == [dropped]  # the rule can fail
+
+
+def test_no_stage_depends_on_another_variant():
+    for _, variant, deps in CASES:
+        others = {v for _, v, _ in CASES} - {variant}
+        assert not [d for d in deps for o in others if d.endswith((f"/{o}.py", f"/{o}_config.py"))]
+
+
+def test_every_exempt_module_exists():
+    assert all((ROOT / "src" / f).exists() or (ROOT / f).exists() for f in ROUTING)

@@ -1,0 +1,100 @@
+"""Prepared data: disjoint, reproducible, checked when read."""
+
+import json
+
+import pytest
+import torch
+
+from ebm import EBMError, data
+from ebm.schema import DensityData, DigitsData
+
+
+def digits(**changes):
+    settings = {"binarize": "sample", "validation": 180, "test": 360, "seed": 0}
+    return data.prepare(DigitsData(kind="digits", **settings | changes))
+
+
+def density(**changes):
+    settings = {"density": "8gaussians", "train": 50, "validation": 10, "test": 20, "seed": 0}
+    return data.prepare(DensityData(kind="density", **settings | changes))
+
+
+def test_splits_are_disjoint_and_complete():
+    index = [digits().tensors[f"{split}_index"] for split in data.SPLITS]
+    assert sorted(torch.cat(index).tolist()) == list(range(1797))
+
+
+@pytest.mark.parametrize("how", ["sample", "threshold", "none"])
+def test_binarisation_is_what_it_says(how):
+    from sklearn.datasets import load_digits
+
+    grey = torch.from_numpy(load_digits().images / 16).float()
+    tensors = digits(binarize=how).tensors
+    images, source = tensors["train"], grey[tensors["train_index"]]
+    if how == "none":
+        assert torch.equal(images, source)
+        return
+    assert set(images.unique().tolist()) == {0.0, 1.0}
+    if how == "threshold":
+        assert torch.equal(images, (source >= 0.5).float())
+    else:
+        error = (source * (1 - source)).sum().sqrt()
+        assert abs((images - source).sum()) < 5 * error
+        assert (images[source == 0] == 0).all()
+        assert (images[source == 1] == 1).all()
+
+
+@pytest.mark.parametrize("make", [digits, density])
+def test_the_same_settings_give_the_same_files_and_another_seed_others(tmp_path, make):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        data.write(make(seed=seed), tmp_path / name)
+    a, b, c = ((tmp_path / n / "splits.safetensors").read_bytes() for n in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    data.write(density(), tmp_path)
+    prepared = data.read(tmp_path)
+    assert torch.equal(prepared.tensors["test"], density().tensors["test"])
+    assert prepared.shape == (2,)
+    assert len(prepared.density.modes) == 8
+    assert prepared.manifest["counts"] == {"train": 50, "validation": 10, "test": 20}
+
+
+def corrupt(path, how):
+    raw = bytearray(path.read_bytes())
+    if how == "flip":
+        raw[-1] ^= 1
+    path.write_bytes(raw[: len(raw) // 2] if how == "truncate" else raw)
+    if how == "remove":
+        path.unlink()
+
+
+@pytest.mark.parametrize("name", data.FILES)
+@pytest.mark.parametrize("how", ["truncate", "remove"])
+def test_a_corrupt_folder_is_one_line_that_names_the_file(tmp_path, name, how):
+    data.write(density(), tmp_path)
+    corrupt(tmp_path / name, how)
+    with pytest.raises(EBMError, match=name) as caught:
+        data.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    data.write(density(), tmp_path)
+    corrupt(tmp_path / "splits.safetensors", "flip")
+    with pytest.raises(EBMError, match="checksum"):
+        data.read(tmp_path)
+
+
+def test_a_manifest_of_another_kind_is_refused(tmp_path):
+    data.write(density(), tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps([1]))
+    with pytest.raises(EBMError, match="manifest"):
+        data.read(tmp_path)
+
+
+def test_nothing_left_to_train_on_is_an_error():
+    with pytest.raises(EBMError, match="leaves nothing"):
+        digits(test=1700)

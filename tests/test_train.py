@@ -1,0 +1,262 @@
+"""The loop: a function of (seed, step), whole or absent files, divergence that is noticed and mended."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ebm import EBMError, variants
+from ebm.checkpoint import Checkpoints, write_atomically
+from ebm.seeds import mix, seed
+from ebm.train import Batches, DivergenceError, Watch, fit
+from ebm.variants.base import EBM, descend
+
+MODELS = {
+    "rbm": {
+        "hidden": 5,
+        "k": 1,
+        "chains": 8,
+        "learning_rate": 0.1,
+        "momentum": 0.5,
+        "weight_decay": 0.001,
+    },
+    "meg": {
+        "width": 8,
+        "depth": 1,
+        "latent": 2,
+        "energy_steps": 2,
+        "score_penalty": 0.1,
+        "entropy": 1.0,
+        "energy_learning_rate": 1e-3,
+        "generator_learning_rate": 1e-3,
+        "betas": (0.5, 0.9),
+        "ema": 0.9,
+    },
+}
+OPTIONS = {"batch_size": 8, "seed": 3, "log_every": 5, "checkpoint_every": 10, "cooldown": 0.5}
+
+
+def build(name):
+    seed("model", 0)
+    return variants.build(name, (4,), MODELS[name])
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(50, 4, generator=generator) < 0.5).float()
+
+
+def train(model, folder, steps=40, watch=Watch({}, 3), **changes):
+    return fit(
+        model,
+        data(),
+        steps=steps,
+        watch=watch,
+        checkpoints=Checkpoints(folder),
+        **OPTIONS | changes,
+    )
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", sorted(variants.VARIANTS))
+def test_every_variant_keeps_its_contract(name):
+    model = build(name)
+    assert isinstance(model, EBM)
+    model.initialise(data())
+    assert model.energy(data()).shape == (50,)
+    logs = model.training_step(data())
+    assert all(value.shape == () and not value.requires_grad for value in logs.values())
+    assert {"energy_gap", "gradient_norm"} <= logs.keys()
+    assert model.sample(6)["samples"].shape == (6, 4)
+    assert model.optimizers
+    documented = sys.modules[type(model).__module__].__doc__
+    assert all(f"`{key}`" in documented for key in logs)
+
+
+@pytest.mark.parametrize("name", sorted(variants.VARIANTS))
+@pytest.mark.parametrize("at", [1, 9, 10, 11, 25, 39])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, name, at):
+    whole = build(name)
+    expected = train(whole, tmp_path / "whole")
+    calls = 0
+    victim = build(name)
+    step = victim.training_step
+
+    def dying(x):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise Killed
+        return step(x)
+
+    victim.training_step = dying
+    with pytest.raises(Killed):
+        train(victim, tmp_path / "killed")
+    torch.rand(17)  # whatever else draws meanwhile
+    resumed = build(name)
+    progress = train(resumed, tmp_path / "killed")
+    assert same(weights(whole), weights(resumed))
+    assert progress.history == expected.history
+
+
+def test_another_seed_gives_other_weights(tmp_path):
+    a, b = build("meg"), build("meg")
+    train(a, tmp_path / "a")
+    train(b, tmp_path / "b", seed=4)
+    assert not same(weights(a), weights(b))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage, caplog):
+    whole, broken = build("meg"), build("meg")
+    train(whole, tmp_path / "whole")
+    train(broken, tmp_path / "broken", steps=30)
+    newest = Checkpoints(tmp_path / "broken").paths()[-1]
+    raw = bytearray(newest.read_bytes())
+    if damage == "flip":
+        raw[len(raw) // 2] ^= 1
+    newest.write_bytes({"truncate": raw[: len(raw) // 2], "flip": raw, "empty": b""}[damage])
+    resumed = build("meg")
+    train(resumed, tmp_path / "whole2")  # the same from scratch
+    again = build("meg")
+    train(again, tmp_path / "broken")
+    assert newest.name in caplog.text
+    assert "damaged" in caplog.text
+    assert same(weights(whole), weights(resumed))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_loses_nothing(tmp_path):
+    target = tmp_path / "x.ckpt"
+    write_atomically(target, b"old")
+    tmp_path.joinpath("folder.ckpt").mkdir()
+    with pytest.raises(EBMError, match="cannot be written"):
+        write_atomically(tmp_path / "folder.ckpt", b"new")
+    assert target.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.ckpt", "x.ckpt"]
+
+
+def test_two_trainings_never_share_a_folder(tmp_path):
+    with Checkpoints(tmp_path).locked(), pytest.raises(EBMError, match="another process"):  # noqa: SIM117
+        with Checkpoints(tmp_path).locked():
+            pass
+
+
+class Exploding(EBM):
+    """Its loss turns non-finite, or its gap grows, at one step of the first attempts."""
+
+    def __init__(self, value, attempts):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+        self.optimizer = torch.optim.SGD([self.w], lr=0.1)
+        self.value, self.attempts, self.seen = value, attempts, 0
+
+    def training_step(self, x):
+        descend(self.optimizer, (self.w - torch.randn(())).square())
+        gap = self.w.detach() * 0
+        if self.optimizer.param_groups[0]["lr"] < 0.06 and self.seen < self.attempts:
+            self.seen += 1
+            gap = gap + self.value
+        return {"energy_gap": gap}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_divergence_goes_back_and_on(tmp_path, value, caplog):
+    model = Exploding(value, attempts=2)
+    progress = train(model, tmp_path, watch=Watch({"energy_gap": 100.0}, 3))
+    assert progress.restarts == 2
+    assert "diverged at step" in caplog.text
+    assert [row["step"] for row in progress.history] == list(range(5, 45, 5))
+    assert all(abs(row["energy_gap"]) < 100 for row in progress.history)
+
+
+def test_divergence_that_stays_is_an_error_that_names_the_scalar(tmp_path):
+    with pytest.raises(DivergenceError, match="energy_gap"):
+        train(Exploding(float("nan"), 99), tmp_path, watch=Watch({}, 2))
+
+
+def test_an_epoch_is_a_permutation_and_the_next_another():
+    batches = Batches(50, 8, 0, torch.device("cpu"))
+    first = torch.cat([batches(i) for i in range(6)])
+    second = torch.cat([batches(i) for i in range(6, 12)])
+    assert len(set(first.tolist())) == 48
+    assert not torch.equal(first, second)
+    assert torch.equal(batches(3), Batches(50, 8, 0, torch.device("cpu"))(3))
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(EBMError, match="batch_size"):
+        Batches(5, 8, 0, torch.device("cpu"))
+
+
+def test_seeds_are_all_different():
+    assert len({mix("step", a, b) for a in range(50) for b in range(50)}) == 2500
+
+
+def test_descend_touches_no_other_parameter_and_clips():
+    mine, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    norm = descend(torch.optim.SGD([mine], lr=1.0), (mine * other * 2).sum(), clip=1.0)
+    assert norm.item() == pytest.approx(12**0.5)
+    assert (torch.ones(3) - mine).norm().item() == pytest.approx(1, rel=1e-4)
+    assert other.grad is None
+
+
+def test_weights_come_back_from_their_files_and_bad_files_are_named(tmp_path):
+    import json
+
+    from safetensors.torch import save_file
+
+    model = build("meg")
+    config, file = tmp_path / "config.json", tmp_path / "weights.safetensors"
+    config.write_text(json.dumps({"variant": "meg", "shape": [4], "model": MODELS["meg"]}))
+    save_file(weights(model), file)
+    loaded = variants.load(file, config)
+    assert torch.equal(loaded.energy(data()), model.energy(data()))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(EBMError, match=r"weights\.safetensors"):
+        variants.load(file, config)
+    config.write_text("{}")
+    with pytest.raises(EBMError, match=r"config\.json"):
+        variants.load(file, config)
+
+
+def test_sigkill_at_random_moments_leaves_a_folder_to_resume_from(tmp_path):
+    """A real process, killed while it writes checkpoints as fast as it can."""
+    script = textwrap.dedent(f"""
+        import sys; sys.path[:0] = {sys.path!r}
+        import test_train as t
+        t.train(t.build("meg"), t.Path(sys.argv[1]), steps=10**6, checkpoint_every=5)
+    """)
+    (tmp_path / "victim.py").write_text(script)
+    for delay in (0.0, 0.05, 0.13):
+        before = [path.name for path in Checkpoints(tmp_path / "run").paths()]
+        victim = subprocess.Popen(
+            [sys.executable, "victim.py", str(tmp_path / "run")],
+            cwd=tmp_path,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if [path.name for path in Checkpoints(tmp_path / "run").paths()] > before:
+                break
+            time.sleep(0.02)
+        time.sleep(delay)
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.wait()
+        assert Checkpoints(tmp_path / "run").newest() is not None
