@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 def evaluate(name: str) -> None:
     experiment, _ = params.experiment(stage.PARAMS, name)
-    import torch  # only once the parameters are known to be right
 
     from ebm import data, seeds, variants
     from ebm.evaluation import evaluate

@@ -1,6 +1,8 @@
-"""Stage `sample@<experiment>`: draw from a trained model into a file that numpy opens by itself."""
+"""Stage `sample@<experiment>`: draw from a trained model into a file that numpy opens by
+itself."""
 
 from pathlib import Path
+from typing import Any
 
 from ebm import params
 from pipelines import stage
@@ -9,7 +11,6 @@ from pipelines import stage
 def sample(name: str) -> None:
     experiment, _ = params.experiment(stage.PARAMS, name)
     import numpy as np  # torch: only once the parameters are known to be right
-    import torch
 
     from ebm import seeds, variants
 
@@ -18,8 +19,9 @@ def sample(name: str) -> None:
     model = variants.load(folder / "weights.safetensors", folder / "config.json").to(device)
     seeds.seed("sample", experiment.seed)
     settings = experiment.sample.model_dump()
-    arrays = model.sample(settings.pop("count"), **settings)
-    np.savez(folder / "samples.npz", **{key: value.cpu().numpy() for key, value in arrays.items()})
+    drawn = model.sample(settings.pop("count"), **settings)
+    arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in drawn.items()}
+    np.savez(folder / "samples.npz", **arrays)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ PARAMS = Path("params.yaml")
 
 
 def main(run: Callable[[str], None], noun: str) -> None:
-    """Run a stage for the `noun` named on the command line; a known error is one line and exit 1."""
+    """Run a stage for the `noun` named on the command line; a known error is one line and exit
+    1."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("name", help=f"the {noun}, a key of params.yaml")
     name = parser.parse_args().name
@@ -53,7 +54,9 @@ def device(threads: int) -> "torch.device":
     import torch
 
     torch.set_num_threads(threads)
-    return torch.device(os.environ.get("EBM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device(
+        os.environ.get("EBM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
 
 
 def digest(content: object) -> str:
@@ -67,7 +70,8 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path, stage: str) -> dict[str, Any]:
-    """Read a JSON object that `stage` wrote; EBMError names the file and the stage if it is unusable."""
+    """Read a JSON object that `stage` wrote; EBMError names the file and the stage if it is
+    unusable."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -78,7 +82,9 @@ def git_state() -> dict[str, Any]:
     """Commit of the checkout and whether tracked files differ from it."""
     return {
         "git_commit": _git("rev-parse", "HEAD") or "none",
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!dvc.lock")),
+        "git_dirty": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ":!dvc.lock")
+        ),
     }
 
 

@@ -1,4 +1,5 @@
-"""Stage `train@<experiment>`: train one model, resumable at any moment, tracked as one MLflow run."""
+"""Stage `train@<experiment>`: train one model, resumable at any moment, tracked as one MLflow
+run."""
 
 import platform
 import sys
@@ -51,7 +52,9 @@ def train(name: str) -> None:
         record |= {"seconds": round(progress.seconds, 3), "restarts": progress.restarts}
         _write(Path("models", name), model, settings, prepared, progress.history)
         folder = Path("models", name)
-        run.model(*(folder / f for f in ("weights.safetensors", "config.json")), data_of(experiment))
+        run.model(
+            *(folder / f for f in ("weights.safetensors", "config.json")), data_of(experiment)
+        )
         run.log_final({"seconds": progress.seconds, "restarts": progress.restarts})
         record |= {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=10)}
         run.close()
@@ -68,7 +71,9 @@ def _checkpoint_folder(
     name: str, settings: dict[str, Any], prepared: "Prepared", device: str
 ) -> Path:
     """Checkpoints of another configuration, data set, device or code are never resumed from."""
-    modules = sorted(m.__file__ for n, m in sys.modules.items() if n.startswith("ebm.") if m.__file__)
+    modules = sorted(
+        m.__file__ for n, m in sys.modules.items() if n.startswith("ebm.") if m.__file__
+    )
     code = [sha256(Path(file).read_bytes()).hexdigest() for file in modules]
     key = stage.digest([settings, prepared.manifest["sha256"], device, code])
     return stage.root() / ".checkpoints" / name / key[:16]

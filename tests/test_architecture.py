@@ -1,5 +1,5 @@
-"""The house rules: the core knows no machinery, nothing imports in a circle, and every module that a
-stage computes with is one of its DVC dependencies."""
+"""The house rules: the core knows no machinery, nothing imports in a circle, and every module
+that a stage computes with is one of its DVC dependencies."""
 
 import ast
 import importlib
@@ -106,7 +106,8 @@ def test_that_rule_fails_when_a_circle_is_closed():
 
 
 def stage_dependencies():
-    """Stage name -> (deps, variant) by the templates of dvc.yaml over params.yaml, one key each."""
+    """Stage name -> (deps, variant) by the templates of dvc.yaml over params.yaml, one key
+    each."""
     yaml = YAML(typ="safe")
     stages = yaml.load(ROOT / "dvc.yaml")["stages"]
     experiments = yaml.load(ROOT / "params.yaml")["experiments"]
@@ -151,8 +152,9 @@ def _is_module(name):
 
 
 def undeclared(loaded, deps, variant):
-    """Loaded files that are neither a dependency, nor under one, nor exempt. The settings of variants
-    other than `variant` are loaded to check params.yaml as a whole, and used for nothing."""
+    """Loaded files that are neither a dependency, nor under one, nor exempt. The settings of
+    variants other than `variant` are loaded to check params.yaml as a whole, and used for
+    nothing."""
     for file in sorted(loaded):
         plain = file.removeprefix("src/")
         foreign_settings = plain.startswith("ebm/variants/") and plain.endswith("_config.py")

@@ -197,6 +197,9 @@ def test_a_server_that_never_answers_holds_nobody(database, monkeypatch):
 
 def test_eight_processes_on_a_machine_without_a_database_all_log(fresh_root):
     stages = [stage(f"run-{i}") for i in range(8)]
+    for process in stages:
+        process.stdout.readline()
+    assert wait_until(lambda: not undelivered(), 120)
     said = [process.communicate()[1] for process in stages]
     assert said == [""] * 8
     assert wait_until(lambda: not couriers(), LEFT)

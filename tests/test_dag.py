@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -178,3 +180,36 @@ def test_a_stage_that_somebody_else_runs_is_told(house):
     with pytest.raises(EBMError, match=r"out/prepare' is busy.*PID \d+.*dvc repro") as error:
         dag.plan(root=house.root)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("moment", "code", "recorded"),
+    [
+        ("Stage.remove_outs", 130, False),
+        ("Stage.save", 0, True),
+        ("Lockfile.dump_stages", 0, True),
+    ],
+)
+def test_sigint_never_costs_a_result_or_cuts_dvc_lock_off(house, moment, code, recorded):
+    """DVC overwrites `dvc.lock` in place. Before the command has run, there is nothing to lose."""
+    house.edit("params.yaml", "seed: 0", "seed: 1")
+    script = f"""\
+import os, signal, sys
+from dvc.dvcfile import Lockfile
+from dvc.stage import Stage
+from pipelines import dag
+
+def interrupted(*args, method={moment}, **kwargs):
+    os.kill(os.getpid(), signal.SIGINT)
+    return method(*args, **kwargs)
+
+{moment} = interrupted
+try:
+    sys.exit(dag.reproduce("prepare", False))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=house.root, check=False)
+    assert process.returncode == code
+    assert (house.ran() == ["prepare"]) == recorded
+    assert dag.plan(["prepare"], house.root).stages[0].stale != recorded

@@ -88,7 +88,8 @@ def test_a_toy_density_integrates_to_one_and_fits_its_square(name):
 
 @pytest.mark.parametrize("name", sorted(DENSITIES))
 def test_draws_of_a_toy_density_have_its_entropy(name):
-    """Mean log p of draws equals the integral of p log p: sampler and density are of one distribution."""
+    """Mean log p of draws equals the integral of p log p: sampler and density are of one
+    distribution."""
     density = DENSITIES[name]()
     torch.manual_seed(3)
     log_p = metrics.in_batches(density.log_prob, density.sample(4000), 1024)

@@ -184,7 +184,8 @@ def test_parameters_are_checked_before_torch_is_imported():
 
 
 def test_no_shared_section_has_a_default():
-    """schema.py is no DVC dependency of any stage: a number hidden there would change results unseen."""
+    """schema.py is no DVC dependency of any stage: a number hidden there would change results
+    unseen."""
     sections = [Section, *Section.__subclasses__(), Experiment]
     shared = [s for s in sections if s.__module__ == "ebm.schema"]
     assert len(shared) > 4

@@ -82,9 +82,15 @@ def test_gibbs_chains_sample_the_enumerated_distribution():
 def test_annealing_brackets_the_exact_log_partition(seed):
     rbm = machine(12, 20, scale=0.7, seed=seed)
     exact = rbm.log_partition_exact().item()
-    low, high = (bound.item() for bound in rbm.log_partition(400, 2000, 500))
+    low, high = (bound.item() for bound in rbm.annealed_log_partition(400, 2000, 500))
     assert low == pytest.approx(exact, abs=0.1)
     assert high == pytest.approx(exact, abs=0.1)
+
+
+def test_a_small_side_is_summed_and_not_annealed():
+    rbm = machine()
+    low, high = rbm.log_partition(chains=1, temperatures=2, burn_in=1)
+    assert low == high == rbm.log_partition_exact()
 
 
 def test_the_annealing_path_ends_where_it_says():

@@ -196,6 +196,17 @@ def test_a_runner_that_is_ended_leaves_nothing_and_the_next_run_works(house, end
     assert not dag.plan(root=house.root).stale
 
 
+def test_ctrl_c_while_dvc_starts_lets_no_stage_begin(house):
+    with house.start("-j2") as runner:
+        wait_for(lambda: "start train@a" in runner.stdout.readline(), 30)
+        started = time.monotonic()
+        runner.send_signal(signal.SIGINT)
+        runner.communicate(timeout=15)
+    assert runner.returncode == 130
+    assert time.monotonic() - started < 5, "it had to be forced"
+    assert not house.events()
+
+
 @slow
 def test_stubborn_stages_are_gone_15_seconds_after_ctrl_c(house):
     house.tell("train@a", seconds=600, stubborn=True)

@@ -1,4 +1,5 @@
-"""Laws of the kernels: moments, detailed balance, invariance, annealing. Chance has 4 standard errors."""
+"""Laws of the kernels: moments, detailed balance, invariance, annealing. Chance has 4 standard
+errors."""
 
 import math
 
@@ -24,7 +25,8 @@ def banana(x):
 
 
 def variance_error(x):
-    """Distance of the sample variance of N(0, v) draws from their count's standard error, v = 1."""
+    """Distance of the sample variance of N(0, v) draws from their count's standard error, v =
+    1."""
     return math.sqrt(2 / x.numel())
 
 

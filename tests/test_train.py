@@ -1,4 +1,4 @@
-"""The loop: a function of (seed, step), whole or absent files, divergence that is noticed and mended."""
+"""The loop: a function of (seed, step), whole or absent files, divergence noticed and mended."""
 
 import os
 import signal
@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +38,7 @@ MODELS = {
         "ema": 0.9,
     },
 }
+WATCH = Watch({}, 3)
 OPTIONS = {"batch_size": 8, "seed": 3, "log_every": 5, "checkpoint_every": 10, "cooldown": 0.5}
 
 
@@ -52,7 +52,7 @@ def data():
     return (torch.rand(50, 4, generator=generator) < 0.5).float()
 
 
-def train(model, folder, steps=40, watch=Watch({}, 3), **changes):
+def train(model, folder, steps=40, watch=WATCH, **changes):
     return fit(
         model,
         data(),
@@ -153,9 +153,9 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_loses_nothing(tmp_p
 
 
 def test_two_trainings_never_share_a_folder(tmp_path):
-    with Checkpoints(tmp_path).locked(), pytest.raises(EBMError, match="another process"):  # noqa: SIM117
-        with Checkpoints(tmp_path).locked():
-            pass
+    second = Checkpoints(tmp_path).locked()
+    with Checkpoints(tmp_path).locked(), pytest.raises(EBMError, match="another process"):
+        second.__enter__()
 
 
 class Exploding(EBM):
@@ -239,9 +239,9 @@ def test_weights_come_back_from_their_files_and_bad_files_are_named(tmp_path):
 def test_sigkill_at_random_moments_leaves_a_folder_to_resume_from(tmp_path):
     """A real process, killed while it writes checkpoints as fast as it can."""
     script = textwrap.dedent(f"""
-        import sys; sys.path[:0] = {sys.path!r}
+        import pathlib, sys; sys.path[:0] = {sys.path!r}
         import test_train as t
-        t.train(t.build("meg"), t.Path(sys.argv[1]), steps=10**6, checkpoint_every=5)
+        t.train(t.build("meg"), pathlib.Path(sys.argv[1]), steps=10**6, checkpoint_every=5)
     """)
     (tmp_path / "victim.py").write_text(script)
     for delay in (0.0, 0.05, 0.13):

@@ -2,4 +2,5 @@
 
 
 class EBMError(Exception):
-    """What went wrong, in one line that a user can act on. Commands print it without a traceback."""
+    """What went wrong, in one line that a user can act on. Commands print it without a
+    traceback."""

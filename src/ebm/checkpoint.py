@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill, a full disk and a damaged file.
 
-A file is written beside its final name, flushed to the disk and renamed, so it is whole or absent; it
-begins with the SHA-256 of what follows, so damage is noticed. The newest two are kept. Loading never
-unpickles code (`weights_only`).
+A file is written beside its final name, flushed to the disk and renamed, so it is whole or
+absent; it begins with the SHA-256 of what follows, so damage is noticed. The newest two are kept.
+Loading never unpickles code (`weights_only`).
 """
 
 import fcntl

@@ -1,8 +1,10 @@
-"""Data sets as tensors: prepared once, checked by checksum, split into disjoint parts that are stored.
+"""Data sets as tensors: prepared once, checked by checksum, split into disjoint parts that are
+stored.
 
-A prepared folder holds `splits.safetensors` (`train`, `validation`, `test` [N, *] float32; where the
-source has them `<split>_labels` [N]; where the source is a fixed collection `<split>_index` [N], the
-rows of the source) and `manifest.json` (source, SHA-256 of the tensors, counts, shape, settings).
+A prepared folder holds `splits.safetensors` (`train`, `validation`, `test` [N, *] float32; where
+the source has them `<split>_labels` [N]; where the source is a fixed collection `<split>_index`
+[N], the rows of the source) and `manifest.json` (source, SHA-256 of the tensors, counts, shape,
+settings).
 """
 
 import hashlib
@@ -44,7 +46,8 @@ class Prepared:
 
 
 def prepare(settings: DensityData | DigitsData) -> Prepared:
-    """The data set that `settings` describe, from its source; the same settings give the same bits."""
+    """The data set that `settings` describe, from its source; the same settings give the same
+    bits."""
     source, tensors = _SOURCES[settings.kind](settings)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     manifest = {
@@ -69,7 +72,8 @@ def write(prepared: Prepared, folder: Path) -> None:
 
 
 def read(folder: Path) -> Prepared:
-    """Read a prepared folder; raises EBMError if a file is missing, damaged or not the one described."""
+    """Read a prepared folder; raises EBMError if a file is missing, damaged or not the one
+    described."""
     advice = f"delete {folder} and run its prepare stage again"
     try:
         payload = (folder / FILES[0]).read_bytes()

@@ -1,10 +1,10 @@
 """Two-dimensional densities with exact log p, exact sampling and known modes: the oracles.
 
-They wear the interface of a learned model: `energy`, `sample`. Each is a mixture of equal Gaussians,
-and log p and the draws are those of that very mixture, so they agree exactly. A curve (Swiss roll,
-rings, spirals) is strung with so many Gaussians that neighbours are less than half a standard
-deviation apart: the midpoint rule for the curve blurred by noise, equal to the integral within
-1e-8 along the curve and within 1 % at its open ends.
+They wear the interface of a learned model: `energy`, `sample`. Each is a mixture of equal
+Gaussians, and log p and the draws are those of that very mixture, so they agree exactly. A curve
+(Swiss roll, rings, spirals) is strung with so many Gaussians that neighbours are less than half a
+standard deviation apart: the midpoint rule for the curve blurred by noise, equal to the integral
+within 1e-8 along the curve and within 1 % at its open ends.
 
 Scales follow the toy data of the MEG paper's released code where it has them (8 and 25 Gaussians,
 Swiss roll), so that all fit into [-2, 2]^2.

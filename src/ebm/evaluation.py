@@ -1,16 +1,17 @@
 """A trained model and its samples in; numbers, what to hold them against, and pictures out.
 
-A reference is of one of five kinds: `exact` (the truth, known in closed form), `ceiling` and `floor`
-(what draws of the true distribution itself score: no model can honestly do better), `baseline` (a
-simple model fitted here) and `published`.
+A reference is of one of five kinds: `exact` (the truth, known in closed form), `ceiling` and
+`floor` (what draws of the true distribution itself score: no model can honestly do better),
+`baseline` (a simple model fitted here) and `published`.
 
 Names of metrics, the same in every experiment:
 
     modes, modes_total          modes with at least one sample within 4 sigma; how many there are
     mode_kl                     KL(histogram over the modes || uniform), nats
-    high_quality_share          share of samples within 4 sigma of a mode (of the curve, if it is one)
-    grid_kl                     KL(true density || learned density) on the cells of a square, nats
-    log_likelihood              mean log p of the test split, nats; `_lower`, `_upper` bracket it
+    high_quality_share          share of samples within 4 sigma of a mode (of the curve, if it is
+    one) grid_kl                     KL(true density || learned density) on the cells of a square,
+    nats log_likelihood              mean log p of the test split, nats; `_lower`, `_upper`
+    bracket it
                                 where Z is estimated, `_train` is the same of the training split
     frechet_distance            between samples and test split, on the raw coordinates
     acceptance                  mean acceptance probability of the chains that drew the samples
@@ -18,7 +19,6 @@ Names of metrics, the same in every experiment:
 The suffix `_generator` marks a number of the generator's samples before any MCMC.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,10 +208,12 @@ def _picture_images(
     energies: dict[str, Tensor],
 ) -> None:
     shown = samples.get("probability", samples["samples"])[:64]
-    grid: Callable[[Tensor], Figure] = lambda x: figures.image_grid(x.cpu().numpy(), columns=16)  # noqa: E731
-    result.draw(
-        "samples", "Samples", "Probability of each pixel at the end of its chain.", grid(shown)
-    )
+
+    def grid(images: Tensor) -> Figure:
+        return figures.image_grid(images.cpu().numpy(), columns=16)
+
+    caption = "Probability of each pixel at the end of its chain."
+    result.draw("samples", "Samples", caption, grid(shown))
     result.draw("data", "Test images", "What the samples should look like.", grid(test[:64]))
     if "chain" in samples:
         chain, steps = samples["chain"].cpu().numpy(), samples["chain_steps"].tolist()

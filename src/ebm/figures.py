@@ -52,7 +52,7 @@ NATS_SHOWN = 10.0  # of log density, below its highest value
 NATS_OF_FOUR_SIGMA = 8.0  # what a Gaussian loses at 4 standard deviations
 WIDEST, TALLEST = 900, 720  # mosaics aim at this, in pixels of the file
 LARGEST_PIXEL = 12  # of the file, for one pixel of an image
-LABEL = 12  # points: a mosaic is often shown at half its size
+LABEL = 11  # points: a mosaic is often shown at half its size
 GAP = 4
 SMOOTH: Any = {"interpolation": "bilinear", "interpolation_stage": "data"}
 

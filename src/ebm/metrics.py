@@ -41,7 +41,8 @@ def grid_log_partition(energy: Tensor, low: float, high: float) -> Tensor:
 
 
 def grid_kl(log_p: Tensor, log_q: Tensor) -> float:
-    """KL(p || q) in nats of two densities given at the cells of one grid, each normalised on it."""
+    """KL(p || q) in nats of two densities given at the cells of one grid, each normalised on
+    it."""
     log_p, log_q = log_p.double().log_softmax(0), log_q.double().log_softmax(0)
     return (log_p.exp() * (log_p - log_q)).sum().item()
 
@@ -49,9 +50,9 @@ def grid_kl(log_p: Tensor, log_q: Tensor) -> float:
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """|m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of features [N, D], [M, D].
 
-    The squared 2-Wasserstein distance of the two fitted Gaussians (Dowson & Landau 1982). The trace
-    of the root is the sum of the roots of the eigenvalues of C_x^(1/2) C_y C_x^(1/2), which is
-    symmetric, so nothing complex or unstable is taken.
+    The squared 2-Wasserstein distance of the two fitted Gaussians (Dowson & Landau 1982). The
+    trace of the root is the sum of the roots of the eigenvalues of C_x^(1/2) C_y C_x^(1/2), which
+    is symmetric, so nothing complex or unstable is taken.
     """
     x, y = x.double().flatten(1), y.double().flatten(1)
     c_x, c_y = torch.cov(x.T), torch.cov(y.T)

@@ -1,6 +1,7 @@
 """Layers only: networks that know neither energy nor objective."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -8,6 +9,6 @@ from torch import nn
 def mlp(sizes: Sequence[int], activation: nn.Module) -> nn.Sequential:
     """Linear layers of the given `sizes` (input first) with `activation` between them."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), activation]
     return nn.Sequential(*layers[:-1])

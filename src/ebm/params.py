@@ -1,4 +1,5 @@
-"""`params.yaml` -> typed, frozen configuration, or one line that says which key is wrong and why."""
+"""`params.yaml` -> typed, frozen configuration, or one line that says which key is wrong and
+why."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,7 +7,7 @@ from functools import reduce
 from importlib import import_module
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
@@ -18,11 +19,15 @@ from ebm.variants import VARIANTS
 
 
 class ParamsError(EBMError):
-    """`params.yaml` cannot be used; the message names file, key path, value and what is allowed."""
+    """`params.yaml` cannot be used; the message names file, key path, value and what is
+    allowed."""
 
 
 _EXPERIMENTS = [import_module(f"ebm.variants.{name}_config").Experiment for name in VARIANTS]
-_AnyExperiment = Annotated[reduce(or_, _EXPERIMENTS), Field(discriminator="variant")]
+if TYPE_CHECKING:
+    _AnyExperiment = Experiment
+else:
+    _AnyExperiment = Annotated[reduce(or_, _EXPERIMENTS), Field(discriminator="variant")]
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
@@ -31,11 +36,12 @@ class Params(Section):
     """The whole file."""
 
     datasets: dict[Name, Dataset] = Field(min_length=1)
-    experiments: dict[Name, _AnyExperiment] = Field(min_length=1)  # type: ignore[valid-type]
+    experiments: dict[Name, _AnyExperiment] = Field(min_length=1)
 
 
 def load(path: Path = Path("params.yaml")) -> Params:
-    """The configuration in `path`. Raises ParamsError, one line, for anything that is not right."""
+    """The configuration in `path`. Raises ParamsError, one line, for anything that is not
+    right."""
     raw = _read(path)
     try:
         params = Params.model_validate(raw)
@@ -148,9 +154,9 @@ def _known_keys(keys: Sequence[int | str], tag: str) -> list[str]:
     """The keys that are allowed beside the last one of `keys`."""
     model: type[BaseModel] = Params
     if len(keys) > 2:
-        choices = _EXPERIMENTS if keys[0] == "experiments" else Dataset.__origin__.__args__
+        choices = _EXPERIMENTS if keys[0] == "experiments" else get_args(get_args(Dataset)[0])
         tag_field = "variant" if keys[0] == "experiments" else "kind"
-        model = next(c for c in choices if tag in c.model_fields[tag_field].annotation.__args__)
+        model = next(c for c in choices if tag in get_args(c.model_fields[tag_field].annotation))
         for key in keys[2:-1]:
             inner = model.model_fields[str(key)].annotation
             if not (isinstance(inner, type) and issubclass(inner, BaseModel)):

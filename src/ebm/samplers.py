@@ -14,6 +14,7 @@ draws nothing.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -68,8 +69,8 @@ def value_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(p: Tensor) -> Tensor:
-    """Independent bits that are 1 with probability p, of p's shape and type (a third of the time that
-    `torch.bernoulli` takes on a CPU)."""
+    """Independent bits that are 1 with probability p, of p's shape and type (a third of the time
+    that `torch.bernoulli` takes on a CPU)."""
     return (torch.rand_like(p) < p).to(p.dtype)
 
 
@@ -153,14 +154,14 @@ def ais(
 ) -> Tensor:
     """Annealed importance sampling (Neal 2001) along `betas`: log-weights [B] in float64.
 
-    `energy_at(beta, x)` is the path, `kernel_at(beta)` leaves exp(-energy_at(beta, .)) invariant and
-    `x` [B, *] are draws from the path's start. The mean of exp(log-weight) is Z_end / Z_start, so the
-    log of the mean errs on the low side. Walking the ladder backwards from draws of the target gives
-    an estimate of Z_start / Z_end, hence one of Z_end that errs on the high side: the gap between
-    the two bounds the error of both (Grosse, Ghahramani & Adams 2015).
+    `energy_at(beta, x)` is the path, `kernel_at(beta)` leaves exp(-energy_at(beta, .)) invariant
+    and `x` [B, *] are draws from the path's start. The mean of exp(log-weight) is Z_end /
+    Z_start, so the log of the mean errs on the low side. Walking the ladder backwards from draws
+    of the target gives an estimate of Z_start / Z_end, hence one of Z_end that errs on the high
+    side: the gap between the two bounds the error of both (Grosse, Ghahramani & Adams 2015).
     """
     log_weight = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for last, beta in zip(betas[:-1], betas[1:], strict=True):
+    for last, beta in pairwise(betas):
         log_weight += (energy_at(last, x) - energy_at(beta, x)).double()
         kernel = kernel_at(beta)
         x = kernel.step(kernel.init(x)).x

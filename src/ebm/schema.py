@@ -1,4 +1,5 @@
-"""The sections of `params.yaml` as frozen, typed objects. Imports no torch, so a typo costs no wait.
+"""The sections of `params.yaml` as frozen, typed objects. Imports no torch, so a typo costs no
+wait.
 
 Every field is required: a number that shapes a result stands in `params.yaml`, where DVC sees it
 change, and never as a silent default here. What only one variant knows is in `<variant>_config.py`
@@ -69,11 +70,21 @@ class Train(Section):
     watch: Watch
 
 
+class Drawn(Section):
+    """How many samples to draw; `<variant>_config.Sample` adds how."""
+
+    count: Count
+
+
 class Experiment(Section):
-    """What is the same for every variant; `<variant>_config.Experiment` adds the typed rest."""
+    """What every experiment has; `<variant>_config.Experiment` gives the last three their
+    types."""
 
     dataset: str
     variant: str
     seed: Seed
     threads: Count
     train: Train
+    model: Section
+    sample: Drawn
+    evaluate: Section

@@ -12,8 +12,8 @@ def mix(*parts: int | str) -> int:
 
 
 def seed(*parts: int | str) -> None:
-    """Start all of torch's generators from `mix(*parts)`, in microseconds (`torch.manual_seed`, which
-    asks every kind of device there might be, takes 170)."""
+    """Start all of torch's generators from `mix(*parts)`, in microseconds (`torch.manual_seed`,
+    which asks every kind of device there might be, takes 170)."""
     value = mix(*parts)
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_available():

@@ -58,8 +58,8 @@ class Watch:
 
 
 class Batches:
-    """Row indices of the batch of a step: each epoch is a fresh permutation of all rows, drawn from
-    (seed, epoch), cut into whole batches."""
+    """Row indices of the batch of a step: each epoch is a fresh permutation of all rows, drawn
+    from (seed, epoch), cut into whole batches."""
 
     def __init__(self, rows: int, size: int, seed: int, device: torch.device) -> None:
         if size > rows:
@@ -93,10 +93,10 @@ def fit(
 ) -> Progress:
     """Train `model` on the rows of `data` [N, *], which lies on the model's device, for `steps`.
 
-    Resumes from `checkpoints` where there are any. The learning rates fall linearly to zero over the
-    last share `cooldown` of the steps. On divergence (see Watch) training goes back to the older of
-    the kept checkpoints, because the newer may already carry the trouble, and on with fresh noise.
-    Raises DivergenceError when that has happened more than `watch.restarts` times.
+    Resumes from `checkpoints` where there are any. The learning rates fall linearly to zero over
+    the last share `cooldown` of the steps. On divergence (see Watch) training goes back to the
+    older of the kept checkpoints, because the newer may already carry the trouble, and on with
+    fresh noise. Raises DivergenceError when that has happened more than `watch.restarts` times.
     """
     rates = [group["lr"] for o in model.optimizers.values() for group in o.param_groups]
     batches = Batches(len(data), batch_size, seed, data.device)

@@ -24,7 +24,7 @@ class EBM(nn.Module):
         """The algorithm box of the paper on one batch [B, *]; detached scalars to log."""
         raise NotImplementedError
 
-    def sample(self, n: int) -> dict[str, Tensor]:
+    def sample(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """`samples` [n, *] and, under names of their own, what else is worth keeping."""
         raise NotImplementedError
 
@@ -35,7 +35,7 @@ class EBM(nn.Module):
         """Parameters worth looking at, by name: images [n, height, width]."""
         return {}
 
-    def log_partition(self, **settings: Any) -> tuple[Tensor, Tensor] | None:
+    def log_partition(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """log Z from below and from above; None where the variant has no estimator of its own."""
         return None
 

@@ -38,7 +38,8 @@ from ebm.variants.base import EBM, descend, parameters_of, update_average
 
 
 class MEG(EBM):
-    """MEG over points of `shape` with multilayer perceptrons; settings as in `meg_config.Model`."""
+    """MEG over points of `shape` with multilayer perceptrons; settings as in
+    `meg_config.Model`."""
 
     def __init__(
         self,
@@ -119,8 +120,8 @@ class MEG(EBM):
     def sample(
         self, n: int, steps: int = 0, step_size: float = 0.01, inverse_temperature: float = 1.0
     ) -> dict[str, Tensor]:
-        """`samples` G(z) after `steps` of latent MALA, `generator` G(z) before it, both [n, *], and
-        the mean `acceptance` of every step [steps]."""
+        """`samples` G(z) after `steps` of latent MALA, `generator` G(z) before it, both [n, *],
+        and the mean `acceptance` of every step [steps]."""
         rates: list[Tensor] = []
 
         def observe(step: int, state: State) -> None:
@@ -138,5 +139,5 @@ class MEG(EBM):
             }
 
     def _prior(self, n: int) -> Tensor:
-        weight = self.generator[0].weight
-        return torch.randn(n, self.latent, device=weight.device, dtype=weight.dtype)
+        like = next(self.generator.parameters())
+        return torch.randn(n, self.latent, device=like.device, dtype=like.dtype)

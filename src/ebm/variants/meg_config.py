@@ -26,11 +26,10 @@ class Model(Section):
     ema: Share
 
 
-class Sample(Section):
+class Sample(schema.Drawn):
     """`count` draws of the generator, then `steps` of latent MALA with `step_size` on the target
     exp(-inverse_temperature E(G(z)) - |z|^2 / 2)."""
 
-    count: Count
     steps: Size
     step_size: Positive
     inverse_temperature: Positive

@@ -22,6 +22,7 @@ Logged: `energy_gap` = mean F(data) - mean F(chains), the loss, which hovers aro
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,14 +60,15 @@ class RBM(EBM):
         self.hidden_bias = nn.Parameter(torch.zeros(hidden))
         self.register_buffer("base_rate", torch.zeros(visible))
         self.register_buffer("chains", torch.zeros(chains, visible))
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [self.weight], "weight_decay": weight_decay},
             {"params": [self.visible_bias, self.hidden_bias]},
         ]
         self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)
 
     def initialise(self, data: Tensor) -> None:
-        """Visible biases at the log-odds of the pixels (Hinton 2012, section 8); chains from there."""
+        """Visible biases at the log-odds of the pixels (Hinton 2012, section 8); chains from
+        there."""
         _require_binary(data)
         mean = (data.flatten(1).sum(0) + 0.5) / (len(data) + 1)
         self.base_rate.copy_(mean.logit())
@@ -105,8 +107,9 @@ class RBM(EBM):
 
     @torch.no_grad()
     def sample(self, n: int, steps: int = 1000) -> dict[str, Tensor]:
-        """`samples` after `steps` Gibbs steps from the base rate, `probability` of their pixels, and
-        `chain` [8, T, *], eight of the chains at steps 0, 1, 3, 10, 30 ... `chain_steps` [T]."""
+        """`samples` after `steps` Gibbs steps from the base rate, `probability` of their pixels,
+        and `chain` [8, T, *], eight of the chains at steps 0, 1, 3, 10, 30 ... `chain_steps`
+        [T]."""
         marks = [0, *(m for i in range(9) for m in (10**i, 3 * 10**i) if m < steps), steps]
         frames: list[Tensor] = []
         gibbs = self.gibbs()
@@ -148,13 +151,23 @@ class RBM(EBM):
             terms.append(states @ states_bias + softplus(other_bias + states @ weight).sum(1))
         return torch.logsumexp(torch.cat(terms), 0)
 
+    def log_partition(self, **settings: int) -> tuple[Tensor, Tensor]:
+        """Exactly where a side is small enough, else by annealing with `rbm_config.Evaluate`."""
+        if min(self.weight.shape) > ENUMERABLE:
+            return self.annealed_log_partition(**settings)
+        exact = self.log_partition_exact()
+        return exact, exact
+
     @torch.no_grad()
-    def log_partition(self, chains: int, temperatures: int, burn_in: int) -> tuple[Tensor, Tensor]:
+    def annealed_log_partition(
+        self, chains: int, temperatures: int, burn_in: int
+    ) -> tuple[Tensor, Tensor]:
         """log Z from below and from above, by forward and reverse annealed importance sampling.
 
-        The path of Salakhutdinov & Murray (2008) from the base-rate model (weights 0, visible biases
-        at the data's log-odds) to this one. The reverse runs start from `chains` Gibbs chains after
-        `burn_in` steps; should they not have mixed, the gap to the forward estimate shows it.
+        The path of Salakhutdinov & Murray (2008) from the base-rate model (weights 0, visible
+        biases at the data's log-odds) to this one. The reverse runs start from `chains` Gibbs
+        chains after `burn_in` steps; should they not have mixed, the gap to the forward estimate
+        shows it.
         """
         rbm = self._double()
         log_z0 = softplus(rbm.base_rate).sum() + rbm.weight.shape[1] * math.log(2)
@@ -177,7 +190,7 @@ class RBM(EBM):
 
     def _double(self) -> "RBM":
         """A copy in float64, for sums whose last digits matter."""
-        visible, hidden = self.weight.shape
+        hidden = self.weight.shape[1]
         copy = RBM(self.shape, hidden, self.k, len(self.chains), 1.0, 0.0, 0.0)
         copy.load_state_dict(self.state_dict())
         return copy.double().to(self.weight.device)

@@ -19,10 +19,9 @@ class Model(Section):
     weight_decay: NonNegative
 
 
-class Sample(Section):
+class Sample(schema.Drawn):
     """`count` chains of `steps` block Gibbs steps, started from the base rate."""
 
-    count: Count
     steps: Count
 
 

@@ -1,0 +1,467 @@
+"""The report says what the results say, or names the file that it cannot use; a browser agrees."""
+
+import csv
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+
+from ebm import EBMError, figures, params
+from pipelines import page, report, tracking
+from pipelines.results import Reference
+
+ROOT = Path(__file__).parents[1]
+RBM, MEG = "rbm-digits", "meg-8gaussians"
+STEPS = 1234
+METRICS = {
+    RBM: {
+        "log_likelihood": -22.571477203,
+        "log_likelihood_lower": -22.5721,
+        "log_likelihood_upper": -22.5709,
+        "frechet_distance": 0.00001234567891,
+        "auroc_uniform": 0.99,
+    },
+    MEG: {
+        "modes": 8,
+        "modes_total": 8,
+        "modes_generator": 7,
+        "high_quality_share": 0.91234567,
+        "high_quality_share_generator": 0.85,
+        "mode_kl": math.nan,
+        "grid_kl": 0.25,
+    },
+}
+REFERENCES = {
+    RBM: {"log_likelihood": [{"value": -27.0004, "kind": "baseline", "source": "one & <two>"}]},
+    MEG: {
+        "modes": [
+            {"value": 8, "kind": "ceiling", "source": "exact draws"},
+            {"value": 7.5, "kind": "published", "source": "A paper, table 1"},
+        ],
+        "grid_kl": [{"value": 0.0, "kind": "exact", "source": "the same density"}],
+    },
+}
+
+
+def all_params():
+    """params.yaml as it is, with two of its experiments."""
+    raw = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    raw["experiments"] = {name: raw["experiments"][name] for name in (RBM, MEG)}
+    return raw
+
+
+def pictures(name):
+    r = np.random.default_rng(0)
+    if name == MEG:
+        field, points = -r.uniform(0, 20, (40, 40)), r.uniform(-2, 2, (500, 2))
+        panels = figures.density_panels(field, field, points, points, (-2, 2, -2, 2))
+        return {"density": panels}
+    return {
+        "samples": figures.image_grid(r.uniform(size=(32, 8, 8)), 16),
+        "chain": figures.chain_strip(r.uniform(size=(9, 4, 8, 8)), range(9)),
+        "filters": figures.filters(r.normal(size=(32, 8, 8)), 8),
+    }
+
+
+def record(name):
+    experiment = all_params()["experiments"][name]
+    return {
+        "experiment": name,
+        **{key: experiment[key] for key in ("variant", "dataset", "seed", "threads")},
+        "device": "cpu",
+        "git_commit": "0123456789abcdef0123456789abcdef01234567",
+        "git_dirty": name == MEG,
+        "params_sha256": "a" * 64,
+        "data_sha256": "b" * 64,
+        "started": "2026-11-24T01:02:03+00:00",
+        "seconds": 93.123456789,
+        "restarts": int(name == MEG),
+        "python": "3.12.1",
+        "torch": "2.11.0",
+        "tracking_key": "c" * 32,
+        "mlflow_run_id": "d" * 32 if name == MEG else None,
+    }
+
+
+def make(root, name):
+    """What training, sampling and evaluation leave behind."""
+    folder = root / "models" / name
+    (folder / "evaluation" / "figures").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(record(name)))
+    with (folder / "history.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "energy_gap", "flat"])
+        for k in range(STEPS):
+            writer.writerow([10 * k, "" if k < 300 else 1 / 3 + k, 0.5])
+    listing = []
+    for stem, figure in pictures(name).items():
+        file = f"figures/{stem}.png"
+        (folder / "evaluation" / file).write_bytes(figures.png(figure))
+        listing.append({"file": file, "title": stem.title(), "caption": 'Said "so" & <so>.'})
+    contents = {"metrics": METRICS[name], "references": REFERENCES[name], "figures": listing}
+    for stem, content in contents.items():
+        (folder / "evaluation" / f"{stem}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A project with two evaluated experiments and its report."""
+    root = tmp_path_factory.mktemp("project")
+    for name in (RBM, MEG):
+        make(root, name)
+    report.write(root, all_params())
+    return root
+
+
+@pytest.fixture
+def project(made, tmp_path):
+    """The same, to be spoilt."""
+    return shutil.copytree(made, tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def html(made):
+    return (made / "reports" / "index.html").read_text(encoding="utf-8")
+
+
+def snapshot(root):
+    """Every file that the stage has written."""
+    files = [*(root / "metrics").rglob("*"), *(root / "reports").rglob("*")]
+    return {path.relative_to(root): path.read_bytes() for path in files if path.is_file()}
+
+
+def test_metrics_are_flat_sorted_and_rounded_to_six_digits(made):
+    text = (made / "metrics" / f"{RBM}.json").read_text()
+    metrics = json.loads(text)
+    assert list(metrics) == sorted(metrics)
+    assert metrics["log_likelihood"] == -22.5715
+    assert metrics["frechet_distance"] == 1.23457e-05
+    assert metrics["seconds"] == 93.1235
+    assert metrics.keys() == {*METRICS[RBM], "seconds"}
+
+
+def test_what_is_not_finite_is_left_out_of_the_metrics_and_undefined_on_the_page(made, html):
+    metrics = json.loads((made / "metrics" / f"{MEG}.json").read_text())
+    assert "mode_kl" not in metrics
+    assert metrics["modes"] == 8
+    row = html.split(f'id="{MEG}-mode_kl"')[1].split("</tr>")[0]
+    assert "undefined" in row
+
+
+def test_curves_are_thinned_evenly_and_keep_both_ends(made):
+    with (made / "reports" / "curves" / f"{RBM}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    gaps = np.diff(steps)
+    assert len(rows) == 200
+    assert (steps[0], steps[-1]) == (0, 10 * (STEPS - 1))
+    assert gaps.max() - gaps.min() <= 10
+    assert rows[0]["energy_gap"] == ""
+    assert rows[-1]["energy_gap"] == "1233.33"
+
+
+def test_a_short_history_is_kept_whole():
+    history = {"step": [1.0, 2.0], "loss": [3.0, 4.0]}
+    assert report.thin(history) == history
+
+
+def test_writing_twice_changes_nothing(project):
+    before = snapshot(project)
+    report.write(project, all_params())
+    assert snapshot(project) == before
+
+
+def test_an_experiment_that_is_gone_leaves_nothing_behind(project):
+    settings = all_params()
+    del settings["experiments"][MEG]
+    (project / "metrics" / "README.md").write_text("mine")
+    report.write(project, settings)
+    left = snapshot(project)
+    assert not any(MEG in str(path) for path in left)
+    assert MEG not in (project / "reports" / "index.html").read_text()
+    assert Path("metrics/README.md") in left
+
+
+BROKEN = [
+    ("run.json", None, "train"),
+    ("run.json", b"", "train"),
+    ("run.json", b'{"seed": 1}', "train"),
+    ("history.csv", None, "train"),
+    ("history.csv", b"", "train"),
+    ("history.csv", b"step,loss\n", "train"),
+    ("history.csv", b"step,loss\n1,2\n2\n", "train"),
+    ("history.csv", b"step,loss\n1,low\n", "train"),
+    ("history.csv", b"\xff\xfe\x00", "train"),
+    ("evaluation/metrics.json", None, "evaluate"),
+    ("evaluation/metrics.json", b'{"modes": 8', "evaluate"),
+    ("evaluation/metrics.json", b'{"modes": "many"}', "evaluate"),
+    ("evaluation/references.json", b'{"modes": [{"value": 8, "kind": "guess"}]}', "evaluate"),
+    ("evaluation/figures.json", b'[{"file": "figures/none.png"}]', "evaluate"),
+    ("evaluation/figures/density.png", None, "evaluate"),
+    ("evaluation/figures/density.png", b"\x89PNG\r\n\x1a\n", "evaluate"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "stage"), BROKEN)
+def test_a_file_that_cannot_be_used_is_named_with_its_stage_and_nothing_is_lost(
+    project, file, content, stage
+):
+    path = project / "models" / MEG / file
+    path.unlink() if content is None else path.write_bytes(content)
+    before = snapshot(project)
+    with pytest.raises(EBMError) as error:
+        report.write(project, all_params())
+    message = str(error.value)
+    assert f"{MEG}/{file}" in message
+    assert f"{stage}@{MEG}" in message
+    assert "\n" not in message
+    assert snapshot(project) == before
+
+
+def cells(html, experiment):
+    """The overview's cells of one experiment, by column, as plain text."""
+    rows = re.findall(r"<tr>.*?</tr>", html.split("</section>")[0], re.DOTALL)
+    row = next(row for row in rows if f'href="#{experiment}"' in row)
+    found = re.findall(r'<td data-label="(.*?)">(.*?)</td>', row, re.DOTALL)
+    return {label: " ".join(re.sub("<.*?>", " ", cell).split()) for label, cell in found}
+
+
+def test_the_overview_shows_numbers_with_their_references(html):
+    assert cells(html, MEG) == {
+        "Modes found": "8 / 8 ceiling 8 published 7.5",
+        "High-quality share": "0.9123",
+        "Mode KL": "undefined",
+        "Density KL": "0.2500 exact 0",
+        "Training time": "1 min 33 s",
+    }
+    assert cells(html, RBM) == {
+        "Log-likelihood": "−22.57 −22.572 to −22.571 baseline −27.00",
+        "Fréchet distance": "1.23 × 10⁻⁵",
+        "Training time": "1 min 33 s",
+    }
+
+
+def test_a_metric_that_was_not_measured_is_a_dash_and_no_zero(project):
+    metrics = project / "models" / MEG / "evaluation" / "metrics.json"
+    other = project / "models" / "meg-25gaussians"
+    shutil.copytree(metrics.parents[1], other)
+    metrics.write_text('{"grid_kl": 0.25}')
+    settings = all_params()
+    settings["experiments"]["meg-25gaussians"] = settings["experiments"][MEG]
+    report.write(project, settings)
+    html = (project / "reports" / "index.html").read_text()
+    assert cells(html, MEG)["Modes found"] == "—"
+    assert cells(html, "meg-25gaussians")["Modes found"].startswith("8 / 8")
+
+
+def test_the_section_has_the_source_of_every_reference_and_the_number_before_mcmc(html):
+    row = html.split(f'id="{MEG}-modes"')[1].split("</tr>")[0]
+    for text in ("8 / 8", "7 / 8", "exact draws", "A paper, table 1", 'value="8"'):
+        assert text in row
+    assert "one &amp; &lt;two&gt;" in html
+    assert "AUROC, uniform" in html
+
+
+def test_provenance_names_what_a_number_came_from(html):
+    section = html.split(f'id="{MEG}"')[1].split("</section>")[0]
+    told = ("0123456789abcdef", "uncommitted", "a" * 64, "b" * 64, "d" * 32, "2.11.0", "1 restart")
+    assert [text for text in told if text not in section] == []
+    assert "not tracked" in html.split(f'id="{RBM}"')[1].split("</section>")[0]
+
+
+def test_words_from_files_are_escaped(html):
+    assert "<so>" not in html
+    assert "<two>" not in html
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.0, "0"),
+        (25, "25"),
+        (-3.14159, "−3.142"),
+        (0.5, "0.5"),
+        (0.00123456, "0.001235"),
+        (0.000123456, "1.23 × 10⁻⁴"),
+        (-0.00001, "−1.00 × 10⁻⁵"),
+        (9999.6, "10\u2009000"),
+        (12345.6, "12\u2009346"),
+        (10000, "10\u2009000"),
+        (math.inf, "undefined"),
+    ],
+)
+def test_numbers_read_well(value, text):
+    assert page.number(value) == text
+
+
+def test_measured_numbers_keep_their_zeros_and_published_ones_get_none():
+    assert page.measured(0.5) == "0.5000"
+    assert page.measured(1234.0) == "1234"
+    published = Reference(value=7.5, kind="published", source="")
+    assert page.held_against(published) == "7.5"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.123, "0.123 s"), (59.4, "59.4 s"), (60, "1 min 00 s"), (3599.7, "1 h 00 min")],
+)
+def test_durations_read_well(seconds, text):
+    assert page.duration(seconds) == text
+
+
+def points(path):
+    return [tuple(map(float, pair.split())) for pair in re.split("[ML]", path) if pair]
+
+
+def test_a_curve_starts_left_ends_right_and_rises_upwards():
+    (curve,) = page.curves({"step": [100.0, 200.0, 400.0], "x": [1.0, 2.0, 5.0]})
+    assert points(curve.path) == [(0, page.HEIGHT), (70, 69), (page.WIDTH, 0)]
+    assert curve.last == "5"
+
+
+def test_a_gap_lifts_the_pen_and_a_constant_runs_through_the_middle():
+    nan = math.nan
+    gap, flat, none = page.curves(
+        {"step": [0.0, 1.0, 2.0], "gap": [1.0, nan, 2.0], "flat": [7.0] * 3, "none": [nan] * 3}
+    )
+    assert gap.path.count("M") == 2
+    assert {y for _, y in points(flat.path)} == {page.HEIGHT / 2}
+    assert (none.path, none.last) == ("", "undefined")
+
+
+@pytest.mark.parametrize("low", [-3.7, 0.0, 1e-7, 123456.0])
+@pytest.mark.parametrize("span", [1e-6, 0.3, 1.0, 9.99, 4e5])
+def test_ticks_are_few_and_within_the_curve(low, span):
+    (curve,) = page.curves({"step": [0.0, 1.0], "x": [low, low + span]})
+    assert 2 <= len(curve.ticks) <= 4
+    assert all(0 <= y <= page.HEIGHT for y, _ in curve.ticks)
+
+
+def test_the_stage_reports_the_experiments_of_params_yaml_and_delivers_runs(project, monkeypatch):
+    with (project / "params.yaml").open("w") as file:
+        YAML(typ="safe").dump(all_params(), file)
+    delivered = []
+    monkeypatch.setattr(tracking, "flush", lambda: delivered.append(True))
+    monkeypatch.chdir(project)
+    shutil.rmtree("reports")
+    report.main()
+    assert delivered
+    assert params.load(Path("params.yaml")).experiments.keys() == {RBM, MEG}
+    assert {path.stem for path in Path("reports/curves").iterdir()} == {RBM, MEG}
+
+
+def test_the_stage_starts_without_heavy_imports():
+    heavy = {"torch", "matplotlib", "mlflow", "dvc", "sklearn", "pandas", "numpy"}
+    code = f"import sys, pipelines.report; print({heavy} & {{*sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "set()\n", result.stderr
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    found = [shutil.which(n) for n in ("chromium", "chromium-browser", "google-chrome")]
+    with sync_api.sync_playwright() as playwright:
+        program = next(filter(None, found), playwright.chromium.executable_path)
+        if not Path(program).exists():
+            pytest.skip("no Chromium is installed")
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("light", 1280), ("light", 390), ("dark", 1280), ("dark", 390)],
+    ids=lambda p: f"{p[0]}-{p[1]}",
+)
+def opened(request, browser, made):
+    """The page in a browser, what its console said and what it asked the network for."""
+    scheme, width = request.param
+    context = browser.new_context(
+        color_scheme=scheme, viewport={"width": width, "height": 800}, reduced_motion="reduce"
+    )
+    tab = context.new_page()
+    said, asked = [], []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto((made / "reports" / "index.html").as_uri(), wait_until="load")
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    yield scheme, tab, said, asked
+    context.close()
+
+
+def test_the_browser_has_nothing_to_say_and_nothing_to_fetch(opened):
+    _, _, said, asked = opened
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == asked[:1]
+    assert asked[0].startswith("file:")
+
+
+def test_the_page_fits_its_width_and_shows_all_images(opened):
+    _, tab, _, _ = opened
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    images = tab.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.width])")
+    assert len(images) == 4
+    assert all(complete and natural and width for complete, natural, width in images)
+
+
+def test_the_page_is_accessible_in_its_basics(opened):
+    _, tab, _, _ = opened
+    assert tab.evaluate("document.documentElement.lang") == "en"
+    assert tab.evaluate("[...document.images].every(image => image.alt)")
+    assert tab.evaluate("[...document.querySelectorAll('table')].every(t => t.caption?.innerText)")
+    levels = tab.evaluate(
+        "[...document.querySelectorAll('h1,h2,h3,h4')].map(h => Number(h.tagName[1]))"
+    )
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert max(np.diff(levels)) <= 1
+    ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    targets = tab.evaluate(
+        "[...document.querySelectorAll('a')].map(a => decodeURIComponent(a.hash.slice(1)))"
+    )
+    assert len(ids) == len(set(ids))
+    assert set(targets) <= set(ids)
+
+
+CONTRASTS = """() => {
+  const rgb = c => c.match(/[\\d.]+/g).map(Number);
+  const light = c => {
+    const [r, g, b] = rgb(c).map(v => v / 255).map(
+      v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = e => {
+    for (; e; e = e.parentElement) {
+      const c = getComputedStyle(e).backgroundColor;
+      if (rgb(c)[3] !== 0) return c;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const worded = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+  return [...document.body.querySelectorAll('*')].filter(worded).map(e => {
+    const style = getComputedStyle(e), ink = e.closest('svg') ? style.fill : style.color;
+    const [a, b] = [light(ink), light(ground(e))].sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), e.outerHTML.slice(0, 80)];
+  });
+}"""
+
+
+def test_all_text_has_enough_contrast_in_light_and_dark(opened):
+    scheme, tab, _, _ = opened
+    contrasts = tab.evaluate(CONTRASTS)
+    assert len(contrasts) > 100
+    assert [text for contrast, text in contrasts if contrast < 4.5] == []
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    level = np.mean([float(v) for v in re.findall(r"[\d.]+", background)[:3]])
+    assert level < 60 if scheme == "dark" else level > 230
