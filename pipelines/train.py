@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm import params
-from ebm.schema import Experiment
 from pipelines import stage, tracking
 
 if TYPE_CHECKING:
@@ -50,21 +49,15 @@ def train(name: str) -> None:
             listener=lambda step, restarts, scalars: run.log(scalars, step, restarts),
         )
         record |= {"seconds": round(progress.seconds, 3), "restarts": progress.restarts}
-        _write(Path("models", name), model, settings, prepared, progress.history)
         folder = Path("models", name)
-        run.model(
-            *(folder / f for f in ("weights.safetensors", "config.json")), data_of(experiment)
-        )
+        _write(folder, model, settings, prepared, progress.history)
+        tensors = Path("data", experiment.dataset, "splits.safetensors")
+        run.model(folder / "weights.safetensors", folder / "config.json", tensors)
         run.log_final({"seconds": progress.seconds, "restarts": progress.restarts})
         record |= {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=10)}
         run.close()
         stage.write_json(folder / "run.json", record)
     checkpoints.clear()
-
-
-def data_of(experiment: Experiment) -> Path:
-    """The tensors that the experiment was trained on."""
-    return Path("data", experiment.dataset, "splits.safetensors")
 
 
 def _checkpoint_folder(

@@ -78,7 +78,9 @@ def _squared_norm(x: Tensor) -> Tensor:
     return x.square().flatten(1).sum(1)
 
 
-def _where(accept: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def _where(accept: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor:
+    assert new is not None
+    assert old is not None
     return torch.where(accept.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
@@ -115,8 +117,12 @@ class MALA(Langevin):
         proposal = super().step(state)
         acceptance = self.log_accept(state, proposal).clamp(max=0).exp()
         accept = torch.rand_like(acceptance) < acceptance
-        kept = (_where(accept, new, old) for new, old in zip(proposal[:3], state[:3], strict=True))
-        return State(*kept, acceptance)
+        return State(
+            _where(accept, proposal.x, state.x),
+            _where(accept, proposal.energy, state.energy),
+            _where(accept, proposal.gradient, state.gradient),
+            acceptance,
+        )
 
     def log_accept(self, s: State, t: State) -> Tensor:
         """log of p(t) q(s | t) / (p(s) q(t | s)), shape [B]; draws nothing."""
