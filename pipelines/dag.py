@@ -10,11 +10,14 @@ import difflib
 import fnmatch
 import graphlib
 import logging
+import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from dvc.exceptions import DvcException
@@ -96,10 +99,9 @@ def reproduce(name: str, force: bool) -> int:
     """Do in this process what `dvc --wait-for-lock repro --single-item` does; its exit code.
 
     The root of the repository has to be the current directory. A process may call this once, in
-    its main thread: DVC keeps its locks by process, and SIGINT is left to the stage's command. DVC
-    notes that command's end without being cut off in the middle of `dvc.lock`.
+    its main thread: DVC keeps its locks by process.
     """
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGINT, _give_up_unless_there_is_a_result)
     for chatty in ("dvc.dvcfile", "dvc.repo.scm_context"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -111,7 +113,19 @@ def reproduce(name: str, force: bool) -> int:
     return 0
 
 
-def _name(stage: Any) -> str:  # noqa: ANN401
+def _give_up_unless_there_is_a_result(_: int, frame: FrameType | None) -> None:
+    """Handle SIGINT while DVC itself is at work; while it waits for the command, it ignores it.
+
+    Once the command has ended, its result is recorded first, which takes a moment, and `dvc.lock`,
+    which DVC does not replace but overwrite, is never left half written.
+    """
+    command_has_ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
+    names = {caller.f_code.co_name for caller, _ in traceback.walk_stack(frame)}
+    if not (command_has_ended or "dump" in names):
+        raise KeyboardInterrupt
+
+
+def _name(stage: Any) -> str:
     """DVC's own `addressing` is relative to the current directory; this is to the root."""
     path, name = stage.path_in_repo, getattr(stage, "name", None)
     if name is None:
@@ -152,7 +166,7 @@ def _with_upstream(
     return {name: deps for name, deps in upstream.items() if name in needed}
 
 
-def _stage(name: str, stage: Any, upstream: tuple[str, ...], stale: bool) -> Stage:  # noqa: ANN401
+def _stage(name: str, stage: Any, upstream: tuple[str, ...], stale: bool) -> Stage:
     cmd = stage.cmd if isinstance(stage.cmd, str) else "\n".join(stage.cmd)
     meta = stage.meta or {}
     timeout, retries = meta.get("timeout"), meta.get("retries", 0)

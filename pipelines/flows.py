@@ -35,7 +35,7 @@ SETTINGS = {
 def main() -> int:
     """The command line: that of the runner. Prefect is imported only if there is work to do."""
 
-    def execute(targets: Sequence[str], force: bool, **options: Any) -> bool:  # noqa: ANN401
+    def execute(targets: Sequence[str], force: bool, **options: Any) -> bool:
         if not force and not dag.plan(targets).stale:
             run.show(run.NOTHING_TO_DO)
             return True
@@ -127,8 +127,9 @@ class Tasks:
         if state.is_completed():
             return Result(stage.name, "done", seconds)
         failure = state.result(raise_on_failure=False)
-        lines = failure.lines if isinstance(failure, StageFailed) else ()
-        return Result(stage.name, "failed", seconds, str(failure), lines)
+        if isinstance(failure, StageFailed):
+            return Result(stage.name, "failed", seconds, str(failure), failure.lines)
+        return Result(stage.name, "failed", seconds, state.message or "not done")
 
     def _reproduce(self, stage: Stage) -> State | None:
         log, show = run.log_path(stage, self._root), get_run_logger().info
@@ -142,11 +143,14 @@ class Tasks:
 
     def mark_skipped(self, result: Result) -> None:
         """Have a task for a stage that will not run, whose state says why."""
-        skipped: State = states.Cancelled(name="Skipped", message=result.reason)
-        _task(result.stage, lambda: skipped)(return_state=True)
+
+        def body() -> State:
+            return states.Cancelled(name="Skipped", message=result.reason)
+
+        _task(result.stage, body)(return_state=True)
 
 
-def _task(name: str, body: Callable[[], Any], **options: Any) -> Task[[], Any]:  # noqa: ANN401
+def _task(name: str, body: Callable[[], Any], **options: Any) -> Task[[], Any]:
     """A task that does not keep its result: what a stage makes is in DVC's cache."""
     return Task(
         body, name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, **options

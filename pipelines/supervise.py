@@ -124,9 +124,10 @@ class Launcher:
     def __exit__(self, *_: object) -> None:
         self.cancel()
         self._control.close()
+        self._template.terminate()  # it may still be importing
         self._template.wait()
 
-    def start(self, *arguments: Any, timeout: float | None = None) -> Process:  # noqa: ANN401
+    def start(self, *arguments: Any, timeout: float | None = None) -> Process:
         """Call the function in a new process, which has to end within `timeout` seconds.
 
         Raises:
@@ -188,13 +189,15 @@ def supervise(
     timeout: float | None,
 ) -> int:
     """The supervisor: start the leader, see to its end, tell the caller."""
-    signals = _signals_as_a_file(*SUPERVISED)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISED)  # until each of us can handle them
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     caller = socket.socket(fileno=line)
     leader = os.fork()
     if not leader:
         caller.close()
         _exit_with(lead, function, output, arguments)
     os.close(output)
+    signals = _signals_as_a_file(*SUPERVISED)
     signal.setitimer(signal.ITIMER_REAL, timeout or 0)
     group = Group(leader)
     with guarded(group):
@@ -207,10 +210,10 @@ def supervise(
 def lead(function: Callable[..., int], output: int, arguments: list[Any]) -> int:
     """The leader: the call itself, with a group, an output and signal handlers of its own."""
     os.setpgid(0, 0)
-    signal.set_wakeup_fd(-1)
     for number in SUPERVISED:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # even if the caller ignores it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISED)
     for standard in (1, 2):
         os.dup2(output, standard)
     os.close(output)
@@ -312,14 +315,17 @@ def _signals_as_a_file(*numbers: int) -> int:
     signal.set_wakeup_fd(written)
     for number in numbers:
         signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     return received
 
 
-def _exit_with(function: Callable[..., int], *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ANN401
+def _exit_with(function: Callable[..., int], *args: Any, **kwargs: Any) -> NoReturn:
     """Call a function as the whole of this forked process, whose exit code it returns."""
     code = 1
     try:
         code = function(*args, **kwargs)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
     finally:
