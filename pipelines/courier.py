@@ -126,7 +126,7 @@ class Courier:
 
 def batches(events: Iterable[tuple[Event, int]]) -> Iterator[tuple[list[Event], int]]:
     """Neighbouring rows of scalars together, as far as one request takes them, any other event by
-    itself; each with the offset behind it."""
+    itself; with the offset behind them."""
     rows: list[Event] = []
     size = end = 0
     for event, offset in events:
@@ -135,7 +135,8 @@ def batches(events: Iterable[tuple[Event, int]]) -> Iterator[tuple[list[Event], 
             yield rows, end
             rows, size = [], 0
         if values:
-            rows, size, end = [*rows, event], size + values, offset
+            rows.append(event)
+            size, end = size + values, offset
         else:
             yield [event], offset
     if rows:

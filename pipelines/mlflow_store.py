@@ -15,6 +15,7 @@ import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
 from importlib.metadata import version
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,14 @@ class Store:
         return run.info.run_id
 
     def log(self, run_id: str, events: list[Event]) -> None:
-        """Rows of scalars, in order."""
+        """Rows of scalars, in order; results also for the model that the run has logged."""
+        model = self._latest_model(run_id) if any(e["op"] == "final" for e in events) else None
         metrics = [
-            Metric(name, value, event["time"], event["step"])
+            Metric(name, value, event["time"], event["step"], model_id=about)
             for event in events
             for name, value in _names(event["values"]).items()
+            # of a model, MLflow would keep NaN as 0
+            for about in [model if event["op"] == "final" and not isnan(value) else None]
         ]
         self._client.log_batch(run_id, metrics=metrics)
 
@@ -126,6 +130,11 @@ class Store:
             self._client.log_batch(run.info.run_id, params=page)
         for page in _pages([RunTag(*item) for item in changed.items()]):
             self._client.log_batch(run.info.run_id, tags=page)
+
+    def _latest_model(self, run_id: str) -> str | None:
+        outputs = self._client.get_run(run_id).outputs
+        models = outputs.model_outputs if outputs else []
+        return models[-1].model_id if models else None
 
     def _model_of(self, run_id: str, weights: Path) -> LoggedModel:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -180,11 +189,10 @@ def save_model(files: Path, event: Event, model: Model) -> None:
 
 
 def signature(shape: tuple[int, ...]) -> ModelSignature:
-    """Points of `shape` in, one energy each out. Vectors are columns, so that tables of any kind
-    of numbers are welcome; images MLflow takes as float32 tensors only."""
-    columns = [ColSpec(DataType.double)] * shape[0] if len(shape) == 1 else []
-    points = columns or [TensorSpec(np.dtype(np.float32), (-1, *shape))]
-    return ModelSignature(Schema(points), Schema([ColSpec(DataType.double, "energy")]))
+    """Points of `shape` in, one energy each out, in double precision, as numbers of numpy, pandas
+    and JSON are. A tensor: of columns MLflow would silently drop those that are too many."""
+    points = TensorSpec(np.dtype(np.float64), (-1, *shape))
+    return ModelSignature(Schema([points]), Schema([ColSpec(DataType.double, "energy")]))
 
 
 def _names(named: Mapping[str, Any]) -> dict[str, Any]:

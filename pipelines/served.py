@@ -32,9 +32,11 @@ class Energy(PythonModel):
         model_input: np.ndarray,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """`energy` [B], in nats, of an array or a table of numbers [B, *shape] or [B, their product].
+        """`energy` [B], in nats, of an array or a table of numbers [B, *shape], or [B, n] if a
+        point consists of n numbers.
 
-        The hint is one from which MLflow concludes nothing: the logged signature decides.
+        From the hint np.ndarray MLflow concludes nothing: the logged signature decides what it
+        lets through.
         """
         import torch
 

@@ -183,7 +183,7 @@ class Run:
 
         with safe_open(data, framework="numpy") as splits:
             rows = splits.get_slice("test")[:EXAMPLES]
-        np.save(self._spool.files / place / "example.npy", rows.astype(np.float32))
+        np.save(self._spool.files / place / "example.npy", rows.astype(np.float64))
 
     def _guarded(self, what: str, act: Callable[[], None]) -> bool:
         """Whether `act` worked. Its first failure is said, and none goes any further."""
