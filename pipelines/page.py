@@ -119,7 +119,12 @@ def render(results: Sequence[Result]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "duration": duration, "data_uri": data_uri}
+    environment.filters |= {
+        "number": number,
+        "held_against": held_against,
+        "duration": duration,
+        "data_uri": data_uri,
+    }
     tables = {result.name: rows(result) for result in results}
     shown = {row.name: row for table in tables.values() for row in table.values()}
     kinds = {r.kind for result in results for refs in result.references.values() for r in refs}
@@ -159,10 +164,17 @@ def _row(result: Result, name: str) -> Row:
         metric=metric(name),
         value=_value(numbers, name),
         exact=numbers[name],
-        bracket="" if low is None or high is None else f"{measured(low)} to {measured(high)}",
+        bracket="" if low is None or high is None else _bracket(low, high),
         generator=_value(numbers, generator) if generator in numbers else "",
         references=result.references.get(name, ()),
     )
+
+
+def _bracket(low: float, high: float) -> str:
+    """Both ends, with as many digits as tell them apart."""
+    forms = (f"#.{digits}g" for digits in range(4, 9))
+    form = next((f for f in forms if number(low, f) != number(high, f)), "#.8g")
+    return f"{number(low, form)} to {number(high, form)}"
 
 
 def _value(numbers: Mapping[str, float], name: str) -> str:
@@ -204,11 +216,16 @@ def measured(value: float) -> str:
     return number(value, "#.4g").rstrip(".")
 
 
+def held_against(reference: Reference) -> str:
+    """Published numbers as they were printed, all others as those measured here."""
+    return (number if reference.kind == "published" else measured)(reference.value)
+
+
 def number(value: float, form: str = ".4g") -> str:
     """A number as a reader wants it: a real minus sign, powers of ten, thin spaces."""
     if not math.isfinite(value):
         return "undefined"
-    if abs(value) >= 1e4:
+    if abs(value) >= 9999.5:
         text = f"{round(value):,}".replace(",", "\u2009")
     elif isinstance(value, int) or value == 0:
         text = f"{value:.0f}"

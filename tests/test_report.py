@@ -269,6 +269,11 @@ def test_the_section_has_the_source_of_every_reference_and_the_number_before_mcm
     assert "AUROC, uniform" in html
 
 
+def test_a_section_has_one_row_for_a_number_and_all_that_belongs_to_it(html):
+    rows = re.findall(f'<tr id="{RBM}-(.*?)"', html)
+    assert rows == ["log_likelihood", "frechet_distance", "seconds", "auroc_uniform"]
+
+
 def test_provenance_names_what_a_number_came_from(html):
     section = html.split(f'id="{MEG}"')[1].split("</section>")[0]
     told = ("0123456789abcdef", "uncommitted", "a" * 64, "b" * 64, "d" * 32, "2.11.0", "1 restart")
@@ -413,6 +418,8 @@ def test_the_page_fits_its_width_and_shows_all_images(opened):
     images = tab.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.width])")
     assert len(images) == 4
     assert all(complete and natural and width for complete, natural, width in images)
+    small = "[...document.querySelectorAll('figure:not(.wide) .paper')]"
+    assert tab.evaluate(f"{small}.every(paper => paper.scrollWidth <= paper.clientWidth)")
 
 
 def test_the_page_is_accessible_in_its_basics(opened):
