@@ -1,0 +1,150 @@
+"""The whole chain as a user runs it: a fresh clone, small settings, real DVC, real kills."""
+
+import hashlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = ("rbm-digits", "meg-25gaussians")
+KILLS = int(os.environ.get("EBM_TEST_KILLS", "20"))
+
+
+def shrink(params):
+    """Keep two experiments, with so few steps that a rebuild takes seconds."""
+    params["experiments"] = {name: params["experiments"][name] for name in EXPERIMENTS}
+    for experiment in params["experiments"].values():
+        experiment["train"] |= {"steps": 600, "log_every": 10, "checkpoint_every": 20}
+    rbm, meg = (params["experiments"][name] for name in EXPERIMENTS)
+    rbm["evaluate"] = {"chains": 20, "temperatures": 50, "burn_in": 50}
+    meg["evaluate"] = {"grid": 50}
+
+
+def edit(clone, change):
+    yaml = YAML()
+    params = yaml.load(clone / "params.yaml")
+    change(params)
+    yaml.dump(params, clone / "params.yaml")
+
+
+def dvc(clone, *arguments):
+    environment = os.environ | {
+        "EBM_TRACKING": "0",
+        "DVC_NO_ANALYTICS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=clone,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def repro(clone, *arguments):
+    """Run `dvc repro`; the names of the stages that really ran."""
+    result = dvc(clone, "repro", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return set(re.findall(r"Running stage '(.*?)'", result.stdout))
+
+
+def checksum(clone, experiment):
+    file = clone / "models" / experiment / "weights.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clone of the work tree, rebuilt once."""
+    folder = tmp_path_factory.mktemp("clone") / "ebm"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    edit(folder, shrink)
+    repro(folder)
+    return folder
+
+
+def test_a_second_run_does_nothing(clone):
+    assert repro(clone) == set()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (("rbm-digits", "seed"), 7, {"train", "sample", "evaluate"}),
+        (("rbm-digits", "sample", "steps"), 33, {"sample", "evaluate"}),
+        (("meg-25gaussians", "evaluate", "grid"), 60, {"evaluate"}),
+    ],
+)
+def test_a_changed_number_reruns_its_experiment_and_the_report(clone, path, value, expected):
+    def change(params):
+        *parents, key = path
+        section = params["experiments"]
+        for parent in parents:
+            section = section[parent]
+        section[key] = value
+
+    edit(clone, change)
+    assert repro(clone) == {f"{stage}@{path[0]}" for stage in expected} | {"report"}
+
+
+def test_editing_one_variant_retrains_no_other(clone):
+    source = clone / "src/ebm/variants/meg.py"
+    source.write_text(source.read_text() + "\n")
+    ran = repro(clone)
+    assert "train@meg-25gaussians" in ran
+    assert not [name for name in ran if "rbm" in name]
+
+
+def training_process(clone):
+    """The pid of the stage that trains in `clone` (a shell that starts it does not count)."""
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"pipelines.train" in command and (entry / "cwd").resolve() == clone:
+                return int(entry.name)
+        except OSError:
+            continue
+    return None
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_training_killed_at_random_moments_ends_with_the_same_bits(clone, experiment):
+    target = f"train@{experiment}"
+    started = time.monotonic()
+    repro(clone, "-f", "--single-item", target)
+    duration = time.monotonic() - started
+    expected = checksum(clone, experiment)
+    moments = random.Random(experiment)
+    killed = 0
+    for _ in range(KILLS // len(EXPERIMENTS)):
+        command = [sys.executable, "-m", "dvc", "repro", "-f", "--single-item", target]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"EBM_TRACKING": "0", "PATH": path}
+        run = subprocess.Popen(command, cwd=clone, env=environment, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.2, 0.95) * duration)
+        if (pid := training_process(clone)) is not None:
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+        run.wait()
+        repro(clone, "--single-item", target)
+        assert checksum(clone, experiment) == expected
+    print(f"{experiment}: {killed} of {KILLS // len(EXPERIMENTS)} runs were killed while training")
+    assert killed > 0
