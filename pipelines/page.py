@@ -28,7 +28,9 @@ class Metric:
 METRICS = {
     "modes": Metric("Modes found", +1, "Modes of the data that at least one sample lies near."),
     "high_quality_share": Metric(
-        "High-quality share", +1, "Share of the samples within 4 standard deviations of a mode."
+        "High-quality share",
+        +1,
+        "Share of the samples within 4 standard deviations of a mode, or of the data's curve.",
     ),
     "mode_kl": Metric(
         "Mode KL", -1, "KL divergence of the samples' mode histogram from the true one.", "nats"
