@@ -1,6 +1,5 @@
 """Stage `evaluate@<experiment>`: measure a model and its samples; numbers, references, figures."""
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +41,8 @@ def _samples(path: Path) -> "dict[str, Tensor]":
 
 
 def _write(folder: Path, result: "Evaluation") -> None:
+    from ebm import figures
+
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     stage.write_json(folder / "metrics.json", result.metrics)
     stage.write_json(folder / "references.json", result.references)
@@ -51,20 +52,18 @@ def _write(folder: Path, result: "Evaluation") -> None:
     ]
     stage.write_json(folder / "figures.json", listing)
     for name, _, _, figure in result.figures:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
-        (folder / "figures" / f"{name}.png").write_bytes(buffer.getvalue())
+        (folder / "figures" / f"{name}.png").write_bytes(figures.png(figure))
 
 
 def _track(name: str, folder: Path, result: "Evaluation") -> None:
     """Continue the MLflow run of the training with what was measured and drawn."""
     record = stage.read_json(folder / "run.json", f"train@{name}")
-    run = tracking.Run.start(name, key=record["tracking_key"], params={}, tags={}, dataset=None)
-    run.log_final(result.metrics)
-    for picture in sorted((folder / "evaluation" / "figures").iterdir()):
-        run.artifact(picture, "figures")
-    run.artifact(folder / "samples.npz", "samples")
-    run.close()
+    key = record["tracking_key"]
+    with tracking.Run.start(name, key=key, params={}, tags={}, dataset=None) as run:
+        run.log_final(result.metrics)
+        for picture in sorted((folder / "evaluation" / "figures").iterdir()):
+            run.artifact(picture, "figures")
+        run.artifact(folder / "samples.npz", "samples")
 
 
 if __name__ == "__main__":

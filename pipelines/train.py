@@ -35,28 +35,27 @@ def train(name: str) -> None:
     settings = experiment.model_dump(include=SECTIONS)
     model = variants.build(experiment.variant, prepared.shape, settings["model"]).to(device)
 
+    folder = Path("models", name)
     checkpoints = Checkpoints(_checkpoint_folder(name, settings, prepared, str(device)))
     with checkpoints.locked():
         record = _provenance(name, settings, prepared, str(device))
-        run = _tracked(name, settings, record, prepared, checkpoints.folder / "run")
-        options = experiment.train.model_dump()
-        progress = fit(
-            model,
-            prepared.tensors["train"].to(device),
-            **options | {"watch": Watch(**options["watch"])},
-            seed=experiment.seed,
-            checkpoints=checkpoints,
-            listener=lambda step, restarts, scalars: run.log(scalars, step, restarts),
-        )
-        record |= {"seconds": round(progress.seconds, 3), "restarts": progress.restarts}
-        folder = Path("models", name)
-        _write(folder, model, settings, prepared, progress.history)
-        tensors = Path("data", experiment.dataset, "splits.safetensors")
-        run.model(folder / "weights.safetensors", folder / "config.json", tensors)
-        run.log_final({"seconds": progress.seconds, "restarts": progress.restarts})
-        record |= {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=10)}
-        run.close()
-        stage.write_json(folder / "run.json", record)
+        with _tracked(name, settings, record, prepared, checkpoints.folder / "run") as run:
+            options = experiment.train.model_dump()
+            progress = fit(
+                model,
+                prepared.tensors["train"].to(device),
+                **options | {"watch": Watch(**options["watch"])},
+                seed=experiment.seed,
+                checkpoints=checkpoints,
+                listener=lambda step, restarts, scalars: run.log(scalars, step, restarts),
+            )
+            ended = {"seconds": round(progress.seconds, 3), "restarts": progress.restarts}
+            _write(folder, model, settings, prepared, progress.history)
+            tensors = Path("data", experiment.dataset, "splits.safetensors")
+            run.model(folder / "weights.safetensors", folder / "config.json", tensors)
+            run.log_final(ended)
+            tracked = {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=5)}
+            stage.write_json(folder / "run.json", record | ended | tracked)
     checkpoints.clear()
 
 

@@ -221,7 +221,7 @@ def _picture_images(
         picture = figures.chain_strip(chain.swapaxes(0, 1), steps)
         result.draw("chain", "Chains over time", caption, picture)
     for name, images in model.portraits().items():
-        picture = figures.filters(images[:64].cpu().numpy(), columns=16)
+        picture = figures.filters(images[:64].cpu().numpy(), columns=8)
         result.draw(name, name.capitalize(), "The first 64 rows of the weights.", picture)
     picture = figures.energy_histogram({k: e.cpu().numpy() for k, e in energies.items()})
     caption = "Free energy of data, samples and noise: lower = more likely."
