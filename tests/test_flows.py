@@ -1,5 +1,6 @@
 """The flow does what the runner does, shows it in Prefect, and obeys when Prefect cancels it."""
 
+import json
 import os
 import signal
 import socket
@@ -7,8 +8,11 @@ import subprocess
 import sys
 
 import httpx
+import psutil
 import pytest
-from toy_house import built, wait_for
+from toy_house import alive, built, wait_for
+
+from pipelines.run import NOTHING_TO_DO
 
 slow = pytest.mark.slow
 
@@ -75,7 +79,138 @@ def newest_with_tasks(client):
     return flow_run, {task["name"]: task for task in tasks}
 
 
+def states_of_tasks(client):
+    return {name: task["state_name"] for name, task in newest_with_tasks(client)[1].items()}
+
+
+def logged(client, flow_run):
+    """The log lines that Prefect has of a flow run, by the task run that wrote them."""
+    query = {"flow_run_id": {"any_": [flow_run["id"]]}}
+    return [(log["task_run_id"], log["message"]) for log in runs(client, "logs", logs=query)]
+
+
 def test_what_is_up_to_date_ends_without_prefect(tmp_path_factory):
     """Without a server, and without the seconds that Prefect's import takes."""
     house, _ = built(tmp_path_factory.getbasetemp())
-    assert house.run(module="flows", PYTHONPROFILEIMPORTTIME="1")[1].splitlines()[-1]
+    code, output = house.run(module="flows", PYTHONPROFILEIMPORTTIME="1")
+    assert code == 0
+    assert NOTHING_TO_DO in output.splitlines()
+    assert "prefect" not in output
+
+
+@slow
+def test_every_stale_stage_is_a_task_linked_to_those_upstream(house, prefect):
+    client, environment = prefect
+    house.edit("dvc.yaml", "retries: 0", "retries: 1")
+    house.tell("train@a", failures=1, prints="its loss is 0.5")
+    code, output = house.run("-j2", module="flows", **environment)
+    assert code == 0, output
+    assert sorted(house.ran()) == ["evaluate@a", "evaluate@b", "report", "train@a", "train@b"]
+    wait_for(lambda: set(states_of_tasks(client).values()) == {"Completed"}, 10)
+    flow_run, tasks = newest_with_tasks(client)
+    assert flow_run["state"]["message"].startswith("5 done, 0 failed, 0 skipped in ")
+    assert {name: task["run_count"] for name, task in tasks.items()} == {
+        "train@a": 2,
+        "train@b": 1,
+        "evaluate@a": 1,
+        "evaluate@b": 1,
+        "report": 1,
+    }
+    (source,) = tasks["evaluate@a"]["task_inputs"]["wait_for"]
+    assert source["id"] == tasks["train@a"]["id"]
+    assert (tasks["train@a"]["id"], "its loss is 0.5") in logged(client, flow_run)
+    (table,) = runs(client, "artifacts", artifacts={"flow_run_id": {"any_": [flow_run["id"]]}})
+    assert [row["outcome"] for row in json.loads(table["data"])] == ["done"] * 5
+    assert house.status() == {}
+
+
+@slow
+def test_a_failed_stage_fails_the_flow_and_skips_what_depends_on_it(house, prefect):
+    client, environment = prefect
+    house.tell("train@a", failures=1)
+    code, output = house.run("-j2", module="flows", **environment)
+    assert code == 1
+    assert "    ValueError: the dog ate it" in output.splitlines()
+    flow_run, _ = newest_with_tasks(client)
+    assert flow_run["state_type"] == "FAILED"
+    expected = {
+        "train@a": "Failed",
+        "train@b": "Completed",
+        "evaluate@a": "Skipped",
+        "evaluate@b": "Completed",
+        "report": "Skipped",
+    }
+    wait_for(lambda: states_of_tasks(client) == expected, 10)  # Prefect learns of them later
+
+
+@slow
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_cancelling_a_flow_run_in_prefect_ends_its_processes(house, prefect, stubborn):
+    """As the interface does. No worker watches over a flow that was started by hand."""
+    client, environment = prefect
+    for name in ("train@a", "train@b"):
+        house.tell(name, seconds=600, child=True, stubborn=stubborn)
+    with house.start("-j2", module="flows", **environment) as flow:
+        wait_for(lambda: len(house.events("start")) == 2, 60)
+        flow_run, _ = newest_with_tasks(client)
+        state = {"state": {"type": "CANCELLING"}}
+        client.post(f"/flow_runs/{flow_run['id']}/set_state", json=state).raise_for_status()
+        wait_for(lambda: not any(alive(pid) for *_, pid in house.events()), 15)
+        output, _ = flow.communicate(timeout=15)
+    assert flow.returncode == 1, output
+    assert newest_with_tasks(client)[0]["state_type"] == "CANCELLED"
+    for name in ("train@a", "train@b"):
+        house.tell(name)
+    code, output = house.run(module="run")
+    assert code == 0, output
+
+
+@slow
+@pytest.mark.parametrize(
+    ("ends", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_flow_that_is_ended_leaves_nothing(house, prefect, ends, code):
+    _, environment = prefect
+    house.tell("train@a", seconds=600, child=True)
+    with house.start("-j2", module="flows", **environment) as flow:
+        wait_for(lambda: house.events("start"), 60)
+        everything = [process.pid for process in psutil.Process(flow.pid).children(True)]
+        flow.send_signal(ends)
+        flow.communicate(timeout=15)
+    assert flow.returncode == code
+    pids = [*everything, *(pid for *_, pid in house.events())]
+    wait_for(lambda: not any(map(alive, pids)), 15)
+
+
+@slow
+def test_cancelling_a_deployed_flow_ends_its_processes(house, prefect):
+    """Here Prefect's runner ends the flow's process: it has to pass that on."""
+    client, environment = prefect
+    house.tell("train@a", seconds=600, child=True)
+    serve = "from pipelines.flows import pipeline; pipeline.serve('test')"
+    with subprocess.Popen(
+        [sys.executable, "-c", serve],
+        cwd=house.root,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    ) as server:
+        try:
+            wait_for(lambda: client.get("/deployments/name/ebm/test").is_success, 60)
+            deployment = client.get("/deployments/name/ebm/test").json()["id"]
+            answer = client.post(f"/deployments/{deployment}/create_flow_run", json={})
+            flow_run = f"/flow_runs/{answer.json()['id']}"
+            wait_for(lambda: house.events("start"), 90)
+            state = {"state": {"type": "CANCELLING"}}
+            client.post(f"{flow_run}/set_state", json=state).raise_for_status()
+            wait_for(lambda: not any(alive(pid) for *_, pid in house.events()), 15)
+            wait_for(lambda: client.get(flow_run).json()["state_type"] == "CANCELLED", 60)
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+@slow
+def test_a_flow_without_a_server_starts_its_own_and_ends_it(house, tmp_path):
+    environment = {"PREFECT_HOME": str(tmp_path / "prefect")}
+    code, output = house.run("-j2", module="flows", **environment)
+    assert code == 0, output
+    assert house.status() == {}

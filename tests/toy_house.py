@@ -3,6 +3,7 @@
 What a stage does beyond writing its output is told by files that DVC does not see.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -150,9 +151,16 @@ class House:
         """Forget the events so far."""
         (self.root / "events").unlink(missing_ok=True)
 
-    def start(self, *arguments: str, module: str = "run", **environment: str) -> subprocess.Popen:
-        """Start `python -m pipelines.<module>` as a user would, in a session of its own."""
-        return subprocess.Popen(
+    @contextlib.contextmanager
+    def start(
+        self, *arguments: str, module: str = "run", **environment: str
+    ) -> Iterator[subprocess.Popen]:
+        """Start `python -m pipelines.<module>` as a user would, in a session of its own.
+
+        If it still runs at the end of the context, because the test fails, it is killed and what
+        it printed is shown.
+        """
+        with subprocess.Popen(
             [sys.executable, "-m", f"pipelines.{module}", *arguments],
             cwd=self.root,
             env={**os.environ, **environment},
@@ -160,7 +168,13 @@ class House:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-        )
+        ) as process:
+            try:
+                yield process
+            except BaseException:
+                process.kill()
+                print(process.stdout.read())
+                raise
 
     def run(self, *arguments: str, module: str = "run", **environment: str) -> tuple[int, str]:
         """Its exit code and what it printed."""
