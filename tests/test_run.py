@@ -222,8 +222,9 @@ def test_stubborn_stages_are_gone_15_seconds_after_ctrl_c(house):
 def test_a_killed_supervisor_fails_its_stage_and_leaves_nothing(house):
     house.tell("train@a", seconds=600, child=True)
     with house.start() as runner:
-        (_, _, _, pid), *_ = wait_for(lambda: house.events("start"), 30)
-        (pid,) = [pid for _, name, _, pid in house.events("start") if name == "train@a"]
+        (pid,) = wait_for(
+            lambda: [pid for _, name, _, pid in house.events("start") if name == "train@a"], 30
+        )
         leader = psutil.Process(pid).parent()
         leader.parent().kill()
         output, _ = runner.communicate(timeout=30)
