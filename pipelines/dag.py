@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import fnmatch
 import graphlib
+import json
 import logging
 import resource
 import signal
@@ -25,6 +26,9 @@ from dvc.repo import Repo, lock_repo
 
 from ebm import EBMError
 from pipelines import ROOT
+
+IN_PLACE = {"dump", "_edit_rwlock"}
+"""The functions in which DVC overwrites files of its own."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def plan(targets: Sequence[str] = (), root: Path = ROOT) -> Plan:
         EBMError: DVC cannot read the graph, something else holds its files, or an unknown target.
     """
     with _plain_errors(), Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
+        _mend(repo)
         graph = repo.index.graph
         found = {_name(stage): stage for stage in graph if stage.cmd}
         # A frozen stage is cut off from what it depends on, as in `dvc repro`.
@@ -101,7 +106,8 @@ def reproduce(name: str, force: bool) -> int:
     The root of the repository has to be the current directory. A process may call this once, in
     its main thread: DVC keeps its locks by process.
     """
-    signal.signal(signal.SIGINT, _give_up_unless_there_is_a_result)
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, _give_up_unless_there_is_a_result)
     for chatty in ("dvc.dvcfile", "dvc.repo.scm_context"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -116,13 +122,30 @@ def reproduce(name: str, force: bool) -> int:
 def _give_up_unless_there_is_a_result(_: int, frame: FrameType | None) -> None:
     """Handle SIGINT while DVC itself is at work; while it waits for the command, it ignores it.
 
-    Once the command has ended, its result is recorded first, which takes a moment, and `dvc.lock`,
-    which DVC does not replace but overwrite, is never left half written.
+    When the command has ended, its result is recorded first, which takes a moment. Files of its
+    own that DVC overwrites in place (`dvc.lock`, its table of locks) are written to the end.
     """
-    command_has_ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
-    names = {caller.f_code.co_name for caller, _ in traceback.walk_stack(frame)}
-    if not (command_has_ended or "dump" in names):
-        raise KeyboardInterrupt
+    if resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0:  # the command has ended
+        return
+    if IN_PLACE & {caller.f_code.co_name for caller, _ in traceback.walk_stack(frame)}:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)  # SIGALRM: again in a moment
+        return
+    raise KeyboardInterrupt
+
+
+def _mend(repo: Repo) -> None:
+    """Remove DVC's table of locks if it is broken, with which DVC would do nothing ever again.
+
+    A process that is killed while it overwrites it leaves it so. To be called by who holds the
+    repository's lock: then nobody writes it, and those who did are gone.
+    """
+    table = Path(repo.tmp_dir, "rwlock")
+    try:
+        json.loads(table.read_text())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        table.unlink()
 
 
 def _name(stage: Any) -> str:
@@ -188,4 +211,6 @@ def _plain_errors() -> Iterator[None]:
         while cause:
             chain += [" ".join(str(cause).split())]
             cause = cause.__cause__
+        if "dvc.lock'" in chain[0]:
+            chain += ["remove it or `git checkout` it; results come back from DVC's cache"]
         raise EBMError(": ".join(chain)) from error

@@ -109,8 +109,8 @@ def reproduce(
     with log.open("w", encoding="utf-8", buffering=1) as file:
         for line in process.lines():
             tail.append(line)
-            file.write(f"{line}\n")
             show(line)
+            file.write(f"{line}\n")
     ended = process.wait()
     if ended.code:
         raise StageFailed(str(ended), tail)
@@ -137,9 +137,10 @@ def start_launcher(root: Path, **extra: str) -> Launcher:
 
 def cores() -> int:
     """How many cores this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
 
 
 def run(
@@ -184,7 +185,8 @@ def attempt(stage: Stage, launcher: Launcher, log: Path, force: bool) -> Result:
     """Run a stage, again if it fails as often as it allows, and say so."""
     started = time.monotonic()
     show(f"start {stage.name}")
-    for retries in reversed(range(stage.retries + 1)):
+    retries = stage.retries
+    while True:
         try:
             reproduce(stage, launcher, log, lambda line: show(f"{stage.name} | {line}"), force)
             return Result(stage.name, "done", time.monotonic() - started)
@@ -192,8 +194,8 @@ def attempt(stage: Stage, launcher: Launcher, log: Path, force: bool) -> Result:
             if not retries or launcher.cancelled:
                 seconds = time.monotonic() - started
                 return Result(stage.name, "failed", seconds, str(failure), failure.lines)
+            retries -= 1
             show(f"retry {stage.name}: {failure}")
-    raise AssertionError
 
 
 def failures(results: Sequence[Result]) -> str:
