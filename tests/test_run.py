@@ -208,6 +208,24 @@ def test_ctrl_c_while_dvc_starts_lets_no_stage_begin(house):
 
 
 @slow
+def test_interruptions_at_any_moment_break_nothing(tmp_path):
+    """DVC rewrites files of its own at the start and at the end of every stage."""
+    house = House.build(tmp_path / "house", [f"e{number}" for number in range(12)])
+    rng = random.Random(0)
+    for attempt in range(12):
+        house.edit("params.yaml", f"seed: {attempt}", f"seed: {attempt + 1}")
+        with house.start("-j4") as runner:
+            wait_for(lambda: "start prepare" in runner.stdout.readline(), 30)
+            time.sleep(rng.uniform(0.5, 8))
+            runner.send_signal(rng.choice([signal.SIGINT, signal.SIGKILL]))
+            runner.communicate(timeout=15)
+        pids = [pid for *_, pid in house.events()]
+        wait_for(lambda pids=pids: not any(map(alive, pids)), 15)
+    assert run.run(root=house.root)
+    assert house.status() == {}
+
+
+@slow
 def test_stubborn_stages_are_gone_15_seconds_after_ctrl_c(house):
     house.tell("train@a", seconds=600, stubborn=True)
     with house.start() as runner:
