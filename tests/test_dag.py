@@ -197,6 +197,7 @@ def test_sigint_costs_no_result_and_breaks_none_of_dvcs_files(house, moment, rec
     house.edit("params.yaml", "seed: 0", "seed: 1")
     script = f"""\
 import os, signal, sys, dvc.dvcfile, dvc.rwlock, dvc.stage
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 from pipelines import dag
 
 def interrupted(*args, method={moment}, **kwargs):

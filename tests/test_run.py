@@ -288,7 +288,7 @@ def test_no_entry_of_dvc_lock_is_lost(tmp_path, experiments, jobs):
     names = [f"e{number}" for number in range(experiments)]
     house = House.build(tmp_path / "house", names)
     for name in names:
-        house.tell(f"train@{name}", seconds=0.2)
+        house.tell(f"train@{name}", seconds=1.0)
     assert run.run(["train"], jobs=jobs, root=house.root)
     lock = YAML(typ="safe").load((house.root / "dvc.lock").read_text())
     assert set(lock["stages"]) == {"prepare", *(f"train@{name}" for name in names)}
