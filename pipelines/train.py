@@ -8,10 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebm import params
+from ebm import EBMError, params
 from pipelines import stage, tracking
 
 if TYPE_CHECKING:
+    import torch
+
     from ebm.data import Prepared
     from ebm.train import Logs
     from ebm.variants.base import EBM
@@ -44,6 +46,7 @@ def train(name: str) -> None:
             progress = fit(
                 model,
                 prepared.tensors["train"].to(device),
+                _labels(model, prepared, experiment.dataset, device),
                 **options | {"watch": Watch(**options["watch"])},
                 seed=experiment.seed,
                 checkpoints=checkpoints,
@@ -57,6 +60,17 @@ def train(name: str) -> None:
             tracked = {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=5)}
             stage.write_json(folder / "run.json", record | ended | tracked)
     checkpoints.clear()
+
+
+def _labels(model: "EBM", prepared: "Prepared", name: str, device: "torch.device") -> Any:
+    """The classes of the training split, for a model that is conditional on them."""
+    if not model.classes:
+        return None
+    labels = prepared.tensors.get("train_labels")
+    found = 0 if labels is None else int(labels.max()) + 1
+    if labels is None or found != model.classes:
+        raise EBMError(f"model.classes = {model.classes}: data set {name} has {found} classes")
+    return labels.to(device)
 
 
 def _checkpoint_folder(

@@ -17,6 +17,30 @@ from ebm.train import Batches, DivergenceError, Watch, fit
 from ebm.variants.base import EBM, descend
 
 MODELS = {
+    "igebm": {
+        "network": "mlp",
+        "width": 8,
+        "depth": 1,
+        "input_scale": 1.0,
+        "classes": 0,
+        "spectral_norm": False,
+        "langevin_steps": 3,
+        "step_size": 0.1,
+        "noise": 0.01,
+        "gradient_clip": 1.0,
+        "bounds": (0.0, 1.0),
+        "buffer": 60,
+        "fresh": 0.05,
+        "augment": 0.0,
+        "data_noise": 0.01,
+        "energy_penalty": 0.1,
+        "kl": 0.1,
+        "entropy": 0.1,
+        "learning_rate": 1e-3,
+        "betas": (0.0, 0.999),
+        "clip": 1.0,
+        "ema": 0.9,
+    },
     "rbm": {
         "hidden": 5,
         "k": 1,
@@ -99,12 +123,12 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, name, at):
     victim = build(name)
     step = victim.training_step
 
-    def dying(x):
+    def dying(*batch):
         nonlocal calls
         calls += 1
         if calls == at:
             raise Killed
-        return step(x)
+        return step(*batch)
 
     victim.training_step = dying
     with pytest.raises(Killed):
@@ -167,7 +191,7 @@ class Exploding(EBM):
         self.optimizer = torch.optim.SGD([self.w], lr=0.1)
         self.value, self.attempts, self.seen = value, attempts, 0
 
-    def training_step(self, x):
+    def training_step(self, x, y=None):
         descend(self.optimizer, (self.w - torch.randn(())).square())
         gap = self.w.detach() * 0
         if self.optimizer.param_groups[0]["lr"] < 0.06 and self.seen < self.attempts:

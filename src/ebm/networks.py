@@ -1,9 +1,15 @@
 """Layers only: networks that know neither energy nor objective."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from ebm import EBMError
 
 
 def mlp(sizes: Sequence[int], activation: nn.Module) -> nn.Sequential:
@@ -12,3 +18,136 @@ def mlp(sizes: Sequence[int], activation: nn.Module) -> nn.Sequential:
     for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), activation]
     return nn.Sequential(*layers[:-1])
+
+
+class Modulation(nn.Module):
+    """A gain and a bias for every channel, by class: x [B, C, *] and classes y [B], or None where
+    there is but one, to [B, C, *]."""
+
+    def __init__(self, channels: int, classes: int, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((max(classes, 1), channels), gain))
+        self.bias = nn.Parameter(torch.zeros(max(classes, 1), channels))
+
+    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        gain, bias = (self.gain, self.bias) if y is None else (self.gain[y], self.bias[y])
+        shape = (*gain.shape, *[1] * (x.dim() - 2))
+        return torch.addcmul(bias.view(shape), gain.view(shape), x)
+
+
+class Layer(nn.Module):
+    """A linear or convolutional layer without bias, a modulation, a swish."""
+
+    def __init__(self, layer: nn.Module, channels: int, classes: int) -> None:
+        super().__init__()
+        self.layer, self.modulation = layer, Modulation(channels, classes)
+
+    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        return F.silu(self.modulation(self.layer(x), y))
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions beside a skip connection, then halving if `down` (the block of Du &
+    Mordatch 2019; its second convolution begins at zero, by its gain)."""
+
+    def __init__(self, channels: int, out: int, classes: int, down: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.skip = None if channels == out else nn.Conv2d(channels, out, 3, padding=1, bias=False)
+        self.inner, self.outer = Modulation(out, classes), Modulation(out, classes, gain=0.0)
+        self.down = down
+
+    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        h = F.leaky_relu(self.inner(self.first(x), y), 0.2)
+        x = (x if self.skip is None else self.skip(x)) + self.outer(self.second(h), y)
+        return F.leaky_relu(F.avg_pool2d(x, 2) if self.down else x, 0.2)
+
+
+class Scalar(nn.Module):
+    """A number for every point [B, *], of class y [B] where there are classes: shape [B].
+
+    `blocks` take (x, y); the last one's output is summed over the image if `pool`, else flattened,
+    and mapped linearly to the number. `images`: points are [B, C, H, W], not vectors.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], features: int, images: bool, pool: bool = False
+    ) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(features, 1)
+        self.images, self.pool = images, pool
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, y)
+        return self.head(x.sum((2, 3)) if self.pool else x.flatten(1)).squeeze(1)
+
+
+def scalar(kind: str, shape: tuple[int, ...], width: int, depth: int, classes: int) -> Scalar:
+    """The `Scalar` of a kind (`mlp`, `conv`, `strided`, `resnet`) for points of `shape`:
+    vectors [D], grey images [H, W] or images [C, H, W]."""
+    if kind == "mlp":
+        return scalar_mlp(math.prod(shape), width, depth, classes)
+    if len(shape) < 2 or min(shape[-2:]) >> depth == 0:
+        raise EBMError(f"network {kind!r} of depth {depth} does not fit points of shape {shape}")
+    channels, height, breadth = (1, *shape) if len(shape) == 2 else shape
+    make = {"conv": scalar_conv, "strided": scalar_strided, "resnet": scalar_resnet}[kind]
+    return make((channels, height, breadth), width, depth, classes)
+
+
+def scalar_mlp(dimensions: int, width: int, depth: int, classes: int) -> Scalar:
+    """`depth` hidden layers of `width` units over vectors [B, dimensions]."""
+    sizes = [dimensions, *[width] * depth]
+    layers = [Layer(nn.Linear(i, o, bias=False), o, classes) for i, o in pairwise(sizes)]
+    return Scalar(layers, width, images=False)
+
+
+def scalar_conv(shape: tuple[int, int, int], width: int, depth: int, classes: int) -> Scalar:
+    """Over images [B, C, H, W]: a 3x3 convolution to `width` channels, then `depth` 4x4
+    convolutions of stride 2, all but the first doubling the channels. Width 64 and depth 3 are
+    the MNIST network of the IGEBM code, but for its hidden layer."""
+    channels, height, breadth = shape
+    layers = [Layer(nn.Conv2d(channels, width, 3, padding=1, bias=False), width, classes)]
+    sizes = [width, *(width * 2**k for k in range(depth))]
+    for i, o in pairwise(sizes):
+        layers.append(Layer(nn.Conv2d(i, o, 4, stride=2, padding=1, bias=False), o, classes))
+    return Scalar(layers, sizes[-1] * (height >> depth) * (breadth >> depth), images=True)
+
+
+def scalar_strided(shape: tuple[int, int, int], width: int, depth: int, classes: int) -> Scalar:
+    """Over images [B, C, H, W]: `depth` convolutions of stride 2, the first 5x5 to `width`
+    channels, the others 3x3, each doubling the channels. A third of the arithmetic of
+    `scalar_conv`, and nothing large to keep: the network for 28x28 images on a CPU."""
+    channels, height, breadth = shape
+    sizes = [channels, *(width * 2**k for k in range(depth))]
+    layers: list[Layer] = []
+    for i, o in pairwise(sizes):
+        kernel = 3 if layers else 5
+        layer = nn.Conv2d(i, o, kernel, stride=2, padding=kernel // 2, bias=False)
+        layers.append(Layer(layer, o, classes))
+        height, breadth = (height + 1) // 2, (breadth + 1) // 2
+    return Scalar(layers, sizes[-1] * height * breadth, images=True)
+
+
+def scalar_resnet(shape: tuple[int, int, int], width: int, depth: int, classes: int) -> Scalar:
+    """Over images [B, C, H, W]: a stem, then `depth` stages of two residual blocks, the first of
+    which halves the image and, after the first stage, doubles the channels. Width 128 and depth 3
+    are the CIFAR-10 network of the IGEBM code."""
+    blocks: list[nn.Module] = [
+        Layer(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), width, classes)
+    ]
+    sizes = [width, *(min(width * 2**k, 2 * width) for k in range(depth))]
+    for i, o in pairwise(sizes):
+        blocks += [Residual(i, o, classes, down=True), Residual(o, o, classes, down=False)]
+    return Scalar(blocks, sizes[-1], images=True, pool=True)
+
+
+def normalise_spectrally(network: Scalar) -> Scalar:
+    """Divide every weight of the blocks by its largest singular value, as a matrix of one row for
+    each output (Miyato et al. 2018), kept up by one power iteration whenever it is computed in
+    training. Use within `torch.nn.utils.parametrize.cached` for one iteration a training step."""
+    for module in network.blocks.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            spectral_norm(module)
+    return network

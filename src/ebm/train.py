@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ebm import EBMError, seeds
 from ebm.checkpoint import Checkpoints
+from ebm.data import unit
 from ebm.variants.base import EBM
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Batches:
 def fit(
     model: EBM,
     data: Tensor,
+    labels: Tensor | None = None,
     *,
     steps: int,
     batch_size: int,
@@ -91,7 +93,8 @@ def fit(
     checkpoints: Checkpoints,
     listener: Listener = lambda step, restarts, scalars: None,
 ) -> Progress:
-    """Train `model` on the rows of `data` [N, *], which lies on the model's device, for `steps`.
+    """Train `model` on the rows of `data` [N, *], which lies on the model's device, for `steps`;
+    a conditional one with their `labels` [N].
 
     Resumes from `checkpoints` where there are any. The learning rates fall linearly to zero over
     the last share `cooldown` of the steps. On divergence (see Watch) training goes back to the
@@ -108,7 +111,9 @@ def fit(
         while progress.step < steps:
             seeds.seed("step", seed, progress.restarts, progress.step)
             _set_rates(model, rates, _rate_factor(progress.step, steps, cooldown))
-            window.append(model.training_step(data[batches(progress.step)]))
+            rows = batches(progress.step)
+            x, y = unit(data[rows]), None if labels is None else labels[rows]
+            window.append(model.training_step(x, y))
             progress.step += 1
             if progress.step % log_every and progress.step < steps:
                 continue
@@ -132,7 +137,7 @@ def fit(
 
 
 def _begin(model: EBM, data: Tensor, checkpoints: Checkpoints) -> Progress:
-    model.initialise(data)
+    model.initialise(unit(data))
     progress = Progress()
     _save(model, checkpoints, progress)
     return progress

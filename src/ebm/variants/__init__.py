@@ -11,7 +11,7 @@ from ebm import EBMError
 if TYPE_CHECKING:
     from ebm.variants.base import EBM
 
-VARIANTS = {"meg": "MEG", "rbm": "RBM"}
+VARIANTS = {"igebm": "IGEBM", "meg": "MEG", "rbm": "RBM"}
 
 
 def build(variant: str, shape: tuple[int, ...], model: dict[str, Any]) -> "EBM":

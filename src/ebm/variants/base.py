@@ -16,12 +16,16 @@ class EBM(nn.Module):
     which are plain attributes, they are all that a checkpoint holds.
     """
 
+    classes = 0
+    """How many classes the model is conditional on; 0: it knows none and is given no labels."""
+
     def energy(self, x: Tensor) -> Tensor:
         """E(x) for x of shape [B, *]: shape [B], in nats, lower = more likely."""
         raise NotImplementedError
 
-    def training_step(self, x: Tensor) -> dict[str, Tensor]:
-        """The algorithm box of the paper on one batch [B, *]; detached scalars to log."""
+    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        """The algorithm box of the paper on one batch [B, *], with its classes [B] where the model
+        is conditional; detached scalars to log."""
         raise NotImplementedError
 
     def sample(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -73,6 +77,9 @@ def parameters_of(*modules: nn.Module) -> list[nn.Parameter]:
 
 
 def update_average(average: nn.Module, current: nn.Module, decay: float) -> None:
-    """Exponential moving average: average <- decay * average + (1 - decay) * current."""
+    """Exponential moving average: average <- decay * average + (1 - decay) * current; buffers are
+    copied."""
     with torch.no_grad():
         torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
+        for kept, buffer in zip(average.buffers(), current.buffers(), strict=True):
+            kept.copy_(buffer)

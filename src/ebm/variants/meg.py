@@ -73,7 +73,7 @@ class MEG(EBM):
     def energy(self, x: Tensor) -> Tensor:
         return self.energy_network(x.flatten(1)).squeeze(1)
 
-    def training_step(self, x: Tensor) -> dict[str, Tensor]:
+    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         for data in x.flatten(1).chunk(self.energy_steps):
             logs = self._energy_step(data)
         return logs | self._generator_step(len(data))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ebm import EBMError
-from ebm.samplers import BlockGibbs, ais, draw, log_mean_exp, run
+from ebm.samplers import BlockGibbs, ais, draw, log_mean_exp, run, trace
 from ebm.variants.base import EBM, descend
 
 ENUMERABLE = 20
@@ -88,7 +88,7 @@ class RBM(EBM):
             p_visible=lambda h: torch.sigmoid(b + h @ weight.T),
         )
 
-    def training_step(self, x: Tensor) -> dict[str, Tensor]:
+    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         data = x.flatten(1)
         with torch.no_grad():
             gibbs = self.gibbs()
@@ -110,20 +110,13 @@ class RBM(EBM):
         """`samples` after `steps` Gibbs steps from the base rate, `probability` of their pixels,
         and `chain` [8, T, *], eight of the chains at steps 0, 1, 3, 10, 30 ... `chain_steps`
         [T]."""
-        marks = [0, *(m for i in range(9) for m in (10**i, 3 * 10**i) if m < steps), steps]
-        frames: list[Tensor] = []
         gibbs = self.gibbs()
-        state = run(
-            gibbs,
-            self._base_rate_draws(n),
-            steps,
-            lambda step, s: frames.append(s.x[:8]) if step in marks else None,
-        )
+        state, chain, marks = trace(gibbs, self._base_rate_draws(n), steps, chains=8)
         probability = gibbs.p_visible(gibbs.p_hidden(state.x))
         return {
             "samples": state.x.view(n, *self.shape),
             "probability": probability.view(n, *self.shape),
-            "chain": torch.stack(frames, 1).unflatten(2, self.shape),
+            "chain": chain.unflatten(2, self.shape),
             "chain_steps": torch.tensor(marks),
         }
 

@@ -1,0 +1,277 @@
+r"""Implicit generation with energy-based models (Du & Mordatch 2019, arXiv:1903.08689), and the
+terms that improved contrastive divergence adds (Du, Li, Tenenbaum & Mordatch 2021,
+arXiv:2012.01316).
+
+An energy E, trained by the gradient of the log-likelihood with samples x~ that come from short
+Langevin chains, started from a replay buffer:
+
+    L = E_data[E(x+)] - E[E(x~)]  +  alpha (E_data[E(x+)^2] + E[E(x~)^2])
+        + kl E[E_stop(x~)]  -  entropy E[log d(x~)]
+
+E_stop moves its argument only, through the last Langevin step; d is the distance to the nearest
+of some points of the buffer, whose logarithm estimates the entropy of x~ (Kozachenko & Leonenko
+1987).
+
+    paper     | here
+    ----------|-------------------------------------------------------------------------------
+    E_theta   | network, conditional on a class where there are `classes`
+    K, lambda | langevin_steps; step_size (the code's x - step grad E; the text halves it)
+    omega     | noise, of its own, or `coupled` to the step size: sqrt(2 step_size)
+    B         | replay [buffer, *], with replay_label and replay_age; written back by index (the
+              | released code appends a second copy of the chain), without a detour over bytes
+    5 %       | fresh
+    alpha     | energy_penalty
+    Omega     | bounds, gradient_clip, spectral_norm, clip
+
+Between them and the paper stand a swish for the leaky ReLU, and labels that stay with their chains
+in the buffer (the released code draws new ones for old chains).
+
+Logged: `energy_gap` = E_data[E] - E[E(x~)], which hovers around 0; `gradient_norm` of the
+parameters' step; `langevin_gradient`, the mean |grad E| at the last Langevin step; `energy_scale`,
+the root mean square of all energies; `buffer_age`, the mean number of training steps that the
+chains of the batch have lived; `reset_share`, the share of them that was started anew;
+`kl` and `entropy`, the two terms before their weights (0 where the weight is 0).
+"""
+
+import math
+from copy import deepcopy
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from ebm import EBMError
+from ebm.networks import Scalar, normalise_spectrally, scalar
+from ebm.samplers import (
+    DecoupledLangevin,
+    Energy,
+    State,
+    run,
+    trace,
+    value_and_gradient,
+)
+from ebm.variants.base import EBM, descend, update_average
+
+NEIGHBOURS = 100
+"""So many points of the buffer stand in for the model where its entropy is estimated."""
+
+
+class IGEBM(EBM):
+    """An energy over points of `shape`: vectors [D], or images [H, W] or [C, H, W]; settings as
+    in `igebm_config.Model`."""
+
+    replay: Tensor
+    replay_label: Tensor
+    replay_age: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        network: str,
+        width: int,
+        depth: int,
+        input_scale: float,
+        classes: int,
+        spectral_norm: bool,
+        langevin_steps: int,
+        step_size: float,
+        noise: float | str,
+        gradient_clip: float | None,
+        bounds: tuple[float, float],
+        buffer: int,
+        fresh: float,
+        augment: float,
+        data_noise: float,
+        energy_penalty: float,
+        kl: float,
+        entropy: float,
+        learning_rate: float,
+        betas: tuple[float, float],
+        clip: float,
+        ema: float,
+    ) -> None:
+        super().__init__()
+        self.shape, self.classes, self.ema = shape, classes, ema
+        self.input_scale = input_scale
+        self.langevin_steps, self.step_size = langevin_steps, step_size
+        self.noise = math.sqrt(2 * step_size) if isinstance(noise, str) else noise
+        self.gradient_clip = math.inf if gradient_clip is None else gradient_clip
+        self.bounds = (bounds[0], bounds[1])
+        self.fresh, self.augment, self.data_noise = fresh, augment, data_noise
+        self.energy_penalty, self.kl, self.entropy = energy_penalty, kl, entropy
+        self.clip = clip
+        self.network = scalar(network, shape, width, depth, classes)
+        if augment and not self.network.images:
+            raise EBMError("model.augment: only images can be augmented; set it to 0")
+        if spectral_norm:
+            normalise_spectrally(self.network)
+        self.average = deepcopy(self.network).requires_grad_(False) if ema else None
+        self.register_buffer("replay", torch.zeros(buffer, *shape))
+        self.register_buffer("replay_label", torch.zeros(buffer, dtype=torch.long))
+        self.register_buffer("replay_age", torch.zeros(buffer, dtype=torch.long))
+        self.optimizer = torch.optim.Adam(self.network.parameters(), learning_rate, betas)
+
+    def initialise(self, data: Tensor) -> None:
+        """Fill the buffer with uniform noise; the data have to lie within the bounds."""
+        low, high = self.bounds
+        if data.min() < low or data.max() > high:
+            raise EBMError(f"model.bounds = [{low}, {high}]: the data reach beyond them")
+        self.replay.copy_(self.noise_like(self.replay))
+        self.replay_label.copy_(self._labels(len(self.replay)))
+
+    def energy(self, x: Tensor) -> Tensor:
+        """E(x), by the moving average where there is one; -log sum_y exp(-E(x, y)) of a
+        conditional model."""
+        if not self.classes:
+            return self.conditional_energy(x, None)
+        ones = torch.ones(len(x), dtype=torch.long, device=x.device)
+        by_class = [self.conditional_energy(x, k * ones) for k in range(self.classes)]
+        return -torch.logsumexp(-torch.stack(by_class), 0)
+
+    def conditional_energy(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """E(x, y) for x [B, *] and classes y [B]: shape [B]."""
+        return self._evaluate(self.average or self.network, x, y)
+
+    def kernel(self, energy: Energy) -> DecoupledLangevin:
+        """The chains that this model was trained with, on any energy of its points."""
+        return DecoupledLangevin(
+            energy, self.step_size, self.noise, self.gradient_clip, self.bounds
+        )
+
+    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        with parametrize.cached():
+            batch = self._draw_batch(len(x))
+            negative, chain = self._langevin(batch)
+            data = x + self.data_noise * torch.randn_like(x)
+            positive_energy = self._evaluate(self.network, data, y)
+            negative_energy = self._evaluate(self.network, negative.x.detach(), batch.label)
+            gap = positive_energy.mean() - negative_energy.mean()
+            scale = positive_energy.square().mean() + negative_energy.square().mean()
+            kl, entropy = self._improvement(negative.x, chain.energy, batch.others)
+            loss = gap + self.energy_penalty * scale + self.kl * kl - self.entropy * entropy
+            norm = descend(self.optimizer, loss, self.clip)
+        self._write_back(batch, negative.x.detach())
+        if self.average is not None:
+            update_average(self.average, self.network, self.ema)
+        assert negative.gradient is not None
+        return {
+            "energy_gap": gap.detach(),
+            "gradient_norm": norm,
+            "langevin_gradient": negative.gradient.flatten(1).norm(dim=1).mean().detach(),
+            "energy_scale": (scale.detach() / 2).sqrt(),
+            "buffer_age": self.replay_age[batch.rows].float().mean(),
+            "reset_share": batch.reset.float().mean(),
+            "kl": kl.detach(),
+            "entropy": entropy.detach(),
+        }
+
+    def sample(self, n: int, steps: int = 1000) -> dict[str, Tensor]:
+        """`samples` [n, *] after `steps` Langevin steps from uniform noise, and of 32 of the
+        chains `chain` [8, T, *] at `chain_steps` [T]; `labels` [n] of a conditional model."""
+        labels = torch.arange(n, device=self.replay.device) % max(self.classes, 1)
+        y = labels if self.classes else None
+        kernel = self.kernel(lambda x: self.conditional_energy(x, y))
+        end, chain, marks = trace(kernel, self._noise(n), steps, chains=32)
+        drawn = {
+            "samples": end.x.clamp(*self.bounds),
+            "chain": chain.clamp(*self.bounds),
+            "chain_steps": torch.tensor(marks),
+        }
+        return drawn | ({"labels": labels} if self.classes else {})
+
+    def _evaluate(self, network: Scalar, x: Tensor, y: Tensor | None) -> Tensor:
+        """The network's number for points [B, *] of this model's shape."""
+        x = self.input_scale * x
+        if self.network.images:
+            x = x.view(len(x), -1, *self.shape[-2:]).contiguous(memory_format=torch.channels_last)
+        return network(x, y)
+
+    def _draw_batch(self, n: int) -> "Batch":
+        """Rows of the buffer, where their chains start now, and other rows to compare with."""
+        if n > len(self.replay):
+            raise EBMError(f"model.buffer = {len(self.replay)} is less than the batch of {n}")
+        device = self.replay.device
+        rows = torch.randperm(len(self.replay), device=device)
+        rows, others = rows[:n], rows[n : n + NEIGHBOURS]
+        reset = torch.rand(n, device=device) < self.fresh
+        start, label = self.replay[rows], self.replay_label[rows]
+        if self.augment:
+            moved = torch.rand(n, device=device) < self.augment
+            start = _where(moved, augmented(start), start)
+        start = _where(reset, self._noise(n), start)
+        label = torch.where(reset, self._labels(n), label)
+        return Batch(rows, others, start, label if self.classes else None, reset)
+
+    def _langevin(self, batch: "Batch") -> tuple[State, DecoupledLangevin]:
+        """The chains' end, differentiable in the parameters through the last step where a term
+        asks for it, and the kernel that led there."""
+        chain = self.kernel(lambda x: self._evaluate(self.network, x, batch.label))
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(False)
+        before = run(chain, batch.start, self.langevin_steps - 1)
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(True)
+        last = replace(chain, differentiable=bool(self.kl or self.entropy))
+        state = last.step(before)
+        return state._replace(x=state.x.clamp(*self.bounds)), chain
+
+    def _improvement(self, x: Tensor, energy: Energy, others: Tensor) -> tuple[Tensor, Tensor]:
+        """E[E_stop(x~)] and E[log d(x~)], both with a gradient through x~ [B, *] only."""
+        kl = entropy = torch.zeros((), device=x.device)
+        if self.kl:
+            value, gradient = value_and_gradient(energy, x)
+            through = (gradient * x).sum() / len(x)
+            kl = value.mean() + through - through.detach()
+        if self.entropy:
+            distance = torch.cdist(x.flatten(1), self.replay[others].flatten(1))
+            entropy = distance.min(1).values.clamp(min=1e-12).log().mean()
+        return kl, entropy
+
+    def _write_back(self, batch: "Batch", x: Tensor) -> None:
+        self.replay[batch.rows] = x
+        self.replay_age[batch.rows] = torch.where(batch.reset, 0, self.replay_age[batch.rows]) + 1
+        if batch.label is not None:
+            self.replay_label[batch.rows] = batch.label
+
+    def noise_like(self, x: Tensor) -> Tensor:
+        """Uniform noise within the bounds, of x's shape: where chains start."""
+        low, high = self.bounds
+        return low + (high - low) * torch.rand_like(x)
+
+    def _noise(self, n: int) -> Tensor:
+        return self.noise_like(self.replay[:1].expand(n, *self.shape))
+
+    def _labels(self, n: int) -> Tensor:
+        return torch.randint(max(self.classes, 1), (n,), device=self.replay.device)
+
+
+class Batch(NamedTuple):
+    """Chains of one training step: their `rows` of the buffer [B], `others` of its rows, where
+    they `start` [B, *], their `label` [B] if the model is conditional, and which were `reset`
+    [B]."""
+
+    rows: Tensor
+    others: Tensor
+    start: Tensor
+    label: Tensor | None
+    reset: Tensor
+
+
+def augmented(images: Tensor) -> Tensor:
+    """Images [B, H, W] or [B, C, H, W], each rescaled by 0.8 to 1.25, turned by up to 0.15 radians
+    and shifted by up to a tenth, at random; what comes in from outside is 0."""
+    n, device = len(images), images.device
+    scale, angle = 0.8 * 1.5625 ** torch.rand(n, device=device), 0.3 * torch.rand(n, device=device)
+    cos, sin = scale * (angle - 0.15).cos(), scale * (angle - 0.15).sin()
+    shift = 0.4 * torch.rand(2, n, device=device) - 0.2
+    theta = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], 1).view(n, 2, 3)
+    x = images.view(n, -1, *images.shape[-2:])
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False).view(images.shape)
+
+
+def _where(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, old)

@@ -1,0 +1,72 @@
+"""Settings of implicit generation with energy-based models, as they stand in `params.yaml`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ebm import schema
+from ebm.schema import Count, NonNegative, Positive, Section, Share, Size
+
+Bounds = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class Model(Section):
+    """The energy: `network` (`mlp` for vectors; `conv`, `strided` or `resnet`
+    for images) of `width` and
+    `depth`, whose input is the point times `input_scale` (large where the density has fine
+    structure), `classes` it is conditional on (0: none), `spectral_norm` on its weights.
+
+    The chains: `langevin_steps` with `step_size`, every entry of the gradient cut at
+    `gradient_clip` (null: not at all), `noise` of its own or `coupled` to the step size, points
+    within `bounds`; they live in a replay buffer of `buffer` points, of which each step starts the
+    share `fresh` anew from uniform noise and sends the share `augment` through an augmentation.
+
+    The objective: Gaussian `data_noise`, the weight `energy_penalty` of the squared energies, the
+    weights `kl` and `entropy` of the terms of improved contrastive divergence. Adam's
+    `learning_rate` and `betas`, the norm `clip` at which the parameters' gradient is cut, and the
+    decay of their moving average (`ema: 0` keeps none).
+    """
+
+    network: Literal["mlp", "conv", "strided", "resnet"]
+    width: Count
+    depth: Count
+    input_scale: Positive
+    classes: Size
+    spectral_norm: bool
+    langevin_steps: Count
+    step_size: Positive
+    noise: NonNegative | Literal["coupled"]
+    gradient_clip: Positive | None
+    bounds: Bounds
+    buffer: Count
+    fresh: Share
+    augment: Share
+    data_noise: NonNegative
+    energy_penalty: NonNegative
+    kl: NonNegative
+    entropy: NonNegative
+    learning_rate: Positive
+    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    clip: Positive
+    ema: Share
+
+
+class Sample(schema.Drawn):
+    """`count` chains of `steps` Langevin steps from uniform noise, the classes in turn."""
+
+    steps: Count
+
+
+class Evaluate(Section):
+    """`grid`: cells per axis of the square on which a learned density is integrated (0 for
+    images). `steps`: Langevin steps of what is completed, denoised, composed and transferred."""
+
+    grid: Size
+    steps: Size
+
+
+class Experiment(schema.Experiment):
+    variant: Literal["igebm"]
+    model: Model
+    sample: Sample
+    evaluate: Evaluate

@@ -1,0 +1,277 @@
+"""Laws of implicit generation: the gradient of its objective, its replay buffer, its options."""
+
+import math
+
+import pytest
+import torch
+from test_train import MODELS
+
+from ebm import EBMError, metrics, tasks
+from ebm.samplers import value_and_gradient
+from ebm.seeds import seed
+from ebm.variants.igebm import IGEBM, augmented
+
+IMAGES = MODELS["igebm"] | {"network": "conv", "width": 4, "depth": 1, "classes": 3}
+
+
+def build(shape=(4,), settings=MODELS["igebm"], **changes):
+    seed("model", 0)
+    model = IGEBM(shape, **settings | changes)
+    model.initialise(torch.rand(10, *shape))
+    return model
+
+
+def images(n=8):
+    return torch.rand(n, 8, 8), torch.arange(n) % 3
+
+
+class Quadratic(torch.nn.Module):
+    """E(x) = theta |x|^2 / 2."""
+
+    images = False
+
+    def __init__(self):
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x, y=None):
+        return self.theta * x.square().sum(1) / 2
+
+
+def quadratic(**changes):
+    free = {"bounds": (-9.0, 9.0), "energy_penalty": 0.0, "data_noise": 0.0, "clip": math.inf}
+    model = build(ema=0.0, **free, **changes)
+    model.network = Quadratic()
+    model.optimizer = torch.optim.SGD(model.network.parameters(), lr=1.0)
+    return model
+
+
+def test_the_step_follows_the_gradient_of_the_likelihood():
+    """d/dtheta of E_data[E] - E_chains[E] is half the difference of the mean squared norms."""
+    model = quadratic(kl=0.0, entropy=0.0)
+    data = torch.randn(16, 4)
+    torch.manual_seed(1)
+    logs = model.training_step(data)
+    chains = model.replay[model.replay_age > 0]
+    expected = (data.square().sum(1).mean() - chains.square().sum(1).mean()) / 2
+    assert len(chains) == 16
+    assert (0.7 - model.network.theta).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert logs["energy_gap"].item() == pytest.approx(0.7 * expected.item(), rel=1e-4)
+
+
+def test_the_kl_term_has_the_gradient_through_the_last_step_only():
+    """x~ = y - eps theta y and E_stop(x~) = s |x~|^2 / 2 at s = theta: the derivative by theta is
+    -eps s x~.y."""
+    model = quadratic(kl=1.0, entropy=0.0, gradient_clip=None)
+    batch = model._draw_batch(16)
+    negative, chain = model._langevin(batch)
+    kl, entropy = model._improvement(negative.x, chain.energy, batch.others)
+    (slope,) = torch.autograd.grad(kl, model.network.theta)
+    end = negative.x.detach()
+    y = negative.gradient.detach() / 0.7
+    expected = -model.step_size * 0.7 * (end * y).sum(1).mean()
+    assert slope.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert kl.item() == pytest.approx(0.35 * end.square().sum(1).mean().item(), rel=1e-5)
+    assert entropy == 0
+
+
+def test_the_entropy_term_is_the_log_distance_to_the_nearest_other_chain():
+    model = quadratic(kl=0.0, entropy=1.0)
+    x = torch.randn(5, 4, requires_grad=True)
+    others = torch.tensor([3, 7, 11])
+    _, entropy = model._improvement(x, model.network, others)
+    distance = (x[:, None] - model.replay[others]).norm(dim=2).min(1)
+    assert entropy.item() == pytest.approx(distance.values.log().mean().item(), rel=1e-5)
+    (slope,) = torch.autograd.grad(entropy, x)
+    away = x - model.replay[others][distance.indices]
+    expected = away / away.square().sum(1, keepdim=True) / 5
+    torch.testing.assert_close(slope, expected.detach())
+
+
+@pytest.mark.parametrize("option", ["kl", "entropy"])
+def test_an_option_changes_the_step_and_its_absence_leaves_no_trace(option):
+    outcomes = []
+    for weight in (0.0, 0.5):
+        model = build(**{"kl": 0.0, "entropy": 0.0} | {option: weight})
+        torch.manual_seed(2)
+        logs = model.training_step(torch.rand(8, 4))
+        outcomes.append([p.clone() for p in model.network.parameters()])
+        assert (logs[option] != 0).item() == bool(weight)
+    assert any(not torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_chains_are_written_back_where_they_came_from():
+    model = build((8, 8), IMAGES, fresh=0.0)
+    before = model.replay.clone()
+    labels = model.replay_label.clone()
+    model.training_step(*images())
+    moved = (model.replay != before).flatten(1).any(1)
+    assert moved.sum() == 8
+    assert torch.equal(model.replay_age, moved.long())
+    assert torch.equal(model.replay_label, labels)  # a chain keeps its class
+
+
+def test_fresh_chains_start_at_age_one_with_a_class_of_their_own():
+    model = build((8, 8), IMAGES, fresh=1.0)
+    for _ in range(5):
+        logs = model.training_step(*images())
+    assert logs["reset_share"] == 1
+    assert model.replay_age.max() == 1
+    assert model.replay_label.max() < 3
+
+
+def test_the_share_of_fresh_chains_is_the_one_asked_for():
+    model = build(fresh=0.05, buffer=4000)
+    share = torch.stack([model._draw_batch(2000).reset.float().mean() for _ in range(10)]).mean()
+    assert share.item() == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 20000))
+
+
+def test_points_stay_within_the_bounds():
+    model = build((8, 8), IMAGES, step_size=50.0, gradient_clip=None)
+    model.training_step(*images())
+    assert model.replay.min() >= 0
+    assert model.replay.max() <= 1
+
+
+def test_data_beyond_the_bounds_are_refused():
+    with pytest.raises(EBMError, match=r"model\.bounds"):
+        build(bounds=(0.4, 0.6))
+
+
+def test_a_buffer_smaller_than_the_batch_is_refused():
+    with pytest.raises(EBMError, match=r"model\.buffer"):
+        build(buffer=5).training_step(torch.rand(8, 4))
+
+
+def test_vectors_cannot_be_augmented():
+    with pytest.raises(EBMError, match=r"model\.augment"):
+        build(augment=0.5)
+
+
+def test_spectral_normalisation_bounds_every_block_at_any_time():
+    model = build((8, 8), IMAGES, spectral_norm=True, learning_rate=1e-3)
+    for _ in range(40):
+        model.training_step(*images())
+    for network in (model.network, model.average):
+        for block in network.eval().blocks:
+            norm = torch.linalg.matrix_norm(block.layer.weight.flatten(1), 2)
+            assert norm.item() == pytest.approx(1, abs=0.05)
+
+
+def test_spectral_normalisation_iterates_once_a_step(monkeypatch):
+    model = build((8, 8), IMAGES, spectral_norm=True)
+    calls = []
+    normaliser = type(model.network.blocks[0].layer.parametrizations.weight[0])
+    original = normaliser._power_method
+    monkeypatch.setattr(
+        normaliser, "_power_method", lambda *a: calls.append(1) or original(*a), raising=True
+    )
+    model.training_step(*images())
+    assert len(calls) == len(model.network.blocks)
+
+
+def test_the_marginal_energy_sums_over_classes():
+    model = build((8, 8), IMAGES)
+    x, _ = images()
+    joint = torch.stack([model.conditional_energy(x, torch.full((8,), k)) for k in range(3)])
+    torch.testing.assert_close((-model.energy(x)).exp(), (-joint).exp().sum(0))
+
+
+def test_the_energy_is_that_of_the_moving_average():
+    model = build(ema=0.5)
+    start = [p.clone() for p in model.network.parameters()]
+    model.training_step(torch.rand(8, 4))
+    for average, old, new in zip(
+        model.average.parameters(), start, model.network.parameters(), strict=True
+    ):
+        torch.testing.assert_close(average, (old + new) / 2)
+    x = torch.rand(5, 4)
+    assert torch.equal(model.energy(x), model.average(x))
+
+
+def test_it_learns_a_density():
+    """Two unequal Gaussians on a line, by a coupled chain: the density itself, not its samples."""
+    torch.manual_seed(3)
+    means, deviation, share = torch.tensor([-1.0, 1.0]), 0.3, 0.3
+    which = (torch.rand(4000) > share).long()
+    data = (means[which] + deviation * torch.randn(4000)).clamp(-2.9, 2.9)[:, None]
+    model = build(
+        (1,),
+        width=32,
+        depth=2,
+        bounds=(-3.0, 3.0),
+        noise="coupled",
+        step_size=0.02,
+        langevin_steps=20,
+        gradient_clip=None,
+        buffer=2000,
+        learning_rate=3e-3,
+        data_noise=0.0,
+        energy_penalty=0.0,
+        clip=10.0,
+        ema=0.99,
+        kl=0.0,
+        entropy=0.0,
+    )
+    for step in range(600):
+        model.training_step(data[torch.arange(step * 256, step * 256 + 256) % 4000])
+    line = torch.linspace(-3, 3, 601)[:, None]
+    shares = torch.tensor([share, 1 - share])
+    true = (shares.log() - ((line - means) / deviation).square() / 2).logsumexp(1)
+    assert metrics.grid_kl(true, -model.energy(line).detach()) < 0.1
+
+
+def test_augmentation_moves_images_and_keeps_their_range():
+    torch.manual_seed(4)
+    x = torch.zeros(200, 8, 8)
+    x[:, 3:5, 3:5] = 1
+    moved = augmented(x)
+    assert moved.shape == x.shape
+    assert 0 <= moved.min() <= moved.max() <= 1
+    assert moved.sum((1, 2)).mean().item() == pytest.approx(4, rel=0.2)
+    assert not torch.equal(moved[0], moved[1])
+
+
+def test_completion_believes_what_is_known():
+    model = build((8, 8), IMAGES)
+    x, y = images()
+    known = torch.zeros(8, 8, dtype=torch.bool)
+    known[:4] = True
+    frames = tasks.complete(model, x, known, y, steps=10)
+    assert torch.equal(frames[:, :, :4], x[:, None, :4].expand(-1, frames.shape[1], -1, -1))
+    assert not torch.equal(frames[:, 0, 4:], frames[:, -1, 4:])
+
+
+def test_composing_a_class_with_itself_doubles_its_energy():
+    model = build((8, 8), IMAGES)
+    _, y = images()
+    torch.manual_seed(5)
+    composed = tasks.compose(model, [y, y], steps=5)
+    torch.manual_seed(5)
+    start = model.noise_like(model.replay[:8])
+    doubled = tasks._chain(model, lambda x: 2 * model.conditional_energy(x, y), start, 5)
+    torch.testing.assert_close(composed, doubled)
+
+
+def test_denoising_and_transfer_go_downhill():
+    model = build((8, 8), IMAGES, noise=0.0, step_size=0.01, gradient_clip=None)
+    x, y = images()
+    for frames in (tasks.denoise(model, x, y, 30), tasks.transfer(model, x, (y + 1) % 3, 30)):
+        assert torch.equal(frames[:, 0], x)
+    end = tasks.denoise(model, x, y, 30)[:, -1]
+    assert (model.conditional_energy(end, y) <= model.conditional_energy(x, y)).all()
+
+
+def test_the_chain_leaves_the_parameters_as_they_were():
+    model = build()
+    model._langevin(model._draw_batch(8))
+    assert all(p.requires_grad and p.grad is None for p in model.network.parameters())
+
+
+def test_a_differentiable_gradient_equals_the_plain_one():
+    network = build().network
+    x = torch.rand(6, 4)
+    plain, graph = (value_and_gradient(network, x, differentiable=d)[1] for d in (False, True))
+    torch.testing.assert_close(plain, graph.detach())
+    assert graph.requires_grad
+    assert not plain.requires_grad
