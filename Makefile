@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+THREADS ?= 2
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
@@ -31,6 +32,10 @@ ui: $(BIN)/.synced  ## Open the tracked runs at http://127.0.0.1:5000
 	python -m pipelines.tracking
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
 
+benchmark: $(BIN)/.synced  ## Time the samplers beside their peers (THREADS=n)
+	uv pip install -q --python $(BIN)/python --group benchmark
+	python -m benchmarks.samplers --threads $(THREADS)
+
 $(BIN)/.synced: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,4 +43,4 @@ $(BIN)/.synced: requirements.lock
 	uv pip install -q --require-hashes --python $(BIN)/python -r requirements.lock
 	touch $@
 
-.PHONY: help repro flow test test-slow lint ui
+.PHONY: help repro flow test test-slow lint ui benchmark

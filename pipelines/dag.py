@@ -69,8 +69,9 @@ def plan(targets: Sequence[str] = (), root: Path = ROOT) -> Plan:
     """The stages that `targets` need, and which of them are stale.
 
     Args:
-        targets: names of stages (`train@meg-rings`), of groups (`train`), patterns (`*@meg-*`) or
-            paths of `dvc.yaml` files, from the root. None: the `dvc.yaml` of the root, as for DVC.
+        targets: names of stages (`train@meg-rings`), of groups (`train`), patterns (`*@meg-*`, in
+            which no `*` is a `/`) or paths of `dvc.yaml` files, from the root. None: the
+            `dvc.yaml` of the root, as for DVC.
         root: the root of a DVC repository; the current directory does not matter.
 
     Raises:
@@ -163,7 +164,7 @@ def _matching(targets: Sequence[str], found: Mapping[str, Any]) -> list[str]:
             name
             for name, stage in found.items()
             if target in (name.partition("@")[0], stage.path_in_repo)
-            or fnmatch.fnmatchcase(name, target)
+            or (name.count("/") == target.count("/") and fnmatch.fnmatchcase(name, target))
         ]
         if not matched:
             raise EBMError(f"no stage matches {target!r}{_suggestion(target, found)}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def evaluate(name: str) -> None:
     experiment, _ = params.experiment(stage.PARAMS, name)
 
-    from ebm import data, seeds, variants
+    from ebm import data, reference, seeds, variants
     from ebm.evaluation import evaluate
 
     folder = Path("models", name)
@@ -23,8 +23,9 @@ def evaluate(name: str) -> None:
     model = variants.load(folder / "weights.safetensors", folder / "config.json").to(device)
     samples = {k: v.to(device) for k, v in _samples(folder / "samples.npz").items()}
     prepared = data.read(Path("data", experiment.dataset))
+    measure = reference.read(Path("models/reference", experiment.dataset), prepared, device)
     seeds.seed("evaluate", experiment.seed)
-    result = evaluate(model, samples, prepared, experiment.evaluate.model_dump())
+    result = evaluate(model, samples, prepared, measure, experiment.evaluate.model_dump())
     _write(folder / "evaluation", result)
     _track(name, folder, result)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipelines.results import History, Picture, Reference, Result
+from pipelines.results import Comparison, History, Line, Picture, Reference, Result
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -52,10 +52,52 @@ METRICS = {
     "frechet_distance": Metric(
         "Fréchet distance",
         -1,
-        "Squared distance of the Gaussians fitted to samples and to test data.",
+        "Squared distance of the Gaussians fitted to samples and to test data: to their "
+        "coordinates in the plane, to the features of a reference network for images.",
+    ),
+    "frechet_distance_extrapolated": Metric(
+        "Fréchet distance, extrapolated",
+        -1,
+        "The same for infinitely many samples, on a line through the values of fewer; an estimate "
+        "that can be negative.",
+        "",
+        False,
+    ),
+    "kernel_distance": Metric(
+        "Kernel distance",
+        -1,
+        "KID: squared maximum mean discrepancy of samples and test data, on the same features, "
+        "estimated without bias; about 0, of either sign, for draws of one distribution.",
+        "",
+        False,
+    ),
+    "sample_precision": Metric(
+        "Sample precision",
+        +1,
+        "Share of the samples within reach of test images: how good they look.",
+        "",
+        False,
+    ),
+    "sample_recall": Metric(
+        "Sample recall",
+        +1,
+        "Share of the test images within reach of samples: how much of the data they cover.",
+        "",
+        False,
+    ),
+    "conditional_accuracy": Metric(
+        "Conditional accuracy",
+        +1,
+        "Share of conditional samples in which the reference network sees the class asked for.",
     ),
     "accuracy": Metric("Accuracy", +1, "Share of the test split classified rightly."),
     "auroc": Metric("AUROC", +1, "Area under the ROC curve of the energy as anomaly score."),
+    "auroc_mean": Metric(
+        "AUROC, mean",
+        +1,
+        "Area under the ROC curve of the energy as anomaly score, the test split against an "
+        "outlier set: the mean over the sets.",
+    ),
     "auprc": Metric("AUPRC", +1, "Area under the precision-recall curve of the energy."),
     "f1": Metric("F1", +1, "Harmonic mean of precision and recall."),
     "precision": Metric("Precision", +1, "Share of the flagged that are anomalies.", "", False),
@@ -76,6 +118,38 @@ VARIANTS = {
     "fce": "Flow-contrastive estimation",
 }
 DATA = {"density": "Densities in the plane", "digits": "Handwritten digits"}
+SAMPLERS = {
+    "error": Metric(
+        "Error",
+        -1,
+        "Root mean square, over chains and known expectations, of the error of a chain's mean, in "
+        "standard deviations.",
+    ),
+    "ess": Metric(
+        "ESS",
+        +1,
+        "Effective sample size of the worst known expectation, per 1000 evaluations of a chain: "
+        "1000 for exact draws. It believes the chains: where R-hat is high, it means nothing.",
+        "per 1000",
+    ),
+    "r_hat": Metric(
+        "R-hat", -1, "Rank-normalised and split; of the worst known expectation. Trust below 1.01."
+    ),
+    "tau": Metric(
+        "Autocorrelation", -1, "Autocorrelation time of the energy, in evaluations.", "evaluations"
+    ),
+    "acceptance": Metric("Acceptance", 0, "Mean acceptance probability of the proposals."),
+    "swaps": Metric("Swaps", 0, "Smallest mean swap acceptance of two neighbours of a ladder."),
+    "round_trips": Metric("Round trips", +1, "From the hot end to the target and back, mean."),
+    "step_size": Metric("Step size", 0, "As adapted before sampling; of Langevin, MALA's."),
+    "cost": Metric("Cost", -1, "Evaluations for one transition, those of all rungs together."),
+}
+ORACLES = {
+    "banana": "Banana",
+    "funnel": "Neal's funnel, 10 dimensions",
+    "8gaussians": "Eight Gaussians",
+    "ising": "Ising lattice, 4 × 4 spins",
+}
 KINDS = {
     "exact": "the value of a perfect model, known in closed form",
     "ceiling": "what exact samples or the true density score: the most a model can honestly get",
@@ -112,7 +186,7 @@ class Curve:
 WIDTH, HEIGHT = 210, 92
 
 
-def render(results: Sequence[Result]) -> str:
+def render(results: Sequence[Result], comparison: Comparison | None = None) -> str:
     """The page, self-contained: styles inline, images as data URIs, no script."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -123,6 +197,7 @@ def render(results: Sequence[Result]) -> str:
     )
     environment.filters |= {
         "number": number,
+        "measured": measured,
         "held_against": held_against,
         "duration": duration,
         "data_uri": data_uri,
@@ -139,6 +214,10 @@ def render(results: Sequence[Result]) -> str:
         glossary=[metric for name, metric in METRICS.items() if name in shown],
         kinds={kind: text for kind, text in KINDS.items() if kind in kinds},
         lanes=lanes(results),
+        comparison=comparison,
+        bench=by_oracle(comparison.table) if comparison else {},
+        bench_columns=SAMPLERS,
+        bench_settings=dict(_flat(comparison.settings)) if comparison else {},
         variants=VARIANTS,
         width=WIDTH,
         height=HEIGHT,
@@ -211,6 +290,14 @@ def groups(
         present = {name for result in members for name in tables[result.name]}
         columns = {n: m for n, m in METRICS.items() if m.overview and n in present}
         yield DATA.get(kind, str(kind).capitalize()), columns, members
+
+
+def by_oracle(table: Sequence[Line]) -> dict[str, list[Line]]:
+    """Lines of one target belong in one table, under its title."""
+    tables: dict[str, list[Line]] = {}
+    for line in table:
+        tables.setdefault(ORACLES.get(line.oracle, line.oracle), []).append(line)
+    return tables
 
 
 def measured(value: float) -> str:

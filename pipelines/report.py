@@ -1,9 +1,9 @@
 """Stage `report`: from models/ to metrics, training curves, figures and one page for the reader.
 
-It writes `metrics/<experiment>.json`, `reports/curves/<experiment>.csv`, `reports/figures/` and
-`reports/index.html`, and removes what experiments that are gone left there. Everything is read and
-checked before the first file is written. Numbers are rounded to six significant digits, so that a
-diff in git shows what changed and not the noise of the last bits.
+It writes `metrics/<experiment>.json`, `metrics/samplers.json`, `reports/curves/<experiment>.csv`,
+`reports/figures/` and `reports/index.html`, and removes what experiments that are gone left there.
+Everything is read and checked before the first file is written. Numbers are rounded to six
+significant digits, so that a diff in git shows what changed and not the noise of the last bits.
 """
 
 import csv
@@ -17,7 +17,7 @@ from typing import Any
 
 from ebm import params
 from pipelines import page, results, stage, tracking
-from pipelines.results import History
+from pipelines.results import Comparison, History, Result
 
 CURVE_ROWS = 200
 
@@ -31,10 +31,13 @@ def write(root: Path, settings: Mapping[str, Any]) -> None:
     """Report on every experiment of `settings`, the whole of params.yaml as plain mappings."""
     found = [results.read(root / "models", name, settings) for name in settings["experiments"]]
     found = [replace(result, history=thin(result.history)) for result in found]
-    html = page.render(found)
+    comparison = results.read_comparison(root / "models", settings)
+    html = page.render(found, comparison)
     reports = root / "reports"
-    pictures = {f"{r.name}-{p.name}.png": p.png for r in found for p in r.pictures}
-    _fill(root / "metrics", {f"{r.name}.json": _metrics(r.metrics) for r in found})
+    named: list[tuple[str, Result | Comparison]] = [(result.name, result) for result in found]
+    named += [(results.COMPARISON, comparison)] if comparison else []
+    pictures = {f"{name}-{p.name}.png": p.png for name, r in named for p in r.pictures}
+    _fill(root / "metrics", {f"{name}.json": _metrics(r.metrics) for name, r in named})
     _fill(reports / "curves", {f"{r.name}.csv": _table(r.history) for r in found})
     _fill(reports / "figures", pictures)
     (reports / "index.html").write_text(html, encoding="utf-8")

@@ -13,31 +13,58 @@ from ebm import EBMError
 
 T = TypeVar("T")
 
+COMPARISON = "samplers"
+"""The stage that compares them, its section of params.yaml, its folder and its numbers."""
+
 History = dict[str, list[float]]
 """The training curves: `step` first, then one column per scalar; NaN where nothing was logged."""
 
 
-class Record(BaseModel):
+class Provenance(BaseModel):
     """`run.json`: where the numbers come from."""
 
     model_config = ConfigDict(frozen=True)
 
-    variant: str
-    dataset: str
     seed: int
     threads: int
     device: str
     git_commit: str
     git_dirty: bool
     params_sha256: str
-    data_sha256: str
     started: str
     seconds: FiniteFloat
-    restarts: int
     python: str
     torch: str
     tracking_key: str | None
     mlflow_run_id: str | None
+
+
+class Record(Provenance):
+    """That of a training."""
+
+    variant: str
+    dataset: str
+    data_sha256: str
+    restarts: int
+
+
+class Line(BaseModel):
+    """A sampler on a target, as `ebm.comparison` explains it; None: it has no such number."""
+
+    model_config = ConfigDict(frozen=True)
+
+    oracle: str
+    kernel: str
+    step_size: float | None
+    cost: float
+    acceptance: float | None
+    swaps: float | None
+    round_trips: float | None
+    error: float
+    ess: float
+    r_hat: float | None
+    tau: float | None
+    diverged: float
 
 
 class Reference(BaseModel):
@@ -84,6 +111,17 @@ class Result:
     pictures: list[Picture]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """That of the samplers. `settings` is its section of params.yaml."""
+
+    settings: Mapping[str, Any]
+    record: Provenance
+    metrics: dict[str, float]
+    table: list[Line]
+    pictures: list[Picture]
+
+
 _METRICS = TypeAdapter(dict[str, int | float])
 _REFERENCES = TypeAdapter(dict[str, list[Reference]])
 _LISTINGS = TypeAdapter(list[Listing])
@@ -108,6 +146,22 @@ def read(models: Path, name: str, params: Mapping[str, Any]) -> Result:
         metrics={**measured, "seconds": record.seconds},
         references=_json(folder / "evaluation" / "references.json", _REFERENCES, evaluate),
         pictures=[_picture(folder / "evaluation", one, evaluate) for one in listings],
+    )
+
+
+def read_comparison(models: Path, params: Mapping[str, Any]) -> Comparison | None:
+    """The comparison of samplers, if `params` has one; errors as those of `read`."""
+    if params.get(COMPARISON) is None:
+        return None
+    folder = models / COMPARISON
+    record = _json(folder / "run.json", TypeAdapter(Provenance), COMPARISON)
+    listings = _json(folder / "figures.json", _LISTINGS, COMPARISON)
+    return Comparison(
+        settings=params[COMPARISON],
+        record=record,
+        metrics=_json(folder / "metrics.json", _METRICS, COMPARISON) | {"seconds": record.seconds},
+        table=_json(folder / "table.json", TypeAdapter(list[Line]), COMPARISON),
+        pictures=[_picture(folder, one, COMPARISON) for one in listings],
     )
 
 

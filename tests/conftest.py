@@ -1,4 +1,4 @@
-"""Fixtures: a root without a past, MLflow's database made once."""
+"""Fixtures: float64, a root without a past, MLflow's database made once."""
 
 import shutil
 import warnings
@@ -8,6 +8,16 @@ from tracking_store import Lookup, serving
 
 from pipelines import tracking
 from pipelines.courier import SETTINGS
+
+
+@pytest.fixture
+def double():
+    """Tensors are made in float64."""
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -165,11 +165,12 @@ def undeclared(loaded, deps, variant):
 
 
 CASES = list(stage_dependencies())
+OF_NO_VARIANT = ("prepare", "reference", "samplers", "report")
 
 
 @pytest.mark.parametrize(
     ("stage", "variant", "deps"),
-    [(s, None if s in ("prepare", "report") else v, d) for s, v, d in CASES],
+    [(s, None if s in OF_NO_VARIANT else v, d) for s, v, d in CASES],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_module_that_a_stage_loads_is_its_dependency(stage, variant, deps):
@@ -187,3 +188,20 @@ def test_no_stage_depends_on_another_variant():
 
 def test_every_exempt_module_exists():
     assert all((ROOT / "src" / f).exists() or (ROOT / f).exists() for f in ROUTING)
+
+
+def test_the_published_experiments_have_the_stages_of_the_default_ones():
+    """paper/dvc.yaml is dvc.yaml one folder down: the same code, other numbers, no samplers."""
+    yaml = YAML(typ="safe")
+    default, paper = (
+        {name: stage.get("do", stage) for name, stage in yaml.load(path)["stages"].items()}
+        for path in (ROOT / "dvc.yaml", ROOT / "paper/dvc.yaml")
+    )
+    assert default.keys() - paper.keys() == {"samplers"}
+    for name, stage in paper.items():
+        deps = default[name]["deps"]
+        assert stage["deps"] == [
+            f"../{dep}" if dep.startswith(("src/", "pipelines/")) else dep for dep in deps
+        ]
+        assert stage["outs"] == default[name]["outs"]
+        assert stage["cmd"] == f"env PYTHONPATH=.. {default[name]['cmd']}"

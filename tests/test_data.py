@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from ebm import EBMError, data
-from ebm.schema import DensityData, DigitsData
+from ebm.schema import CoordinatesReference, DensityData, DigitsData
+
+AS_THEY_ARE = CoordinatesReference(kind="coordinates")
 
 
 def digits(**changes):
     settings = {"binarize": "sample", "validation": 180, "test": 360, "seed": 0}
-    return data.prepare(DigitsData(kind="digits", **settings | changes))
+    return data.prepare(DigitsData(kind="digits", reference=AS_THEY_ARE, **settings | changes))
 
 
 def density(**changes):
     settings = {"density": "8gaussians", "train": 50, "validation": 10, "test": 20, "seed": 0}
-    return data.prepare(DensityData(kind="density", **settings | changes))
+    return data.prepare(DensityData(kind="density", reference=AS_THEY_ARE, **settings | changes))
 
 
 def test_splits_are_disjoint_and_complete():
@@ -98,3 +100,25 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path):
 def test_nothing_left_to_train_on_is_an_error():
     with pytest.raises(EBMError, match="leaves nothing"):
         digits(test=1700)
+
+
+def test_points_have_neither_labels_nor_outliers():
+    assert density().labels("test") is None
+    assert density().outliers() == {}
+
+
+def test_what_samples_are_compared_by_is_no_part_of_the_data():
+    assert "reference" not in density().manifest["settings"]
+
+
+def test_bytes_become_points_by_their_share_of_255_and_floats_stay():
+    stored = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert torch.equal(data.unit(stored), torch.tensor([0.0, 51 / 255, 1.0]))
+    points = torch.randn(5)
+    assert data.unit(points) is points
+
+
+def test_labels_and_points_are_those_of_the_split():
+    prepared = digits()
+    assert torch.equal(prepared.labels("validation"), prepared.tensors["validation_labels"])
+    assert torch.equal(prepared.points("validation"), prepared.tensors["validation"])

@@ -177,12 +177,63 @@ def test_a_chain_runs_to_the_right_and_chains_lie_below_each_other():
 def test_energy_histograms_have_common_bins_and_unit_area():
     r = np.random.default_rng(0)
     figure = figures.energy_histogram({"data": r.normal(size=500), "noise": r.normal(4, 2, 90)})
-    outlines = [patch.get_path().vertices for patch in figure.axes[0].patches[1::2]]
+    outlines = [ax.patches[0].get_path().vertices for ax in figure.axes]
     edges = [np.unique(outline[:, 0]) for outline in outlines]
     assert (edges[0] == edges[1]).all()
     for outline in outlines:
         x, y = outline[:, 0], outline[:, 1]
         assert np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) == pytest.approx(1)
+
+
+def test_a_set_that_is_far_away_does_not_squeeze_the_others():
+    r = np.random.default_rng(0)
+    sets = {"train": r.normal(size=500), "test": r.normal(size=500), "far": np.full(90, 1e6)}
+    figure = figures.energy_histogram(sets)
+    low, high = figure.axes[0].get_xlim()
+    assert high - low < 60
+    assert [ax.get_ylabel() for ax in figure.axes] == list(sets)
+    outline = figure.axes[2].patches[0].get_path().vertices
+    assert outline[outline[:, 1] > 0, 0].min() > 20, "counted in the last bin"
+    figures.energy_histogram({"constant": np.zeros(9), "other": np.ones(5)})
+
+
+def test_error_curves_have_the_line_of_exact_draws_and_a_colour_for_each_sampler():
+    n = np.array([1.0, 10.0, 100.0])
+    lines = {"slow": (n, n**-0.1), "lost": (n, np.array([1.0, 1e9, np.nan]))}
+    figure = figures.error_curves({"one": lines, "two": lines, "three": {"slow": lines["slow"]}})
+    assert [ax.get_title() for ax in figure.axes] == ["one", "two", "three"]
+    assert [ax.get_legend() is not None for ax in figure.axes] == [True, False, True]
+    slow, lost, exact = figure.axes[0].lines
+    assert slow.get_color() != lost.get_color()
+    np.testing.assert_allclose(exact.get_ydata(), np.asarray(exact.get_xdata()) ** -0.5)
+    assert max(exact.get_xdata()) == 100
+    low, high = figure.axes[0].get_ylim()
+    assert low < 0.1 < 1 < high < 1e3, "the line that is lost leaves the panel"
+    drawn(figure)
+
+
+def test_paths_lie_over_the_density_they_explore():
+    path = np.array([[2.0, 1.0], [-1.0, -2.0]])
+    figure = figures.chain_paths(spot(0, 0), EXTENT, {"a": path, "b": path[::-1]})
+    pixels = drawn(figure)
+    for ax, start in zip(figure.axes, path, strict=True):
+        assert ax.get_xlim() == EXTENT[:2]
+        assert ax.get_ylim() == EXTENT[2:]
+        assert darkness(pixels, ax, 2, 1) > 100
+        assert darkness(pixels, ax, -1, -2) > 100
+        assert darkness(pixels, ax, 0, 0) > 100
+        assert darkness(pixels, ax, -2, 1) == 0
+        assert tuple(ax.lines[-1].get_xydata()[0]) == tuple(start)
+
+
+def test_traces_lie_below_each_other_on_common_axes():
+    t = np.arange(5.0)
+    figure = figures.traces({"a": (t, t), "b": (t / 2, -t)}, "mean spin")
+    drawn(figure)
+    assert [ax.get_title("left") for ax in figure.axes] == ["a", "b"]
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+    np.testing.assert_array_equal(figure.axes[1].lines[0].get_xydata(), np.stack([t / 2, -t], 1))
 
 
 def random():

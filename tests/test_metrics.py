@@ -57,6 +57,159 @@ def test_frechet_distance_survives_constant_pixels():
     assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
 
 
+def test_frechet_distance_from_statistics_is_that_from_features():
+    torch.manual_seed(5)
+    x, y = torch.randn(300, 4), 2 * torch.randn(200, 4) + 1
+    stored = metrics.gaussian_frechet_distance(*metrics.moments(x), *metrics.moments(y))
+    assert stored == metrics.frechet_distance(x, y)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    """In closed form for two dimensions: tr (AB)^(1/2) = (tr AB + 2 det(AB)^(1/2))^(1/2)."""
+    a = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double()
+    b = torch.tensor([[1.0, -0.7], [-0.7, 3.0]]).double()
+    root = ((a @ b).trace() + 2 * (a.det() * b.det()).sqrt()).sqrt()
+    mean = torch.zeros(2).double()
+    found = metrics.gaussian_frechet_distance(mean, a, mean + 1, b)
+    assert found == pytest.approx((2 + a.trace() + b.trace() - 2 * root).item())
+
+
+def test_extrapolation_takes_the_bias_of_few_samples_away():
+    torch.manual_seed(6)
+    mean, covariance = torch.zeros(16).double(), torch.eye(16).double()
+    plain, extrapolated = [], []
+    for _ in range(20):
+        x = torch.randn(500, 16)
+        plain.append(metrics.gaussian_frechet_distance(*metrics.moments(x), mean, covariance))
+        order = torch.randperm(500)
+        distance = metrics.extrapolated_frechet_distance(x, mean, covariance, order)
+        extrapolated.append(distance)
+    plain, extrapolated = torch.tensor(plain), torch.tensor(extrapolated)
+    assert plain.mean() > 0.1  # the truth is 0
+    assert extrapolated.mean().abs() < 0.1 * plain.mean()
+    assert extrapolated.std() < 0.05
+
+
+def test_extrapolation_keeps_a_true_distance():
+    torch.manual_seed(7)
+    mean, covariance = torch.full((8,), 0.5).double(), torch.eye(8).double()
+    x = torch.randn(4000, 8)
+    found = metrics.extrapolated_frechet_distance(x, mean, covariance, torch.randperm(4000))
+    assert found == pytest.approx(8 * 0.25, abs=0.15)
+
+
+def biased_kernel_distance(x, y):
+    """A planted bug: the pairs of a point with itself are left in."""
+    dim = x.shape[1]
+    return sum(
+        sign * ((u @ v.T / dim + 1) ** 3).mean().item()
+        for u, v, sign in ((x, x, 1), (y, y, 1), (x, y, -2))
+    )
+
+
+@pytest.mark.parametrize("distance", [metrics.kernel_distance, biased_kernel_distance])
+def test_kernel_distance_has_no_bias_on_one_distribution(distance):
+    torch.manual_seed(8)
+    values = torch.tensor(
+        [distance(torch.randn(30, 6).double(), torch.randn(20, 6).double()) for _ in range(400)]
+    )
+    deviation = values.mean().abs() / (values.std() / 20)
+    assert (deviation < 3.5) == (distance is metrics.kernel_distance)
+
+
+def test_kernel_distance_of_points_in_closed_form():
+    """Two equal points at a, two at b: k(a, a) + k(b, b) - 2 k(a, b)."""
+    a, b = torch.tensor([1.0, 2.0]).double(), torch.tensor([0.0, 3.0]).double()
+    expected = 3.5**3 + 5.5**3 - 2 * 4.0**3
+    found = metrics.kernel_distance(a.expand(2, 2), b.expand(2, 2))
+    assert found == pytest.approx(expected)
+
+
+def test_kernel_distance_in_slices_is_that_at_once():
+    torch.manual_seed(9)
+    x, y = torch.randn(1500, 3).double(), torch.randn(1100, 3).double() + 1
+    n, m = len(x), len(y)
+    k = (torch.cat([x, y]) @ torch.cat([x, y]).T / 3 + 1) ** 3
+    within = (k[:n, :n].sum() - k[:n, :n].trace()) / (n * (n - 1))
+    within += (k[n:, n:].sum() - k[n:, n:].trace()) / (m * (m - 1))
+    assert metrics.kernel_distance(x, y) == pytest.approx((within - 2 * k[:n, n:].mean()).item())
+
+
+def test_precision_and_recall_of_equal_and_of_distant_sets():
+    torch.manual_seed(10)
+    x = torch.randn(200, 5)
+    assert metrics.precision_recall(x, x.clone()) == (1, 1)
+    assert metrics.precision_recall(x, x + 100) == (0, 0)
+
+
+def test_dropped_modes_cost_recall_and_noise_costs_precision():
+    torch.manual_seed(11)
+    centres = 50 * torch.eye(4)
+    data, samples = (centres.repeat(100, 1) + torch.randn(400, 4) for _ in range(2))
+    few = samples[torch.arange(400) % 4 < 2]  # of two modes of four
+    noisy = torch.cat([samples[:200], 100 + 50 * torch.randn(200, 4)])
+    precision, recall = metrics.precision_recall(samples, data)
+    assert precision > 0.85
+    assert recall > 0.85
+    precision, recall = metrics.precision_recall(few, data)
+    assert precision > 0.85
+    assert 0.4 < recall <= 0.5
+    precision, recall = metrics.precision_recall(noisy, data)
+    assert 0.4 < precision <= 0.5
+
+
+def test_the_manifold_reaches_to_the_kth_other_point():
+    """On a line of integers the balls of k = 1 have radius 1, those of k = 3 have 2 and 3."""
+    data = torch.arange(10.0).unsqueeze(1)
+    probe = torch.tensor([[10.5], [11.5], [12.5], [13.5]])
+    for k, inside in ((1, 0), (2, 1), (3, 2)):
+        assert metrics.precision_recall(probe, data, k)[0] == inside / 4
+
+
+def scores(ties):
+    torch.manual_seed(12)
+    inliers, outliers = torch.randn(80).double(), torch.randn(50).double() + 0.7
+    return ((2 * inliers).round(), (2 * outliers).round()) if ties else (inliers, outliers)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_is_the_statistic_of_mann_and_whitney(ties):
+    inliers, outliers = scores(ties)
+    pairs = outliers.unsqueeze(1) - inliers
+    expected = ((pairs > 0).double() + (pairs == 0).double() / 2).mean().item()
+    found = metrics.auroc(inliers, outliers)
+    assert found == pytest.approx(expected)
+    assert found > 0.6
+    assert metrics.auroc(-inliers, -outliers) == pytest.approx(1 - found)
+    assert metrics.auroc(inliers.exp(), outliers.exp()) == pytest.approx(found)
+    if ties:  # counting ties as wins, a planted bug, is seen
+        assert abs((pairs >= 0).double().mean().item() - found) > 0.03
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_areas_are_those_of_scikit_learn(ties):
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    inliers, outliers = scores(ties)
+    truth, score = [0] * len(inliers) + [1] * len(outliers), torch.cat([inliers, outliers])
+    assert metrics.auroc(inliers, outliers) == pytest.approx(roc_auc_score(truth, score))
+    assert metrics.auprc(inliers, outliers) == pytest.approx(average_precision_score(truth, score))
+
+
+def test_areas_of_scores_that_know_nothing_and_of_perfect_ones():
+    same = torch.ones(30)
+    assert metrics.auroc(same, same[:10]) == 0.5
+    assert metrics.auprc(same, same[:10]) == pytest.approx(0.25)
+    assert metrics.auroc(same, same[:10] + 1) == metrics.auprc(same, same[:10] + 1) == 1
+
+
+def test_a_score_that_is_not_a_number_is_not_ranked():
+    good, bad = torch.zeros(3), torch.tensor([0.0, math.nan])
+    for area in (metrics.auroc, metrics.auprc):
+        assert math.isnan(area(good, bad))
+        assert math.isnan(area(bad, good))
+
+
 def test_grid_log_partition_of_a_gaussian():
     grid = metrics.cell_centres(-8, 8, 200)
     log_z = metrics.grid_log_partition(grid.square().sum(1) / 2, -8, 8)

@@ -16,6 +16,7 @@ from ebm.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = YAML(typ="safe").load(ROOT / "params.yaml")
+SAMPLERS = "samplers"
 MEG, RBM = "experiments.meg-25gaussians", "experiments.rbm-digits"
 
 REMOVED = [
@@ -23,7 +24,11 @@ REMOVED = [
     "experiments",
     "datasets.digits.kind",
     "datasets.digits.seed",
+    "datasets.digits.reference",
+    "datasets.digits.reference.kind",
+    "datasets.digits.reference.width",
     "datasets.swissroll.train",
+    "datasets.swissroll.reference.kind",
     f"{MEG}.variant",
     f"{MEG}.dataset",
     f"{MEG}.seed",
@@ -33,10 +38,14 @@ REMOVED = [
     f"{MEG}.model.width",
     f"{MEG}.sample.step_size",
     f"{RBM}.evaluate.chains",
+    f"{SAMPLERS}.seed",
+    f"{SAMPLERS}.ladders",
 ]
 EXTRA = [
     "extra",
     "datasets.digits.binarise",
+    "datasets.digits.reference.widht",
+    "datasets.swissroll.reference.width",
     f"{MEG}.modle",
     f"{MEG}.train.stesp",
     f"{MEG}.train.watch.limit",
@@ -44,6 +53,8 @@ EXTRA = [
     f"{MEG}.sample.step",
     f"{RBM}.model.width",
     f"{RBM}.evaluate.chians",
+    f"{SAMPLERS}.chians",
+    f"{SAMPLERS}.ladders.bananna",
 ]
 WRONG = [
     ("datasets", None),
@@ -52,6 +63,10 @@ WRONG = [
     ("datasets.digits.kind", "digit"),
     ("datasets.digits.binarize", "samples"),
     ("datasets.digits.test", 0),
+    ("datasets.digits.reference", "classifier"),
+    ("datasets.digits.reference.kind", "clasifier"),
+    ("datasets.digits.reference.epochs", 0),
+    ("datasets.swissroll.reference.kind", "classifier"),
     ("datasets.digits.seed", -1),
     ("datasets.swissroll.density", "swissrol"),
     ("datasets.swissroll.train", "many"),
@@ -78,6 +93,15 @@ WRONG = [
     (f"{RBM}.model.hidden", 0),
     (f"{RBM}.model.learning_rate", "1e-3"),
     (f"{RBM}.sample.count", None),
+    (f"{SAMPLERS}.chains", 3),
+    (f"{SAMPLERS}.warmup", 1.5),
+    (f"{SAMPLERS}.evaluations", 10),
+    (f"{SAMPLERS}.ladders", {}),
+    (f"{SAMPLERS}.ladders.banana", []),
+    (f"{SAMPLERS}.ladders.banana", [0.5, 0.2, 1.0]),
+    (f"{SAMPLERS}.ladders.banana", [0.5, 0.9]),
+    (f"{SAMPLERS}.ladders.banana", [-0.5, 1.0]),
+    (f"{SAMPLERS}.ladders.banana", [0.5, "one"]),
 ]
 
 
@@ -143,6 +167,18 @@ def test_the_real_file_is_right():
     assert set(loaded.experiments) >= {"rbm-digits", "rbm-digits-cd1", "meg-25gaussians"}
 
 
+def test_the_published_file_is_right():
+    loaded = params.load(ROOT / "paper" / "params.yaml")
+    assert set(loaded.datasets) >= {"mnist", "fashion-mnist", "cifar10"}
+
+
+@pytest.mark.parametrize("outliers", [["mnist"], ["usps", "usps"], ["uspss"], "usps"])
+def test_outliers_are_other_sets_each_once(tmp_path, outliers):
+    content = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")
+    put("datasets.mnist.outliers", outliers)(content)
+    assert complaint(tmp_path, content).startswith("params.yaml: datasets.mnist.outliers")
+
+
 @pytest.mark.parametrize(
     ("path", "value", "hint"),
     [
@@ -150,6 +186,10 @@ def test_the_real_file_is_right():
         (f"{MEG}.dataset", "25gausians", "'25gaussians'"),
         (f"{MEG}.variant", "mge", "'meg'"),
         ("datasets.digits.binarize", "samples", "'sample'"),
+        ("datasets.digits.reference.widht", 8, "'width'"),
+        ("datasets.digits.reference.kind", "clasifier", "'classifier'"),
+        ("samplers.chians", 64, "'chains'"),
+        ("samplers.ladders.bananna", [1.0], "'banana'"),
     ],
 )
 def test_a_typo_gets_a_suggestion(tmp_path, path, value, hint):
@@ -175,6 +215,21 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path):
     line = complaint(tmp_path, broken(put("datasets.Di/gits", GOOD["datasets"]["digits"])))
     assert "lower-case" in line
+
+
+@pytest.mark.parametrize("name", ["samplers", "reference"])
+def test_no_experiment_has_the_name_of_another_folder_of_models(tmp_path, name):
+    line = complaint(
+        tmp_path, broken(put(f"experiments.{name}", GOOD["experiments"]["rbm-digits"]))
+    )
+    assert line.startswith(f"params.yaml: experiments.{name}: ")
+    assert "choose another" in line
+
+
+def test_there_need_be_no_comparison_of_samplers(tmp_path):
+    file = tmp_path / "params.yaml"
+    YAML().dump(broken(remove("samplers")), file)
+    assert params.load(file).samplers is None
 
 
 def test_parameters_are_checked_before_torch_is_imported():

@@ -18,7 +18,7 @@ from pipelines import page, report, tracking
 from pipelines.results import Reference
 
 ROOT = Path(__file__).parents[1]
-RBM, MEG = "rbm-digits", "meg-8gaussians"
+RBM, MEG, SAMPLERS = "rbm-digits", "meg-8gaussians", "samplers"
 STEPS = 1234
 METRICS = {
     RBM: {
@@ -110,12 +110,40 @@ def make(root, name):
         (folder / "evaluation" / f"{stem}.json").write_text(json.dumps(content))
 
 
+LINES = [
+    {"oracle": "banana", "kernel": "MALA", "step_size": 0.43, "acceptance": 0.5741, "ess": 2.125},
+    {"oracle": "banana", "kernel": "Langevin", "error": math.nan, "diverged": 0.25},
+    {"oracle": "ising", "kernel": "tempered <Gibbs>", "swaps": 0.25, "round_trips": 44.5},
+]
+
+
+def make_comparison(root):
+    """What the comparison of samplers leaves behind."""
+    folder = root / "models" / SAMPLERS
+    (folder / "figures").mkdir(parents=True)
+    numbers = dict.fromkeys(("cost", "error", "ess", "r_hat", "tau"), 1.5) | {"diverged": 0.0}
+    absent = dict.fromkeys(("step_size", "acceptance", "swaps", "round_trips"))
+    t = np.arange(1.0, 50.0)
+    (folder / "figures" / "error.png").write_bytes(
+        figures.png(figures.error_curves({"banana": {"MALA": (t, t**-0.3)}}))
+    )
+    contents = {
+        "run": record(MEG),
+        "metrics": {"banana_MALA_error": 0.123456789},
+        "table": [absent | numbers | line for line in LINES],
+        "figures": [{"file": "figures/error.png", "title": "Error", "caption": "It <falls>."}],
+    }
+    for stem, content in contents.items():
+        (folder / f"{stem}.json").write_text(json.dumps(content))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A project with two evaluated experiments and its report."""
+    """A project with two evaluated experiments, compared samplers and its report."""
     root = tmp_path_factory.mktemp("project")
     for name in (RBM, MEG):
         make(root, name)
+    make_comparison(root)
     report.write(root, all_params())
     return root
 
@@ -223,6 +251,81 @@ def test_a_file_that_cannot_be_used_is_named_with_its_stage_and_nothing_is_lost(
     assert f"{stage}@{MEG}" in message
     assert "\n" not in message
     assert snapshot(project) == before
+
+
+def test_metrics_of_images_have_their_own_words_and_few_stand_in_the_overview():
+    distances = ["frechet_distance", "frechet_distance_extrapolated", "kernel_distance"]
+    shares = ["sample_precision", "sample_recall", "conditional_accuracy"]
+    found = {name: page.metric(name) for name in [*distances, *shares, "auroc_mean"]}
+    assert all(metric.meaning for metric in found.values())
+    assert len({metric.label for metric in found.values()}) == len(found)
+    assert [found[name].better for name in found] == [-1] * 3 + [+1] * 4
+    shown = [name for name, metric in found.items() if metric.overview]
+    assert shown == ["frechet_distance", "conditional_accuracy", "auroc_mean"]
+    outliers = page.metric("auroc_fashion-mnist")
+    assert (outliers.label, outliers.better) == ("AUROC, fashion-mnist", +1)
+    assert not outliers.overview
+
+
+BROKEN_COMPARISON = [
+    ("run.json", b'{"seed": 1}'),
+    ("metrics.json", None),
+    ("table.json", b'[{"oracle": "banana"}]'),
+    ("figures.json", b"{}"),
+    ("figures/error.png", None),
+]
+
+
+@pytest.mark.parametrize(("file", "content"), BROKEN_COMPARISON)
+def test_so_is_a_file_of_the_comparison_of_samplers(project, file, content):
+    path = project / "models" / SAMPLERS / file
+    path.unlink() if content is None else path.write_bytes(content)
+    before = snapshot(project)
+    with pytest.raises(EBMError, match=f"{SAMPLERS}/{file}: .*; run stage {SAMPLERS} again"):
+        report.write(project, all_params())
+    assert snapshot(project) == before
+
+
+def lines(html):
+    """The rows of the comparison of samplers by sampler: column -> text."""
+    section = html.split('<section id="samplers"')[1].split("</section>")[0]
+    found = {}
+    for row in re.findall(r"<tr>.*?</tr>", section, re.DOTALL):
+        pairs = re.findall(r'<td data-label="(.*?)">(.*?)</td>', row, re.DOTALL)
+        name = re.search(r'<th scope="row">(.*?)</th>', row)
+        if name:
+            cells = {k: " ".join(re.sub("<.*?>", " ", v).split()) for k, v in pairs}
+            found[name[1]] = cells
+    return found
+
+
+def test_the_comparison_of_samplers_is_a_table_of_what_applies(html):
+    found = lines(html)
+    assert list(found) == ["MALA", "Langevin", "tempered &lt;Gibbs&gt;"]
+    assert found["MALA"]["Acceptance"] == "0.5741"
+    assert found["MALA"]["Swaps"] == "—"
+    assert found["MALA"]["ESS"] == "2.125"
+    assert found["Langevin"]["Error"] == "undefined 25 % diverged"
+    assert found["tempered &lt;Gibbs&gt;"]["Round trips"] == "44.50"
+    section = html.split('<section id="samplers"')[1].split("</section>")[0]
+    assert "Banana" in section
+    assert "Ising lattice" in section
+    assert "<falls>" not in section
+    assert "0123456789" in section
+    assert "ladders.banana" in section
+
+
+def test_its_numbers_and_pictures_are_written_and_go_with_it(project):
+    assert json.loads((project / "metrics" / "samplers.json").read_text()) == {
+        "banana_MALA_error": 0.123457,
+        "seconds": 93.1235,
+    }
+    assert (project / "reports" / "figures" / "samplers-error.png").exists()
+    settings = all_params()
+    del settings[SAMPLERS]
+    report.write(project, settings)
+    assert not any(SAMPLERS in path.name for path in snapshot(project))
+    assert 'id="samplers"' not in (project / "reports" / "index.html").read_text()
 
 
 def cells(html, experiment):
@@ -416,7 +519,7 @@ def test_the_page_fits_its_width_and_shows_all_images(opened):
     _, tab, _, _ = opened
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     images = tab.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.width])")
-    assert len(images) == 4
+    assert len(images) == 5
     assert all(complete and natural and width for complete, natural, width in images)
     small = "[...document.querySelectorAll('figure:not(.wide) .paper')]"
     assert tab.evaluate(f"{small}.every(paper => paper.scrollWidth <= paper.clientWidth)")

@@ -1,19 +1,23 @@
-"""Laws of the kernels: moments, detailed balance, invariance, annealing. Chance has 4 standard
-errors."""
+"""Laws of Langevin's kernels, and of annealing: moments, detailed balance, invariance, known
+biases. Chance has 4 standard errors, moments of exact kernels 3."""
 
 import math
 
 import pytest
 import torch
 
-from ebm.samplers import MALA, BlockGibbs, Langevin, State, ais, log_mean_exp, run
+from ebm.samplers import (
+    MALA,
+    DecoupledLangevin,
+    Langevin,
+    State,
+    ais,
+    log_mean_exp,
+    polynomial_decay,
+    run,
+)
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def gaussian(x):
@@ -43,14 +47,91 @@ def test_unadjusted_langevin_has_its_known_bias(step_size):
 def test_mala_keeps_a_gaussian(step_size, dimensions):
     torch.manual_seed(1)
     state = run(MALA(gaussian, step_size), torch.randn(20000, dimensions), 40)
-    assert state.x.var() == pytest.approx(1, abs=4 * variance_error(state.x))
-    assert state.x.mean() == pytest.approx(0, abs=4 / math.sqrt(state.x.numel()))
+    assert state.x.var() == pytest.approx(1, abs=3 * variance_error(state.x))
+    assert state.x.mean() == pytest.approx(0, abs=3 / math.sqrt(state.x.numel()))
 
 
 def test_mala_converges_to_a_gaussian_from_elsewhere():
     torch.manual_seed(2)
     x = run(MALA(gaussian, 0.3), 5 + torch.randn(20000, 1), 60).x
-    assert x.var() == pytest.approx(1, abs=5 * variance_error(x))
+    assert x.var() == pytest.approx(1, abs=3 * variance_error(x))
+    assert x.mean() == pytest.approx(0, abs=3 / math.sqrt(len(x)))
+
+
+def test_latent_mala_under_a_constant_energy_returns_the_prior():
+    """E(G(z)) + |z|^2 / 2 with an E that knows no difference: N(0, I), whatever G is."""
+    torch.manual_seed(11)
+    weights = torch.randn(3, 5)
+
+    def energy(z):
+        return torch.ones_like(torch.tanh(z @ weights)).sum(1) + z.square().sum(1) / 2
+
+    z = run(MALA(energy, 0.4), 3 * torch.rand(20000, 3), 60).x
+    assert (z.mean(0).abs() < 3 / math.sqrt(len(z))).all()
+    assert (torch.cov(z.T) - torch.eye(3)).abs().max() < 3 * math.sqrt(2 / len(z))
+
+
+def stationary(step_size, noise):
+    """Variance of x' = (1 - eps) (x + noise n): v = (1 - eps)^2 (v + noise^2)."""
+    shrink = (1 - step_size) ** 2
+    return shrink * noise**2 / (1 - shrink)
+
+
+@pytest.mark.parametrize(("step_size", "noise"), [(0.2, 0.3), (0.5, 1.0), (1.5, 0.7)])
+def test_decoupled_langevin_has_the_variance_of_its_own_temperature(step_size, noise):
+    torch.manual_seed(12)
+    x = run(DecoupledLangevin(gaussian, step_size, noise), torch.randn(20000, 2), 60).x
+    expected = stationary(step_size, noise)
+    assert x.var() == pytest.approx(expected, abs=3 * expected * variance_error(x))
+
+
+def test_coupled_it_is_langevin_seen_half_a_step_later():
+    """Its points y before the gradient are Langevin's chain, draw by draw."""
+    step_size, steps, start = 0.1, 7, torch.randn(50, 2)
+    torch.manual_seed(13)
+    decoupled = run(DecoupledLangevin(banana, step_size, math.sqrt(2 * step_size)), start, steps)
+    torch.manual_seed(13)
+    langevin = Langevin(banana, step_size)
+    first = start + math.sqrt(2 * step_size) * torch.randn_like(start)
+    y = run(langevin, first, steps - 1)
+    torch.testing.assert_close(decoupled.x, langevin.drift(y))
+    torch.testing.assert_close(decoupled.energy, y.energy)
+
+
+def test_its_clip_and_bounds_hold():
+    kernel = DecoupledLangevin(lambda x: 1000 * gaussian(x), 0.1, 0.5, clip=0.3, bounds=(0.0, 1.0))
+    x = torch.rand(500, 2)
+    torch.manual_seed(14)
+    after = kernel.step(kernel.init(x))
+    torch.manual_seed(14)
+    y = (x + 0.5 * torch.randn_like(x)).clamp(0, 1)
+    torch.testing.assert_close(after.x, y - 0.1 * torch.where(1000 * y > 0.3, 0.3, 1000 * y))
+
+
+def test_a_schedule_is_asked_for_the_steps_already_made():
+    asked = []
+    kernel = Langevin(gaussian, lambda step: asked.append(step) or 0.1)
+    run(kernel, torch.zeros(3, 1), 4)
+    assert sorted(set(asked)) == [0, 1, 2, 3]
+
+
+def test_polynomial_decay_is_welling_and_tehs():
+    schedule = polynomial_decay(0.5, 10, 0.55)
+    b, gamma = 10, 0.55
+    a = 0.5 * b**gamma
+    for step in (0, 1, 50, 10000):
+        assert schedule(step) == pytest.approx(a * (b + step) ** -gamma)
+
+
+def test_a_falling_step_size_takes_the_bias_away():
+    """Its variance follows v <- (1 - eps)^2 v + 2 eps on a unit Gaussian, towards 1."""
+    schedule, steps, v = polynomial_decay(0.5, 5, 0.9), 200, 1.0
+    for step in range(steps):
+        v = (1 - schedule(step)) ** 2 * v + 2 * schedule(step)
+    torch.manual_seed(15)
+    x = run(Langevin(gaussian, schedule), torch.randn(20000, 2), steps).x
+    assert x.var() == pytest.approx(v, abs=3 * variance_error(x))
+    assert abs(v - 1) < 0.1 * (1 / (1 - 0.25) - 1)
 
 
 def log_proposal(kernel, to, given):
@@ -138,19 +219,6 @@ def test_run_shows_every_step_to_its_observer():
     seen = []
     run(Langevin(gaussian, 0.1), torch.zeros(3, 2), 4, lambda step, state: seen.append(step))
     assert seen == [0, 1, 2, 3, 4]
-
-
-def test_block_gibbs_converges_to_the_joint_it_was_made_from():
-    """Two binary units with a known joint: the histogram of v is its marginal."""
-    torch.manual_seed(7)
-    joint = torch.tensor([[0.4, 0.1], [0.2, 0.3]])  # [v, h]
-    given_v = joint[:, 1] / joint.sum(1)
-    given_h = joint[1] / joint.sum(0)
-    kernel = BlockGibbs(lambda v: given_v[v.long()], lambda h: given_h[h.long()])  # [B, 1]
-    v = run(kernel, torch.zeros(200000, 1), 30).x
-    expected = joint[1].sum().item()
-    error = 4 * math.sqrt(expected * (1 - expected) / len(v))
-    assert v.mean().item() == pytest.approx(expected, abs=error)
 
 
 def test_annealing_finds_the_ratio_of_normalisers_from_both_sides():

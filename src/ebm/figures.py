@@ -54,18 +54,34 @@ WIDEST, TALLEST = 900, 720  # mosaics aim at this, in pixels of the file
 LARGEST_PIXEL = 12  # of the file, for one pixel of an image
 LABEL = 11  # points: a mosaic is often shown at half its size
 GAP = 4
+FRAME_TIME = 250  # milliseconds
+FAR = 4.0  # widths of the data's energies: beyond, histograms stop
 SMOOTH: Any = {"interpolation": "bilinear", "interpolation_stage": "data"}
 
 
-def png(figure: Figure) -> bytes:
+Drawing = Figure | Sequence[Figure]
+"""A picture, or the frames of an animation."""
+
+
+def png(drawing: Drawing) -> bytes:
     """The figure as a PNG file with 256 colours of its own, none off by more than a few of 255
-    levels: a third of the usual size."""
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, dpi=DPI)
-    image = Image.open(drawn).convert("RGB")
+    levels: a third of the usual size. Several figures become an animated PNG, grey, without
+    end."""
+    small = io.BytesIO()
+    if not isinstance(drawing, Figure):
+        first, *rest = (_pixels(figure).convert("L") for figure in drawing)
+        timing: Any = {"duration": [FRAME_TIME] * len(rest) + [4 * FRAME_TIME], "loop": 0}
+        first.save(small, "PNG", save_all=True, append_images=rest, **timing)
+        return small.getvalue()
     palette: Any = {"method": Image.Quantize.MAXCOVERAGE, "kmeans": 1, "dither": Image.Dither.NONE}
-    image.quantize(256, **palette).save(small, "PNG", optimize=True)
+    _pixels(drawing).quantize(256, **palette).save(small, "PNG", optimize=True)
     return small.getvalue()
+
+
+def _pixels(figure: Figure) -> Image.Image:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI)
+    return Image.open(drawn).convert("RGB")
 
 
 @rc_context(STYLE)
@@ -131,7 +147,8 @@ def _scatter(ax: Axes, x: Array, extent: Extent) -> None:
 
 @rc_context(STYLE)
 def image_grid(images: Array, columns: int) -> Figure:
-    """Images [n, h, w] in [0, 1] row by row, 0 light and 1 dark: ink on paper."""
+    """Images [n, h, w] in [0, 1] row by row, 0 light and 1 dark: ink on paper; or [n, 3, h, w] in
+    colour."""
     return _mosaic(images, columns, Normalize(0, 1), INK_ON_PAPER)[0]
 
 
@@ -153,14 +170,26 @@ def filters(weights: Array, columns: int) -> Figure:
 
 @rc_context(STYLE)
 def chain_strip(chain: Array, step_numbers: Sequence[int]) -> Figure:
-    """Markov chains [steps, chains, h, w] in [0, 1]: a row for each chain, time to the right."""
-    steps, _, height, width = chain.shape
-    images = chain.swapaxes(0, 1).reshape(-1, height, width)
+    """Markov chains [steps, chains, *] of images in [0, 1]: a row for each chain, time to the
+    right."""
+    first, *others = step_numbers
+    return strips(chain.swapaxes(0, 1), [f"step {first:,}", *(f"{n:,}" for n in others)])
+
+
+@rc_context(STYLE)
+def strips(images: Array, titles: Sequence[str]) -> Figure:
+    """Images [rows, columns, *] in [0, 1], each column under its title; `*` as in
+    `image_grid`."""
+    columns = images.shape[1]
     figure, ax, corners = _mosaic(
-        images, steps, Normalize(0, 1), INK_ON_PAPER, gap_below=2 * GAP, margin=(28, 0)
+        images.reshape(-1, *images.shape[2:]),
+        columns,
+        Normalize(0, 1),
+        INK_ON_PAPER,
+        gap_below=2 * GAP,
+        margin=(28, 0),
     )
-    for number, (x, y) in zip(step_numbers, corners, strict=False):
-        text = f"step {number:,}" if x == 0 else f"{number:,}"
+    for text, (x, y) in zip(titles, corners, strict=False):
         ax.text(x, y - 5, text, size=LABEL, color=MUTED, va="bottom")
     return figure
 
@@ -173,12 +202,14 @@ def _mosaic(
     gap_below: int = GAP,
     margin: tuple[int, int] = (0, 0),
 ) -> tuple[Figure, Axes, Array]:
-    """Tiles [n, h, w] on one axes, whose unit is a pixel of the file and whose y points down.
+    """Tiles [n, h, w], or [n, 3, h, w] in colour, on one axes, whose unit is a pixel of the file
+    and whose y points down.
 
     Returns the figure, the axes and the top left corner (x, y) of every tile [n, 2]. `margin` is
     what stays free above and to the right. One image, not n axes: 100 axes take seconds to draw.
     """
-    n, height, width = images.shape
+    images = np.moveaxis(images, 1, -1) if images.ndim == 4 else images
+    n, height, width = images.shape[:3]
     columns = min(columns, n)
     rows = math.ceil(n / columns)
     fit = min((WIDEST // columns - GAP) // width, (TALLEST // rows - gap_below) // height)
@@ -187,7 +218,7 @@ def _mosaic(
     row, column = np.divmod(np.arange(n), columns)
     corners = np.stack([column * (zoom * width + GAP), row * (zoom * height + gap_below)], 1)
     wide, tall = corners[:, 0].max() + zoom * width, corners[:, 1].max() + zoom * height
-    canvas = np.full((tall, wide), np.nan)
+    canvas = np.full((tall, wide, *images.shape[3:]), np.nan if images.ndim == 3 else 1.0)
     for tile, (x, y) in zip(tiles, corners, strict=True):
         canvas[y : y + zoom * height, x : x + zoom * width] = tile
     size = wide + margin[1], tall + margin[0]
@@ -201,15 +232,81 @@ def _mosaic(
 
 @rc_context(STYLE)
 def energy_histogram(energies: Mapping[str, Array]) -> Figure:
-    """Energies [n] of several sets over common bins, each normalised to an area of one."""
-    pooled = np.concatenate([np.ravel(e) for e in energies.values()])
-    bins = np.histogram_bin_edges(pooled, 60).tolist()
-    figure = Figure(figsize=(5.4, 2.6), layout="constrained")
-    ax = figure.add_subplot()
-    for (name, energy), colour in zip(energies.items(), cycle(SERIES), strict=False):
-        ax.hist(np.ravel(energy), bins, density=True, histtype="stepfilled", alpha=0.15, fc=colour)
-        ax.hist(np.ravel(energy), bins, density=True, histtype="step", color=colour, label=name)
-    ax.set(xlabel="energy", ylabel="density of the set")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend()
+    """Energies [n] of several sets over common bins, a row for each, each of an area of one.
+
+    The bins reach FAR times the width of the first set's energies beyond it; all that lies further
+    out is counted in the outermost bin. A line marks the median.
+    """
+    low, high = np.quantile(next(iter(energies.values())), (0.005, 0.995))
+    reach = FAR * (high - low)
+    clipped = {k: np.clip(np.ravel(e), low - reach, high + reach) for k, e in energies.items()}
+    bins = np.histogram_bin_edges(np.concatenate(list(clipped.values())), 80).tolist()
+    figure = Figure(figsize=(5.4, 0.5 + 0.36 * len(energies)), layout="constrained")
+    axes = figure.subplots(len(energies), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (name, energy), colour in zip(axes, clipped.items(), cycle(SERIES), strict=False):
+        ax.hist(energy, bins, density=True, histtype="stepfilled", alpha=0.45, color=colour)
+        ax.axvline(float(np.median(energy)), color=colour)
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
+        ax.set_yticks([])
+        ax.spines[["top", "left", "right"]].set_visible(False)
+    axes[-1].set_xlabel("energy")
+    return figure
+
+
+@rc_context(STYLE)
+def error_curves(curves: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> Figure:
+    """A panel for each target, a line (evaluations [k], error [k]) for each sampler, both axes
+    logarithmic. Dashed: what independent exact draws have, 1 / sqrt(n). A line that leaves the
+    panel upwards has left the target. Panels with the same samplers share the first's legend."""
+    figure = Figure(figsize=(2.5 * len(curves) + 0.3, 3.1), layout="constrained")
+    axes = list(figure.subplots(1, len(curves), squeeze=False)[0])
+    explained: list[str] = []
+    for ax, (title, lines) in zip(axes, curves.items(), strict=True):
+        for (name, line), colour in zip(lines.items(), cycle(SERIES), strict=False):
+            ax.loglog(*line, color=colour, label=name)
+        reach = np.array([1.0, max(evaluations[-1] for evaluations, _ in lines.values())])
+        ax.loglog(reach, reach**-0.5, "--", color=MUTED, lw=0.9, label="exact draws")
+        ax.set(title=title, xlabel="evaluations per chain", ylim=(reach[1] ** -0.5 / 2, 3))
+        ax.spines[["top", "right"]].set_visible(False)
+        if explained != list(lines):
+            ax.legend(fontsize=7.5, loc="lower left")
+        explained = list(lines)
+    axes[0].set_ylabel("error, in standard deviations")
+    return figure
+
+
+@rc_context(STYLE)
+def chain_paths(log_density: Array, extent: Extent, paths: Mapping[str, Array]) -> Figure:
+    """A panel for each sampler: the path [T, 2] of one chain over the density it should explore.
+
+    `log_density` [n, n] in nats at the centres of the cells that fill `extent`, row 0 at the
+    bottom. A cross marks where the chain began; what leaves the frame is cut off.
+    """
+    figure = Figure(figsize=(2.1 * len(paths) + 0.2, 2.4), layout="constrained")
+    axes = list(figure.subplots(1, len(paths), sharex=True, sharey=True, squeeze=False)[0])
+    top = float(log_density.max())
+    scale = Normalize(top - NATS_SHOWN, top)
+    for ax, (title, path) in zip(axes, paths.items(), strict=True):
+        ax.imshow(log_density, DENSITY, scale, origin="lower", extent=extent, alpha=0.55, **SMOOTH)
+        ax.plot(path[:, 0], path[:, 1], color=SERIES[1], lw=0.4, alpha=0.6)
+        ax.plot(path[:, 0], path[:, 1], ".", color=SERIES[1], ms=1.8)
+        ax.plot(*path[0], "x", color=INK, ms=6)
+        ax.set(title=title, xlim=extent[:2], ylim=extent[2:], aspect="auto")
+    return figure
+
+
+@rc_context(STYLE)
+def traces(lines: Mapping[str, tuple[Array, Array]], label: str) -> Figure:
+    """A panel for each sampler, below each other: a scalar (evaluations [T], values [T]) of one
+    chain, called `label`."""
+    figure = Figure(figsize=(5.4, 0.3 + 0.95 * len(lines)), layout="constrained")
+    axes = list(figure.subplots(len(lines), 1, sharex=True, sharey=True, squeeze=False)[:, 0])
+    for ax, (name, (evaluations, values)), colour in zip(
+        axes, lines.items(), cycle(SERIES), strict=False
+    ):
+        ax.plot(evaluations, values, color=colour, lw=0.8)
+        ax.set(ylabel=label)
+        ax.set_title(name, loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("evaluations")
     return figure

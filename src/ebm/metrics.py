@@ -47,20 +47,114 @@ def grid_kl(log_p: Tensor, log_q: Tensor) -> float:
     return (log_p.exp() * (log_p - log_q)).sum().item()
 
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """|m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of features [N, D], [M, D].
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and covariance [D, D] of features [N, *], in float64; D is the rest, flattened."""
+    x = x.double().flatten(1)
+    return x.mean(0), torch.cov(x.T)
 
-    The squared 2-Wasserstein distance of the two fitted Gaussians (Dowson & Landau 1982). The
-    trace of the root is the sum of the roots of the eigenvalues of C_x^(1/2) C_y C_x^(1/2), which
-    is symmetric, so nothing complex or unstable is taken.
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Frechet distance of the Gaussians fitted to features [N, *] and [M, *]."""
+    return gaussian_frechet_distance(*moments(x), *moments(y))
+
+
+def gaussian_frechet_distance(m_x: Tensor, c_x: Tensor, m_y: Tensor, c_y: Tensor) -> float:
+    """|m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of means [D] and covariances [D, D].
+
+    The squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982). The trace of the
+    root is the sum of the roots of the eigenvalues of C_x^(1/2) C_y C_x^(1/2), which is symmetric,
+    so nothing complex or unstable is taken.
     """
-    x, y = x.double().flatten(1), y.double().flatten(1)
-    c_x, c_y = torch.cov(x.T), torch.cov(y.T)
     values, vectors = torch.linalg.eigh(c_x)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ c_y @ root).clamp(min=0).sqrt().sum()
-    mean = (x.mean(0) - y.mean(0)).square().sum()
-    return (mean + c_x.trace() + c_y.trace() - 2 * cross).item()
+    return ((m_x - m_y).square().sum() + c_x.trace() + c_y.trace() - 2 * cross).item()
+
+
+def extrapolated_frechet_distance(
+    x: Tensor, mean: Tensor, covariance: Tensor, order: Tensor, parts: int = 3
+) -> float:
+    """Frechet distance of features x [N, *] to a Gaussian, extrapolated to N = infinity.
+
+    The bias of N draws is a / N to first order (Chong & Forsyth 2020, arXiv:1911.07023), so a line
+    through the distances at N, N/2, N/3 ... is read off at 1 / N = 0. The distance at N/k is the
+    mean over the k parts of x in the permutation `order` [N], so all of x counts at each size.
+    An estimate without bias can be negative. The Gaussian's own bias remains.
+    """
+
+    def distance(pieces: int) -> float:
+        fits = [moments(x[rows]) for rows in order.tensor_split(pieces)]
+        return sum(gaussian_frechet_distance(mean, covariance, *fit) for fit in fits) / pieces
+
+    k = torch.arange(parts, dtype=torch.float64) + 1
+    distances = torch.tensor([distance(n) for n in range(1, parts + 1)], dtype=torch.float64)
+    line = torch.linalg.lstsq(torch.stack([torch.ones_like(k), k], 1), distances)
+    return line.solution[0].item()
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> float:
+    """KID: unbiased estimate of MMD^2 of features [N, *] and [M, *] by the kernel
+    k(a, b) = (a . b / D + 1)^3, over all pairs at once (Binkowski et al. 2018, arXiv:1801.01401,
+    who average over subsets). 0 in expectation for draws of one distribution, so it can be
+    negative."""
+    x, y = x.double().flatten(1), y.double().flatten(1)
+    n, m = len(x), len(y)
+    within = (_kernel_sum(x, x) - _kernel(x, x).sum()) / (n * (n - 1))
+    within += (_kernel_sum(y, y) - _kernel(y, y).sum()) / (m * (m - 1))
+    return (within - 2 * _kernel_sum(x, y) / (n * m)).item()
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    """k of each row of x with the same row of y."""
+    return ((x * y).mean(1) + 1) ** 3
+
+
+def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
+    """k of each row of x with each row of y, summed in slices of x."""
+    sums = [((part @ y.T / x.shape[1] + 1) ** 3).sum() for part in x.split(1024)]
+    return torch.stack(sums).sum()
+
+
+def precision_recall(x: Tensor, y: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Share of the samples x [N, *] within the manifold of the data y [M, *], and of y in that of
+    x: quality and coverage (Kynkaanniemi et al. 2019, arXiv:1904.06991).
+
+    A manifold is the union of the balls around its points, each just reaching the k-th nearest
+    other point.
+    """
+    x, y = x.double().flatten(1), y.double().flatten(1)
+    return _inside(x, y, neighbours), _inside(y, x, neighbours)
+
+
+def _inside(x: Tensor, y: Tensor, neighbours: int) -> float:
+    """Share of x that lies in the manifold of y."""
+    k = neighbours + 1  # a point is its own nearest
+    nearest = in_batches(lambda part: torch.cdist(part, y).topk(k, largest=False).values, y, 1024)
+    inside = in_batches(lambda part: (torch.cdist(part, y) <= nearest[:, -1]).any(1), x, 1024)
+    return inside.double().mean().item()
+
+
+def auroc(inliers: Tensor, outliers: Tensor) -> float:
+    """Area under the ROC curve of scores [N] and [M] that should be higher for outliers:
+    P(outlier > inlier) + P(outlier = inlier) / 2, the statistic of Mann & Whitney (1947). NaN if a
+    score is NaN."""
+    if inliers.isnan().any() or outliers.isnan().any():
+        return math.nan
+    ordered = inliers.sort().values
+    below = torch.searchsorted(ordered, outliers)
+    not_above = torch.searchsorted(ordered, outliers, right=True)
+    return (below + not_above).double().mean().item() / (2 * len(inliers))
+
+
+def auprc(inliers: Tensor, outliers: Tensor) -> float:
+    """Area under the precision-recall curve of the same scores, as average precision: the mean,
+    over the outliers, of the precision at their own score. M / (N + M) for scores that know
+    nothing; NaN if a score is NaN."""
+    if inliers.isnan().any() or outliers.isnan().any():
+        return math.nan
+    true = len(outliers) - torch.searchsorted(outliers.sort().values, outliers)
+    false = len(inliers) - torch.searchsorted(inliers.sort().values, outliers)
+    return (true / (true + false)).double().mean().item()
 
 
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 16384) -> Tensor:

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ebm import EBMError
-from ebm.schema import Dataset, Experiment, Section
+from ebm.schema import Dataset, Experiment, Samplers, Section
 from ebm.variants import VARIANTS
 
 
@@ -32,11 +32,22 @@ else:
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
 
+TAGGED = ("datasets", "experiments")
+"""The sections whose members are told apart by a tag, such as `variant`."""
+
+RESERVED = {
+    "reference": "what images are measured with",
+    "samplers": "the comparison of samplers",
+}
+"""No experiment's names: folders of `models` that hold something else."""
+
+
 class Params(Section):
-    """The whole file."""
+    """The whole file; without `samplers` there is no comparison of samplers."""
 
     datasets: dict[Name, Dataset] = Field(min_length=1)
     experiments: dict[Name, _AnyExperiment] = Field(min_length=1)
+    samplers: Samplers | None = None
 
 
 def load(path: Path = Path("params.yaml")) -> Params:
@@ -81,6 +92,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_experiment(path: Path, name: str, experiment: Experiment, params: Params) -> None:
     """What relates one key to another."""
     where = f"{path.name}: experiments.{name}"
+    if name in RESERVED:
+        raise ParamsError(f"{where}: the name of {RESERVED[name]}; choose another")
     train = experiment.train
     if experiment.dataset not in params.datasets:
         raise ParamsError(f"{where}.dataset: {_unknown(experiment.dataset, params.datasets)}")
@@ -104,8 +117,8 @@ def _explain(error: ValidationError) -> str:
     """The first problem in one line, in the words of the file and not of the library."""
     problems = error.errors(include_url=False)
     first = min(problems, key=_severity)
-    keys, tag = _key_path(first["loc"])
-    line = f"{'.'.join(map(str, keys)) or 'the file'}{_complaint(first, keys, tag)}"
+    keys, tags = _key_path(first["loc"])
+    line = f"{'.'.join(map(str, keys)) or 'the file'}{_complaint(first, keys, tags)}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return " ".join(line.split()) + more
 
@@ -115,17 +128,21 @@ def _severity(problem: Any) -> int:
     return {"extra_forbidden": 0, "missing": 2}.get(problem["type"], 1)
 
 
-def _key_path(location: Sequence[int | str]) -> tuple[list[int | str], str]:
-    """Split pydantic's location into the keys of the file and the union tag that stands third."""
-    keys = [part for part in location if part != "[key]"]
-    tag = str(keys.pop(2)) if len(keys) > 2 else ""
-    return keys, tag
+def _key_path(location: Sequence[int | str]) -> tuple[list[int | str], list[str]]:
+    """Split pydantic's location into the keys of the file and the tags of unions, which stand
+    third and behind `reference`."""
+    keys, tags = [part for part in location if part != "[key]"], []
+    if len(keys) > 2 and keys[0] in TAGGED:
+        tags.append(str(keys.pop(2)))
+    if len(keys) > 4 and keys[2] == "reference":
+        tags.append(str(keys.pop(3)))
+    return keys, tags
 
 
-def _complaint(problem: Any, keys: Sequence[int | str], tag: str) -> str:
+def _complaint(problem: Any, keys: Sequence[int | str], tags: Sequence[str]) -> str:
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _known_keys(keys, tag)
+        known = _known_keys(keys, tags)
         return f": unknown key{_did_you_mean(str(keys[-1]), known)}; allowed: {', '.join(known)}"
     if kind == "missing":
         return ": missing key"
@@ -150,16 +167,27 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _known_keys(keys: Sequence[int | str], tag: str) -> list[str]:
+def _known_keys(keys: Sequence[int | str], tags: Sequence[str]) -> list[str]:
     """The keys that are allowed beside the last one of `keys`."""
-    model: type[BaseModel] = Params
-    if len(keys) > 2:
+    model: type[BaseModel] = Samplers if keys[0] == "samplers" else Params
+    if len(keys) > 2 and keys[0] in TAGGED:
         choices = _EXPERIMENTS if keys[0] == "experiments" else get_args(get_args(Dataset)[0])
-        tag_field = "variant" if keys[0] == "experiments" else "kind"
-        model = next(c for c in choices if tag in get_args(c.model_fields[tag_field].annotation))
+        model = _tagged(choices, tags[0])
         for key in keys[2:-1]:
             inner = model.model_fields[str(key)].annotation
-            if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            sections = [c for c in (inner, *get_args(inner)) if _is_section(c)]
+            if not sections:
                 return []
-            model = inner
+            model = sections[0] if len(sections) == 1 else _tagged(sections, tags[1])
     return list(model.model_fields)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _tagged(sections: Sequence[Any], tag: str) -> type[BaseModel]:
+    """The section whose `variant`, or else `kind`, is `tag`."""
+    fields = [section.model_fields for section in sections]
+    tags = [get_args((f.get("variant") or f["kind"]).annotation) for f in fields]
+    return next(s for s, allowed in zip(sections, tags, strict=True) if tag in allowed)

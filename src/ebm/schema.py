@@ -6,9 +6,10 @@ change, and never as a silent default here. What only one variant knows is in `<
 beside that variant.
 """
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 Count = Annotated[int, Field(gt=0)]
 Size = Annotated[int, Field(ge=0)]
@@ -24,6 +25,37 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class CoordinatesReference(Section):
+    """Sets of points are compared as they are."""
+
+    kind: Literal["coordinates"]
+
+
+class ClassifierReference(Section):
+    """Images are compared by the features of a classifier, trained on the data set's own labels
+    with the data set's seed (`ebm.reference`): convolutions of `width`, twice and four times the
+    width, `epochs` of Adam whose `learning_rate` is the highest of its cycle."""
+
+    kind: Literal["classifier"]
+    width: Count
+    epochs: Count
+    batch_size: Count
+    learning_rate: Positive
+    threads: Count
+
+
+class InceptionReference(Section):
+    """Images are compared by the features of torchvision's Inception network."""
+
+    kind: Literal["inception"]
+    threads: Count
+
+
+Reference = Annotated[
+    CoordinatesReference | ClassifierReference | InceptionReference, Field(discriminator="kind")
+]
+
+
 class DensityData(Section):
     """Draws from a density with a known log p (`ebm.densities`)."""
 
@@ -33,6 +65,7 @@ class DensityData(Section):
     validation: Count
     test: Count
     seed: Seed
+    reference: CoordinatesReference
 
 
 class DigitsData(Section):
@@ -47,9 +80,33 @@ class DigitsData(Section):
     validation: Count
     test: Count
     seed: Seed
+    reference: Reference
 
 
-Dataset = Annotated[DensityData | DigitsData, Field(discriminator="kind")]
+def _others(names: list[str], section: ValidationInfo) -> list[str]:
+    if len(set(names)) < len(names) or section.data.get("name") in names:
+        raise ValueError("should name other sets, each once")
+    return names
+
+
+class ImageData(Section):
+    """A published image data set with its labels, as bytes: 28x28 grey, or 32x32 in colour.
+
+    `validation` images are set apart by `seed` from the published train part; the published test
+    part is the test split. `outliers` are sets of which the test part is kept in the same form.
+    """
+
+    kind: Literal["images"]
+    name: Literal["mnist", "fashion-mnist", "cifar10"]
+    outliers: Annotated[
+        list[Literal["mnist", "fashion-mnist", "omniglot", "usps"]], AfterValidator(_others)
+    ]
+    validation: Count
+    seed: Seed
+    reference: Reference
+
+
+Dataset = Annotated[DensityData | DigitsData | ImageData, Field(discriminator="kind")]
 
 
 class Watch(Section):
@@ -88,3 +145,29 @@ class Experiment(Section):
     model: Section
     sample: Drawn
     evaluate: Section
+
+
+def _rising_to_one(betas: list[float]) -> list[float]:
+    if betas[-1] != 1 or any(a >= b for a, b in pairwise(betas)):
+        raise ValueError("should rise and end at 1.0")
+    return betas
+
+
+Ladder = Annotated[list[Positive], Field(min_length=1), AfterValidator(_rising_to_one)]
+OracleName = Literal["banana", "funnel", "8gaussians", "ising"]
+
+
+class Samplers(Section):
+    """The comparison of samplers on the oracles that have a ladder here (`ebm.comparison`).
+
+    Every chain may spend `evaluations`, after a `warmup` of so many transitions for each step size
+    that is adapted. A ladder are the inverse temperatures of parallel tempering, hot to cold.
+    """
+
+    seed: Seed
+    threads: Count
+    chains: Annotated[int, Field(ge=4)]
+    evaluations: Annotated[int, Field(ge=1000)]
+    warmup: Count
+    leapfrogs: Count
+    ladders: Annotated[dict[OracleName, Ladder], Field(min_length=1)]

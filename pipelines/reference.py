@@ -1,0 +1,30 @@
+"""Stage `reference@<dataset>`: what the images of one data set are measured with."""
+
+from pathlib import Path
+
+from ebm import EBMError, params
+from pipelines import stage
+
+
+def reference(name: str) -> None:
+    dataset = params.load(stage.PARAMS).datasets.get(name)
+    if dataset is None:
+        raise EBMError(f"{stage.PARAMS}: datasets: no data set named {name!r}")
+    folder, settings = Path("models/reference", name), dataset.reference
+    if settings.kind == "coordinates":  # nothing to learn, so nothing to import
+        folder.mkdir(parents=True, exist_ok=True)
+        stage.write_json(folder / "config.json", settings.model_dump())
+        return
+    import torch
+
+    from ebm import data, reference, seeds
+
+    device = stage.device(settings.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    prepared = data.read(Path("data", name))
+    seeds.seed("reference", dataset.seed)
+    reference.write(reference.make(settings, prepared, device), folder)
+
+
+if __name__ == "__main__":
+    stage.main(reference, "data set")

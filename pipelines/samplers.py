@@ -1,0 +1,76 @@
+"""Stage `samplers`: compare the kernels on targets of which everything is known; numbers, a table,
+figures."""
+
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ebm import params
+from ebm.params import ParamsError
+from pipelines import stage, tracking
+
+if TYPE_CHECKING:
+    from ebm.comparison import Comparison
+
+FOLDER = Path("models", "samplers")
+
+
+def main() -> None:
+    section = params.load(stage.PARAMS).samplers
+    if section is None:
+        raise ParamsError(f"{stage.PARAMS.name}: samplers: missing key")
+
+    import torch  # only once the parameters are known to be right
+
+    from ebm.comparison import compare
+
+    torch.set_num_threads(section.threads)
+    settings, begun = section.model_dump(), time.perf_counter()
+    record = {
+        **{key: settings[key] for key in ("seed", "threads")},
+        "device": "cpu",  # a few numbers at a time: no work for a GPU
+        **stage.git_state(),
+        "params_sha256": stage.digest(settings),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    result = compare(settings)
+    _write(result)
+    _track(settings, result, record | {"seconds": round(time.perf_counter() - begun, 3)})
+
+
+def _write(result: "Comparison") -> None:
+    from ebm import figures
+
+    (FOLDER / "figures").mkdir(parents=True, exist_ok=True)
+    stage.write_json(FOLDER / "metrics.json", result.metrics)
+    stage.write_json(FOLDER / "table.json", result.table)
+    listing = [
+        {"file": f"figures/{name}.png", "title": title, "caption": caption}
+        for name, title, caption, _ in result.figures
+    ]
+    stage.write_json(FOLDER / "figures.json", listing)
+    for name, _, _, figure in result.figures:
+        (FOLDER / "figures" / f"{name}.png").write_bytes(figures.png(figure))
+
+
+def _track(settings: dict[str, Any], result: "Comparison", record: dict[str, Any]) -> None:
+    tags = {
+        "dvc.stage": "samplers",
+        "git.commit": record["git_commit"],
+        "git.dirty": str(record["git_dirty"]).lower(),
+        "params.sha256": record["params_sha256"],
+    }
+    with tracking.Run.start("samplers", params=settings, tags=tags, dataset=None) as run:
+        run.log_final(result.metrics)
+        for picture in sorted((FOLDER / "figures").iterdir()):
+            run.artifact(picture, "figures")
+        tracked = {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=5)}
+        stage.write_json(FOLDER / "run.json", record | tracked)
+
+
+if __name__ == "__main__":
+    stage.guarded(main)

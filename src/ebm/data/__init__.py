@@ -1,0 +1,138 @@
+"""Data sets as tensors: prepared once, checked by checksum, split into disjoint parts that are
+stored.
+
+A prepared folder holds `splits.safetensors` (`train`, `validation`, `test` [N, *], float32, or
+uint8 for images; where the source has them `<split>_labels` [N]; where the source is a fixed
+collection `<split>_index` [N], the rows of the source), `manifest.json` (source, SHA-256 of the
+tensors, counts, shape, settings) and, for images, `outliers.safetensors` (other sets by name, in
+the type and shape of the images).
+
+What is stored becomes points of [0, 1] by `unit` and nothing else: train, test and outliers alike.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ebm import EBMError
+from ebm.densities import DENSITIES, GaussianMixture
+from ebm.schema import DensityData, DigitsData, ImageData
+
+SPLITS = ("train", "validation", "test")
+FILES = ("splits.safetensors", "manifest.json")
+OUTLIERS = "outliers.safetensors"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared data set: tensors by name, the manifest that describes them, and what reads the
+    outlier sets that lie beside them (none unless there are any)."""
+
+    tensors: dict[str, Tensor]
+    manifest: dict[str, Any]
+    outliers: Callable[[], dict[str, Tensor]] = dict
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one point, without the batch axis."""
+        return tuple(self.tensors["train"].shape[1:])
+
+    @property
+    def density(self) -> GaussianMixture | None:
+        """The density that the points were drawn from, where it is known."""
+        name = self.manifest["settings"].get("density")
+        return DENSITIES[name]() if name else None
+
+    def points(self, split: str) -> Tensor:
+        """The points of a split [N, *], float32."""
+        return unit(self.tensors[split])
+
+    def labels(self, split: str) -> Tensor | None:
+        """The classes of the points of a split [N], where the source has them."""
+        return self.tensors.get(f"{split}_labels")
+
+
+def unit(x: Tensor) -> Tensor:
+    """Stored values as float32 in [0, 1]: bytes are divided by 255, floats pass through."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def prepare(settings: DensityData | DigitsData | ImageData) -> Prepared:
+    """The data set that `settings` describe, from its source; the same settings give the same
+    bits."""
+    from ebm.data import density, digits, images  # stages that only read depend on none of them
+
+    sources: dict[str, Any] = {
+        "density": density.prepare,
+        "digits": digits.prepare,
+        "images": images.prepare,
+    }
+    source, tensors, outliers = sources[settings.kind](settings)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    manifest = {
+        "source": source,
+        "settings": settings.model_dump(exclude={"reference"}),  # no part of the tensors
+        "shape": list(tensors["train"].shape[1:]),
+        "counts": {split: len(tensors[split]) for split in SPLITS},
+    }
+    if outliers:
+        manifest["outliers"] = {name: len(tensor) for name, tensor in outliers.items()}
+    return Prepared(tensors, manifest, lambda: outliers)
+
+
+def write(prepared: Prepared, folder: Path) -> None:
+    """Write the files into `folder`, the checksums of the tensors into the manifest."""
+    payloads, outliers = {FILES[0]: save(prepared.tensors)}, prepared.outliers()
+    manifest = prepared.manifest | {"sha256": hashlib.sha256(payloads[FILES[0]]).hexdigest()}
+    if outliers:
+        payloads[OUTLIERS] = save(outliers)
+        manifest["outliers_sha256"] = hashlib.sha256(payloads[OUTLIERS]).hexdigest()
+    payloads[FILES[1]] = (json.dumps(manifest, indent=2) + "\n").encode()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, payload in payloads.items():
+            (folder / name).write_bytes(payload)
+    except OSError as error:
+        raise EBMError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def read(folder: Path) -> Prepared:
+    """Read a prepared folder, its outliers when they are asked for; raises EBMError if a file is
+    missing, damaged or not the one described."""
+    try:
+        manifest = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
+        expected, outliers = manifest["sha256"], manifest.get("outliers_sha256")
+    except OSError as error:
+        raise EBMError(f"{error.filename}: {error.strerror}; {_advice(folder)}") from None
+    except (ValueError, KeyError, TypeError):
+        raise EBMError(f"{folder / FILES[1]}: not a manifest; {_advice(folder)}") from None
+    lazily = partial(_tensors, folder / OUTLIERS, outliers) if outliers else dict
+    return Prepared(_tensors(folder / FILES[0], expected), manifest, lazily)
+
+
+def _tensors(path: Path, expected: str) -> dict[str, Tensor]:
+    """The tensors in a file whose SHA-256 is known."""
+    advice = _advice(path.parent)
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise EBMError(f"{path}: {error.strerror}; {advice}") from None
+    if hashlib.sha256(payload).hexdigest() != expected:
+        raise EBMError(f"{path}: checksum differs from the manifest's; {advice}")
+    try:
+        return load(payload)
+    except SafetensorError as error:
+        raise EBMError(f"{path}: not a safetensors file ({error}); {advice}") from None
+
+
+def _advice(folder: Path) -> str:
+    return f"delete {folder} and run its prepare stage again"

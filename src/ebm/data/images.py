@@ -1,0 +1,61 @@
+"""Published image data sets as bytes, with other sets as outliers in the same type and shape."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ebm import EBMError
+from ebm.data import published
+from ebm.data.published import Part
+from ebm.schema import ImageData
+
+OUTLIERS_AT_MOST = 10_000
+
+
+def prepare(settings: ImageData) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    """What it is, uint8 splits [N, H, W] or [N, 3, H, W] with labels and rows, outliers.
+
+    Train and validation are drawn from the published train part, whose rows their index names;
+    test is the published test part in its order.
+    """
+    train, test = (published.part(settings.name, which) for which in ("train", "test"))
+    if settings.validation >= len(train.images):
+        wanted = f"validation = {settings.validation}"
+        raise EBMError(
+            f"{settings.name}: {wanted} leaves nothing of {len(train.images)} images to train on"
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(train.images), generator=generator)
+    tensors = (
+        _rows(train, "train", order[settings.validation :])
+        | _rows(train, "validation", order[: settings.validation])
+        | _rows(test, "test", torch.arange(len(test.images)))
+    )
+    outliers: dict[str, Tensor] = {
+        name: outlier_set(name, test.images.shape[1:]) for name in settings.outliers
+    }
+    return f"{settings.name}: {train.source}; {test.source}", tensors, outliers
+
+
+def _rows(part: Part, split: str, index: Tensor) -> dict[str, Tensor]:
+    return {
+        split: part.images[index],
+        f"{split}_labels": part.labels[index],
+        f"{split}_index": index,
+    }
+
+
+def outlier_set(name: str, shape: torch.Size) -> Tensor:
+    """The first images of the test part of another published set, in a `shape` that is not its
+    own: uint8 [N, *shape]."""
+    return reshaped(published.part(name, "test").images[:OUTLIERS_AT_MOST], shape)
+
+
+def reshaped(images: Tensor, shape: torch.Size) -> Tensor:
+    """Grey images, uint8 [N, h, w], as uint8 [N, *shape]: resized bilinearly (when they shrink,
+    averaged over what falls together), and with three equal channels where `shape` has three."""
+    if images.shape[-2:] != shape[-2:]:
+        grey = images[:, None].float()
+        resized = interpolate(grey, tuple(shape[-2:]), mode="bilinear", antialias=True)
+        images = resized.round().clamp(0, 255).to(torch.uint8)[:, 0]
+    return images[:, None].expand(-1, *shape).contiguous() if len(shape) == 3 else images

@@ -1,0 +1,69 @@
+"""Estimates of an expectation from independent draws, each with its standard error and the number
+of exact draws that it is worth.
+
+    paper | here
+    ------|----------------------------------------------------------------------------------
+    f(x)  | values [N]
+    p, q  | the density asked about, the density drawn from
+    w     | exp(log_weight), p(x) / q(x)
+    M     | exp(log_bound), at least the largest p(x) / q(x)
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm import EBMError
+
+
+class Estimate(NamedTuple):
+    """`value` of an expectation, its standard `error` and the effective sample size `ess`."""
+
+    value: Tensor
+    error: Tensor
+    ess: Tensor
+
+
+def monte_carlo(values: Tensor) -> Estimate:
+    """Mean of f over draws of p. Error: that of a mean; every draw counts."""
+    count = torch.tensor(len(values), dtype=values.dtype, device=values.device)
+    return Estimate(values.mean(), values.std() / count.sqrt(), count)
+
+
+def importance(values: Tensor, log_weight: Tensor) -> Estimate:
+    """Mean of w f over draws of q, where both densities are normalised: without bias."""
+    mean, error, _ = monte_carlo(log_weight.exp() * values)
+    return Estimate(mean, error, kish(log_weight))
+
+
+def self_normalised(values: Tensor, log_weight: Tensor) -> Estimate:
+    """sum w f / sum w over draws of q: log w may lack a constant; the bias falls with 1 / N.
+
+    Error by the delta method, sqrt(sum of (w (f - value))^2) / sum w (Owen 2013, eq. 9.9).
+    """
+    weight = log_weight.softmax(0)
+    mean = (weight * values).sum()
+    return Estimate(mean, (weight * (values - mean)).norm(), kish(log_weight))
+
+
+def accept_reject(values: Tensor, log_weight: Tensor, log_bound: float) -> Estimate:
+    """Mean of f over those draws of q that pass for draws of p (von Neumann 1951)."""
+    return monte_carlo(values[accepted(log_weight, log_bound)])
+
+
+def accepted(log_weight: Tensor, log_bound: float) -> Tensor:
+    """Which draws of q to keep [N]: each with probability w / M, and what is kept is exact.
+
+    Raises EBMError if a weight exceeds the bound: the kept draws would follow another density.
+    """
+    if (log_weight > log_bound).any():
+        largest = f"log weight {log_weight.max().item():.6g}"
+        raise EBMError(f"accept-reject: {largest} exceeds log bound {log_bound:.6g}")
+    return torch.rand_like(log_weight) < (log_weight - log_bound).exp()
+
+
+def kish(log_weight: Tensor) -> Tensor:
+    """Effective sample size of weighted draws, (sum w)^2 / sum w^2 (Kish 1965): N for equal
+    weights, 1 where one draw has all."""
+    return (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp()

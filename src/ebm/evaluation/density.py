@@ -1,0 +1,104 @@
+"""Points in the plane whose density is known: the learned one as a density, its samples as
+draws."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ebm import figures, metrics
+from ebm.data import Prepared
+from ebm.densities import EXTENT, GaussianMixture
+from ebm.evaluation.result import Evaluation
+from ebm.variants.base import EBM
+
+RADIUS = 4.0
+"""A sample within this many standard deviations of a mode counts as of high quality."""
+
+
+def evaluate_density(
+    model: EBM,
+    samples: dict[str, Tensor],
+    prepared: Prepared,
+    density: GaussianMixture,
+    settings: dict[str, Any],
+) -> Evaluation:
+    """Coverage, quality and distance of the samples; the learned density on a grid."""
+    result = Evaluation()
+    test = prepared.points("test").to(samples["samples"].device)
+    density = density.to(test.device)
+    drawn = samples["samples"]
+    result.metrics |= sample_scores(drawn, test, density)
+    if "generator" in samples:
+        before = sample_scores(samples["generator"], test, density)
+        before.pop("modes_total", None)
+        result.metrics |= {f"{name}_generator": value for name, value in before.items()}
+    if len(samples.get("acceptance", ())):
+        result.metrics["acceptance"] = samples["acceptance"].mean().item()
+    _refer_to_true_draws(result, prepared, density, len(drawn))
+    _grid_scores(result, model, samples, test, density, settings["grid"])
+    return result
+
+
+def sample_scores(x: Tensor, test: Tensor, density: GaussianMixture) -> dict[str, float]:
+    """What can be said of draws [N, 2] by looking at them: coverage, quality, distance."""
+    near = metrics.in_batches(
+        lambda part: metrics.nearest_mode(part, density.means, RADIUS * density.sigma), x, 4096
+    )
+    scores = {
+        "high_quality_share": (near >= 0).double().mean().item(),
+        "frechet_distance": metrics.frechet_distance(x, test),
+    }
+    if density.modes is not None:
+        counts = metrics.mode_counts(near, len(density.modes))
+        scores["modes"] = int((counts > 0).sum())
+        scores["modes_total"] = len(counts)
+        scores["mode_kl"] = metrics.kl_to_uniform(counts)
+    return scores
+
+
+def _refer_to_true_draws(
+    result: Evaluation, prepared: Prepared, density: GaussianMixture, n: int
+) -> None:
+    """The same scores of as many points of the training split: what exact sampling gets."""
+    exact = prepared.points("train")[:n].to(density.means.device)
+    scores = sample_scores(exact, prepared.points("test").to(density.means.device), density)
+    source = f"{len(exact)} exact draws of the density, scored alike"
+    for name in sorted(scores.keys() - {"modes_total"}):
+        kind = "floor" if name in ("mode_kl", "frechet_distance") else "ceiling"
+        result.refer(name, scores[name], kind, source)
+
+
+def _grid_scores(
+    result: Evaluation,
+    model: EBM,
+    samples: dict[str, Tensor],
+    test: Tensor,
+    density: GaussianMixture,
+    cells: int,
+) -> None:
+    """Integrate exp(-E) over the square: the learned density as a density, beside the true one."""
+    grid = metrics.cell_centres(*EXTENT, cells).to(test.device)
+    energy = metrics.in_batches(model.energy, grid.to(test.dtype))
+    log_z = metrics.grid_log_partition(energy, *EXTENT)
+    learned = -energy.double() - log_z
+    true = metrics.in_batches(density.log_prob, grid, 4096)
+    result.metrics["grid_kl"] = metrics.grid_kl(true, learned)
+    result.refer("grid_kl", 0.0, "exact", "the learned density equals the true one")
+    test_energy = metrics.in_batches(model.energy, test).double()
+    result.metrics["log_likelihood"] = (-test_energy - log_z).mean().item()
+    exact = metrics.in_batches(density.log_prob, test.double(), 4096).mean().item()
+    result.refer("log_likelihood", exact, "ceiling", "the true density on the same test split")
+    picture = figures.density_panels(
+        true_log_density=_square(true),
+        learned_log_density=_square(learned),
+        samples=samples["samples"].cpu().numpy(),
+        generator_samples=samples["generator"].cpu().numpy() if "generator" in samples else None,
+        extent=(*EXTENT, *EXTENT),
+    )
+    caption = "True density, learned density exp(-E)/Z, and samples without and with MCMC."
+    result.draw("density", "Density and samples", caption, picture)
+
+
+def _square(values: Tensor) -> Any:
+    side = round(len(values) ** 0.5)
+    return values.view(side, side).cpu().numpy()

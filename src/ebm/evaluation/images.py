@@ -1,0 +1,160 @@
+"""Images: how near the samples come to the test split, what the energy tells apart, pictures."""
+
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ebm import EBMError, figures, metrics
+from ebm.data import Prepared
+from ebm.demonstrations import animate, demonstrate
+from ebm.evaluation.result import Evaluation
+from ebm.outliers import outlier_sets
+from ebm.reference import KEPT, Reference
+from ebm.variants.base import EBM
+
+FEWEST = 30
+"""Fewer samples have no distances worth a number."""
+
+ENERGIES = 2000
+"""So many images of a set have their energies compared with those of other sets."""
+
+
+def evaluate_images(
+    model: EBM,
+    samples: dict[str, Tensor],
+    prepared: Prepared,
+    reference: Reference,
+    settings: dict[str, Any],
+) -> Evaluation:
+    """Likelihood where log Z can be estimated, distances, anomalies and pictures."""
+    result = Evaluation()
+    drawn = samples["samples"]
+    if len(drawn) < FEWEST:
+        raise EBMError(f"sample.count = {len(drawn)}: images are measured from {FEWEST} on")
+    train, test = (prepared.points(split).to(drawn.device) for split in ("train", "test"))
+    _likelihood(result, model, train, test, settings)
+    _distances(result, drawn, train, reference)
+    if "labels" in samples:
+        _conditional_accuracy(result, drawn, samples["labels"], reference)
+    sets = {"train": train, "test": test, "samples": drawn}
+    outliers = outlier_sets(prepared, ENERGIES, prepared.manifest["settings"]["seed"])
+    sets |= {name: images.to(drawn.device) for name, images in outliers.items()}
+    energies = {k: metrics.in_batches(model.energy, x[:ENERGIES], 256) for k, x in sets.items()}
+    _anomalies(result, energies["test"], {name: energies[name] for name in outliers})
+    _pictures(result, model, samples, test)
+    if steps := settings.get("steps"):
+        classes = prepared.labels("test") if model.classes else None
+        demonstrate(model, test, classes, steps, result.draw)
+    picture = figures.energy_histogram({k: e.cpu().numpy() for k, e in energies.items()})
+    caption = (
+        "The lower, the more likely. What lies beyond the frame counts in its outermost bins."
+    )
+    result.draw("energies", "Energies", caption, picture)
+    return result
+
+
+def _likelihood(
+    result: Evaluation, model: EBM, train: Tensor, test: Tensor, settings: dict[str, Any]
+) -> None:
+    """log p = -E - log Z with log Z bracketed by the model's own estimators, if it has any."""
+    bracket = model.log_partition(**settings)
+    if bracket is None:
+        return
+    low, high = (bound.item() for bound in bracket)
+    log_p, log_p_train = (
+        -metrics.in_batches(model.energy, x).double().mean().item() for x in (test, train)
+    )
+    result.metrics |= {
+        "log_likelihood": log_p - (low + high) / 2,
+        "log_likelihood_lower": log_p - high,
+        "log_likelihood_upper": log_p - low,
+        "log_likelihood_train": log_p_train - (low + high) / 2,
+        "log_partition": (low + high) / 2,
+    }
+    rate = (train.sum(0) + 0.5) / (len(train) + 1)
+    independent = torch.distributions.Bernoulli(rate).log_prob(test).flatten(1).sum(1)
+    source = "independent pixels, each with its rate in the training split"
+    result.refer("log_likelihood", independent.mean().item(), "baseline", source)
+
+
+def _distances(result: Evaluation, drawn: Tensor, train: Tensor, reference: Reference) -> None:
+    """How near samples come to the test split, beside as many training images."""
+    result.metrics |= image_scores(drawn, reference)
+    real = train[: len(drawn)]
+    source = f"{len(real)} training images, scored alike by {_described(reference)}"
+    for name, value in image_scores(real, reference).items():
+        kind = "floor" if name.endswith(("distance", "extrapolated")) else "ceiling"
+        result.refer(name, value, kind, source)
+
+
+def image_scores(x: Tensor, reference: Reference) -> dict[str, float]:
+    """Distances of images x [N, *] to the test split, by the features of `reference`."""
+    features, of = reference.features(x), reference.statistics
+    gaussian = of["test_mean"], of["test_covariance"]
+    order = torch.randperm(len(x))
+    kept = features[order[:KEPT]]
+    precision, recall = metrics.precision_recall(kept, of["test"])
+    return {
+        "frechet_distance": metrics.gaussian_frechet_distance(
+            *metrics.moments(features), *gaussian
+        ),
+        "frechet_distance_extrapolated": metrics.extrapolated_frechet_distance(
+            features, *gaussian, order
+        ),
+        "kernel_distance": metrics.kernel_distance(kept, of["test"]),
+        "sample_precision": precision,
+        "sample_recall": recall,
+    }
+
+
+def _described(reference: Reference) -> str:
+    """What measured, for a reader."""
+    kind, accuracy = reference.config["kind"], reference.metrics.get("accuracy")
+    return kind if accuracy is None else f"a {kind}, right on {accuracy:.1%} of the test split"
+
+
+def _conditional_accuracy(
+    result: Evaluation, drawn: Tensor, labels: Tensor, reference: Reference
+) -> None:
+    """Share of the samples in which the classifier sees the class that was asked for."""
+    found = reference.classify(drawn)
+    if found is None:
+        return
+    result.metrics["conditional_accuracy"] = (found == labels).double().mean().item()
+    source = "the same classifier on the test split"
+    result.refer("conditional_accuracy", reference.metrics["accuracy"], "ceiling", source)
+
+
+def _anomalies(result: Evaluation, test: Tensor, outliers: dict[str, Tensor]) -> None:
+    """How well energies tell the test split from each set of outliers; their energies [N]."""
+    scores = {f"auroc_{name}": metrics.auroc(test, energy) for name, energy in outliers.items()}
+    if scores:
+        result.metrics |= {"auroc_mean": sum(scores.values()) / len(scores)} | scores
+
+
+def _pictures(result: Evaluation, model: EBM, samples: dict[str, Tensor], test: Tensor) -> None:
+    """Samples beside data, chains, parameters worth looking at."""
+    labels, drawn = samples.get("labels"), samples.get("probability", samples["samples"])
+    columns = 16 if labels is None else int(labels.max()) + 1
+    shown = "Probabilities of the pixels" if "probability" in samples else "Points"
+    caption = f"{shown} at the end of the chains"
+    caption += "." if labels is None else "; a column for each class that was asked for."
+    result.draw("samples", "Samples", caption, _grid(drawn[: 6 * columns], columns))
+    caption = "What the samples should look like."
+    result.draw("data", "Test images", caption, _grid(test[:64], 16))
+    if "chain" in samples:
+        chain, steps = samples["chain"].cpu().numpy(), samples["chain_steps"].tolist()
+        caption = "One chain a row, from its start; columns are steps of the sampler."
+        picture = figures.chain_strip(chain[:8].swapaxes(0, 1), steps)
+        result.draw("chain", "Chains over time", caption, picture)
+        caption = "The same chains and more of them, moving."
+        result.draw("animation", "Chains, animated", caption, animate(samples["chain"]))
+    for name, images in model.portraits().items():
+        picture = figures.filters(images[:64].cpu().numpy(), columns=8)
+        result.draw(name, name.capitalize(), "The first 64 rows of the weights.", picture)
+
+
+def _grid(images: Tensor, columns: int) -> Figure:
+    return figures.image_grid(images.cpu().numpy(), columns)

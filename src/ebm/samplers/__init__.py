@@ -1,0 +1,52 @@
+"""Markov chain Monte Carlo for an energy function; chains are the rows of a batch.
+
+A kernel is `init(x) -> State` and `step(State) -> State`; `run` is the only loop. A kernel sees an
+energy `E: [B, *] -> [B]`, never a model: the samplers of a latent space and of an annealing path
+are the same kernels on another energy. Chance and arithmetic are apart: what decides acceptance
+draws nothing.
+"""
+
+from ebm.samplers.adaptation import adapt
+from ebm.samplers.annealing import ais, log_mean_exp
+from ebm.samplers.gibbs import BlockGibbs, SpinGibbs, draw
+from ebm.samplers.hmc import HMC
+from ebm.samplers.kernel import (
+    Energy,
+    Kernel,
+    Schedule,
+    State,
+    milestones,
+    run,
+    trace,
+    value_and_gradient,
+)
+from ebm.samplers.langevin import MALA, DecoupledLangevin, Langevin, polynomial_decay
+from ebm.samplers.metropolis import Metropolis, RandomWalk, SpinFlip
+from ebm.samplers.tempering import ParallelTempering, Tempered
+
+__all__ = [
+    "HMC",
+    "MALA",
+    "BlockGibbs",
+    "DecoupledLangevin",
+    "Energy",
+    "Kernel",
+    "Langevin",
+    "Metropolis",
+    "ParallelTempering",
+    "RandomWalk",
+    "Schedule",
+    "SpinFlip",
+    "SpinGibbs",
+    "State",
+    "Tempered",
+    "adapt",
+    "ais",
+    "draw",
+    "log_mean_exp",
+    "milestones",
+    "polynomial_decay",
+    "run",
+    "trace",
+    "value_and_gradient",
+]

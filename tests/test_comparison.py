@@ -1,0 +1,135 @@
+"""The comparison of samplers counts what it pays, and its error is that of exact draws for exact
+draws."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ebm import figures
+from ebm.comparison import Chains, Contender, Meter, compare, error, row, sample, weighted
+from ebm.oracles import ORACLES, Banana, Ising
+from ebm.samplers import HMC, MALA, ParallelTempering, RandomWalk, SpinGibbs
+from pipelines.results import Line
+
+pytestmark = pytest.mark.usefixtures("double")
+SETTINGS = {
+    "seed": 0,
+    "threads": 1,
+    "chains": 8,
+    "evaluations": 300,
+    "warmup": 20,
+    "leapfrogs": 3,
+    "ladders": {name: [0.3, 1.0] for name in ORACLES},
+}
+
+
+@pytest.fixture(scope="module")
+def compared():
+    return compare(SETTINGS)
+
+
+def exact(oracle, chains=200, draws=400):
+    x = oracle.sample(chains * draws).unflatten(0, (chains, draws))
+    return Chains(Contender("exact", None, x[:, 0]), x, 1.0)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_exact_draws_have_the_error_of_exact_draws_and_are_trusted(name):
+    torch.manual_seed(0)
+    oracle = ORACLES[name]()
+    chains = exact(oracle)
+    t = torch.arange(1, 401)
+    ratio = error(chains, oracle.expectations) * t.sqrt()
+    assert ratio[-1].item() == pytest.approx(1, abs=0.25)
+    assert ratio[40:].mean().item() == pytest.approx(1, abs=0.25)
+    found = row(oracle, chains)
+    assert found["ess"] == pytest.approx(1000, rel=0.1)
+    assert found["r_hat"] < 1.01
+    assert found["tau"] == pytest.approx(1, rel=0.1)
+    assert found["diverged"] == 0
+
+
+def test_a_bias_shows_as_an_error_that_does_not_fall():
+    oracle = Banana()
+    chains = exact(oracle)
+    chains = Chains(chains.contender, chains.x + torch.tensor([oracle.a, 0]), 1.0)
+    assert error(chains, oracle.expectations)[-1].item() == pytest.approx(math.sqrt(0.5), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rungs", "cost"),
+    [
+        (lambda e: RandomWalk(e, 0.1), 1, 1),
+        (lambda e: MALA(e, 0.1), 1, 1),
+        (lambda e: HMC(e, 0.1, 7), 1, 7),
+        (
+            lambda e: ParallelTempering(
+                lambda beta, x: beta * e(x),
+                lambda beta: MALA(lambda x: beta * e(x), 0.1),
+                (0.1, 0.5, 1.0),
+                sweeps=2,
+            ),
+            3,
+            2 * 3 + 2,
+        ),
+    ],
+)
+def test_the_meter_counts_what_a_kernel_pays(kernel, rungs, cost):
+    meter, oracle = Meter(), Banana()
+    contender = Contender("", kernel(meter.watch(oracle.energy)), oracle.start(5))
+    begun = meter.calls
+    chains = sample(contender, meter, 100)
+    assert chains.cost == cost
+    assert chains.x.shape == (5, 100 // cost, 2)
+    trial, starts = 2 * cost, 2 * rungs
+    assert meter.calls - begun == starts + trial + cost * chains.x.shape[1]
+    assert chains.evaluations[-1] <= 100
+
+
+def test_importance_sampling_has_weights_that_find_the_expectations():
+    torch.manual_seed(1)
+    oracle = Banana()
+    chains = weighted(oracle, 20, 20000)
+    assert error(chains, oracle.expectations)[-1] < 0.05
+    found = row(oracle, chains)
+    assert 10 < found["ess"] < 1000
+    assert found["r_hat"] is None
+
+
+def test_a_table_has_a_line_for_every_kernel_and_oracle(compared):
+    assert all(set(line) == set(Line.model_fields) for line in compared.table)
+    kernels = {
+        name: [r["kernel"] for r in compared.table if r["oracle"] == name] for name in ORACLES
+    }
+    continuous = ["random walk", "Langevin", "MALA", "HMC", "tempered MALA", "importance"]
+    assert all(found == continuous for name, found in kernels.items() if name != "ising")
+    assert kernels["ising"] == ["spin flip", "Gibbs", "tempered Gibbs"]
+    assert [Line.model_validate(line) for line in compared.table]
+
+
+def test_metrics_are_flat_numbers_and_everything_can_be_written(compared):
+    assert all(isinstance(value, float) for value in compared.metrics.values())
+    assert "8gaussians_tempered_MALA_swaps" in compared.metrics
+    assert "banana_random_walk_swaps" not in compared.metrics
+    json.dumps([compared.metrics, compared.table])
+    names = [name for name, *_ in compared.figures]
+    assert names == ["error", *ORACLES]
+    for _, title, caption, figure in compared.figures:
+        assert title
+        assert caption.endswith(".")
+        assert len(figures.png(figure)) > 5000
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    settings = SETTINGS | {"ladders": {"ising": [0.5, 1.0]}}
+    first, second, other = (compare(settings | {"seed": s}) for s in (0, 0, 1))
+    assert first.metrics == second.metrics
+    assert first.metrics != other.metrics
+
+
+def test_a_lattice_is_counted_by_the_block():
+    meter, lattice = Meter(), Ising()
+    kernel = SpinGibbs(meter.watch(lattice.p_up), lattice.blocks)
+    assert sample(Contender("", kernel, lattice.start(4)), meter, 50).cost == 2

@@ -1,0 +1,200 @@
+"""What an evaluation says of models and samples whose truth is known."""
+
+import pytest
+import torch
+
+from ebm import EBMError, data, reference, seeds
+from ebm.evaluation import Evaluation, evaluate
+from ebm.outliers import outlier_sets
+from ebm.reference import Reference
+from ebm.schema import ClassifierReference, DensityData, DigitsData
+from ebm.variants.base import EBM
+
+CPU = torch.device("cpu")
+DISTANCES = ("frechet_distance", "frechet_distance_extrapolated", "kernel_distance")
+IMAGE_METRICS = {*DISTANCES, "sample_precision", "sample_recall"}
+SETTINGS = ClassifierReference(
+    kind="classifier", width=8, epochs=12, batch_size=64, learning_rate=3e-3, threads=1
+)
+
+
+class Oracle(EBM):
+    """The true density as a model."""
+
+    def __init__(self, density):
+        super().__init__()
+        self.density = density
+
+    def energy(self, x):
+        return -self.density.log_prob(x) + 3
+
+
+class Nearest(EBM):
+    """E(x) = squared distance to the nearest point that it was given."""
+
+    def __init__(self, points):
+        super().__init__()
+        self.points = points.flatten(1)
+
+    def energy(self, x):
+        return torch.cdist(x.flatten(1), self.points).min(1).values ** 2
+
+
+@pytest.fixture(scope="module")
+def digits():
+    split = {"validation": 180, "test": 360, "seed": 0}
+    return data.prepare(DigitsData(kind="digits", binarize="none", reference=SETTINGS, **split))
+
+
+@pytest.fixture(scope="module")
+def measure(digits):
+    seeds.seed("reference", 0)
+    return reference.make(SETTINGS, digits, CPU)
+
+
+def measured(model, samples, prepared, measure, settings=None):
+    seeds.seed("evaluate", 0)
+    return evaluate(model, samples, prepared, measure, settings or {})
+
+
+@pytest.fixture(scope="module")
+def real(digits, measure):
+    """The validation split, as samples of a perfect conditional model."""
+    samples = {"samples": digits.points("validation"), "labels": digits.labels("validation")}
+    return measured(Nearest(digits.points("train")), samples, digits, measure)
+
+
+def test_real_images_score_as_their_references_say(real):
+    assert set(real.metrics) >= IMAGE_METRICS
+    for name in IMAGE_METRICS:
+        (entry,) = real.references[name]
+        kind = "ceiling" if name in ("sample_precision", "sample_recall") else "floor"
+        assert entry["kind"] == kind
+        assert "180 training images" in entry["source"]
+    assert real.metrics["frechet_distance"] < 2 * real.references["frechet_distance"][0]["value"]
+    assert real.metrics["frechet_distance_extrapolated"] < real.metrics["frechet_distance"]
+    assert abs(real.metrics["kernel_distance"]) < 0.02
+    assert min(real.metrics["sample_precision"], real.metrics["sample_recall"]) > 0.8
+
+
+def test_noise_is_far_and_one_class_covers_little(digits, measure, real):
+    model = Nearest(digits.points("train"))
+    noise = measured(model, {"samples": torch.rand(180, 8, 8)}, digits, measure)
+    zeros = digits.points("train")[digits.labels("train") == 0]
+    one = measured(model, {"samples": zeros}, digits, measure)
+    for found in (noise, one):
+        assert all(found.metrics[name] > 3 * abs(real.metrics[name]) for name in DISTANCES)
+    assert one.metrics["sample_precision"] > 0.8
+    assert one.metrics["sample_recall"] < 0.2
+    assert noise.metrics["sample_precision"] < 0.5
+
+
+def test_conditional_accuracy_is_the_share_of_the_class_asked_for(digits, measure, real):
+    ceiling = real.references["conditional_accuracy"][0]
+    assert ceiling["kind"] == "ceiling"
+    assert ceiling["value"] == measure.metrics["accuracy"]
+    assert real.metrics["conditional_accuracy"] > 0.95
+    x, y = digits.points("validation"), digits.labels("validation")
+    wrong = {"samples": x, "labels": torch.where(torch.arange(180) < 45, y, (y + 1) % 10)}
+    found = measured(Nearest(x), wrong, digits, measure)
+    assert found.metrics["conditional_accuracy"] == pytest.approx(0.25, abs=0.03)
+
+
+def test_an_unconditional_model_or_one_without_a_classifier_has_no_such_accuracy(digits, measure):
+    x, y = digits.points("validation"), digits.labels("validation")
+    found = measured(Nearest(x), {"samples": x}, digits, measure)
+    assert "conditional_accuracy" not in found.metrics
+    coordinates = reference.measure(reference.Network(), {"kind": "coordinates"}, digits, CPU)
+    found = measured(Nearest(x), {"samples": x, "labels": y}, digits, coordinates)
+    assert "conditional_accuracy" not in found.metrics
+    assert set(found.metrics) >= IMAGE_METRICS
+
+
+def test_high_energy_is_the_score_of_an_anomaly(digits, real):
+    names = [f"auroc_{name}" for name in outlier_sets(digits, 5, 0)]
+    assert len(names) >= 3
+    assert set(names) <= set(real.metrics)
+    mean = sum(real.metrics[name] for name in names) / len(names)
+    assert real.metrics["auroc_mean"] == pytest.approx(mean)
+    assert real.metrics["auroc_uniform"] > 0.99
+
+
+def test_the_opposite_energy_has_the_opposite_auroc(digits, measure, real):
+    class Opposite(Nearest):
+        def energy(self, x):
+            return -super().energy(x)
+
+    samples = {"samples": digits.points("validation")}
+    found = measured(Opposite(digits.points("train")), samples, digits, measure)
+    for name in (name for name in real.metrics if name.startswith("auroc_")):
+        assert found.metrics[name] == pytest.approx(1 - real.metrics[name])
+
+
+def test_bytes_score_as_the_points_they_stand_for(digits, measure, real):
+    """A data set of images is stored in bytes: 255 steps of a level, and nothing else changes."""
+    stored = {
+        k: (t * 255).round().to(torch.uint8) if t.is_floating_point() else t
+        for k, t in digits.tensors.items()
+    }
+    samples = {"samples": digits.points("validation"), "labels": digits.labels("validation")}
+    images = data.Prepared(stored, digits.manifest)
+    found = measured(Nearest(images.points("train")), samples, images, measure)
+    for name in IMAGE_METRICS | {"conditional_accuracy"}:
+        assert found.metrics[name] == pytest.approx(real.metrics[name], abs=0.05)
+
+
+def test_pictures_are_drawn_of_what_is_there(digits, measure, real):
+    names = [name for name, *_ in real.figures]
+    assert names == ["samples", "data", "energies"]
+    x = digits.points("validation")
+    chain = {"chain": x[:32].view(8, 4, 8, 8), "chain_steps": torch.arange(4)}
+    found = measured(Nearest(x), {"samples": x, **chain}, digits, measure)
+    assert [name for name, *_ in found.figures] == ["samples", "data", "chain", "energies"]
+
+
+def test_too_few_samples_are_one_line(digits, measure):
+    with pytest.raises(EBMError, match=r"sample\.count = 3: "):
+        measured(
+            Nearest(digits.points("train")), {"samples": torch.rand(3, 8, 8)}, digits, measure
+        )
+
+
+def test_the_same_seed_gives_the_same_numbers(digits, measure, real):
+    samples = {"samples": digits.points("validation"), "labels": digits.labels("validation")}
+    again = measured(Nearest(digits.points("train")), samples, digits, measure)
+    assert again.metrics == real.metrics
+
+
+def plane(name="8gaussians"):
+    settings = {"density": name, "train": 4000, "validation": 10, "test": 1000, "seed": 0}
+    return data.prepare(DensityData(kind="density", reference={"kind": "coordinates"}, **settings))
+
+
+@pytest.mark.parametrize("name", ["8gaussians", "swissroll"])
+def test_the_true_density_scores_what_its_references_say(name):
+    """Samples without a generator, as of a Langevin chain."""
+    prepared = plane(name)
+    torch.manual_seed(0)
+    samples = {"samples": prepared.density.sample(4000).float()}
+    measure = Reference(reference.Network(), {"kind": "coordinates"}, {}, {})
+    found = measured(Oracle(prepared.density), samples, prepared, measure, {"grid": 180})
+    assert isinstance(found, Evaluation)
+    assert not [name for name in found.metrics if name.endswith("_generator")]
+    assert found.metrics["grid_kl"] == pytest.approx(0, abs=1e-4)
+    exact = found.references["log_likelihood"][0]["value"]
+    assert found.metrics["log_likelihood"] == pytest.approx(exact, abs=3e-3)
+    assert found.metrics["high_quality_share"] > 0.99
+    if name == "8gaussians":
+        assert found.metrics["modes"] == found.metrics["modes_total"] == 8
+
+
+def test_a_lost_mode_is_seen():
+    prepared = plane()
+    samples = prepared.points("train")
+    kept = (samples - prepared.density.modes[0].float()).norm(dim=1) > 0.5
+    measure = Reference(reference.Network(), {"kind": "coordinates"}, {}, {})
+    found = measured(
+        Oracle(prepared.density), {"samples": samples[kept]}, prepared, measure, {"grid": 60}
+    )
+    assert found.metrics["modes"] == 7
+    assert found.metrics["mode_kl"] > 0.1

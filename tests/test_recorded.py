@@ -1,0 +1,178 @@
+"""Recorded energies: the same bits as the eager ones, whatever changes in place."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ebm import EBMError
+from ebm.densities import DENSITIES
+from ebm.networks import normalise_spectrally, scalar
+from ebm.recorded import Recorded, record
+from ebm.samplers import HMC, MALA, Langevin, run, value_and_gradient
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def mixture():
+    return DENSITIES["8gaussians"]().energy, (2,)
+
+
+def mlp():
+    return scalar("mlp", (2,), 32, 3, 0), (2,)
+
+
+def labelled():
+    network, y = scalar("conv", (8, 8), 8, 2, 10), torch.arange(6) % 10
+    return lambda x: network(x[:, None], y[: len(x)]), (8, 8)
+
+
+def resnet():
+    network = normalise_spectrally(scalar("resnet", (1, 8, 8), 8, 2, 0)).eval()
+    return lambda x: network(x.contiguous(memory_format=torch.channels_last)), (1, 8, 8)
+
+
+def assigning():
+    def energy(x):
+        y = 2 * x
+        y[:, 0] = x[:, 1] * x[:, 0]
+        return y.square().sum(1) + torch.ones(2).expand(len(x), 2).mul(x).sum(1)
+
+    return energy, (2,)
+
+
+ENERGIES = [mixture, mlp, labelled, resnet, assigning]
+
+
+def same(a, b):
+    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def dtype(request):
+    torch.manual_seed(0)
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("make", ENERGIES)
+def test_a_replay_has_the_bits_of_autograd(make, dtype):
+    energy, shape = make()
+    recorded = Recorded(energy, torch.randn(6, *shape))
+    for _ in range(3):
+        x = torch.randn(6, *shape)
+        assert same(recorded.value_and_gradient(x), value_and_gradient(energy, x))
+        assert torch.equal(recorded(x), energy(x))
+
+
+@pytest.mark.parametrize("make", ENERGIES)
+def test_a_new_shape_is_recorded_anew(make, dtype):
+    energy, shape = make()
+    recorded = Recorded(energy, torch.randn(6, *shape))
+    for x in (torch.randn(3, *shape), torch.randn(*shape, 4).movedim(-1, 0)):
+        assert same(recorded.value_and_gradient(x), value_and_gradient(energy, x))
+
+
+@pytest.mark.parametrize("make", [mixture, mlp, labelled])
+@pytest.mark.parametrize(
+    "kernel_of",
+    [lambda e: Langevin(e, 1e-5), lambda e: MALA(e, 1e-5), lambda e: HMC(e, 1e-3, 5)],
+    ids=["Langevin", "MALA", "HMC"],
+)
+def test_chains_have_the_same_bits(make, kernel_of, dtype):
+    energy, shape = make()
+    x, ends = torch.randn(6, *shape), []
+    for e in (energy, Recorded(energy, x)):
+        torch.manual_seed(1)
+        ends.append(run(kernel_of(e), x, 20))
+    assert ends[0].x.isfinite().all()
+    assert torch.equal(ends[0].x, ends[1].x)
+    assert torch.equal(ends[0].gradient, ends[1].gradient)
+
+
+def test_steps_of_an_optimiser_and_new_labels_are_seen(dtype):
+    network, y, x = scalar("conv", (8, 8), 8, 2, 10), torch.arange(6), torch.randn(6, 8, 8)
+
+    def energy(x):
+        return network(x[:, None], y)
+
+    recorded, optimizer = Recorded(energy, x), torch.optim.Adam(network.parameters(), 0.1)
+    before = recorded.value_and_gradient(x)
+    energy(x).sum().backward()
+    optimizer.step()
+    after = recorded.value_and_gradient(x)
+    assert same(after, value_and_gradient(energy, x))
+    assert not same(after, before)
+    y.copy_(y.flip(0))
+    assert same(recorded.value_and_gradient(x), value_and_gradient(energy, x))
+    assert not same(recorded.value_and_gradient(x), after)
+
+
+def test_a_replay_leaves_points_and_parameters_alone():
+    network, x = scalar("mlp", (2,), 8, 1, 0), torch.randn(4, 2)
+    recorded, before = Recorded(network, x), x.clone()
+    value, gradient = recorded.value_and_gradient(x)
+    assert torch.equal(x, before)
+    assert not value.requires_grad
+    assert not gradient.requires_grad
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+
+
+def test_nothing_but_arithmetic_is_left_in_the_graph():
+    module, constants = record(scalar("mlp", (2,), 8, 1, 0), torch.randn(4, 2))
+    names = {str(node.target) for node in module.graph.nodes if node.op == "call_function"}
+    assert not names & {"aten.detach.default", "aten.alias.default", "aten.t.default"}
+    assert not any(node.op == "get_attr" for node in module.graph.nodes)
+    assert len(constants) == sum(node.op == "placeholder" for node in module.graph.nodes) - 1
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.Sequential(nn.Linear(2, 1), nn.Dropout(), nn.Flatten(0)), "random"),
+        (lambda: normalise_spectrally(scalar("mlp", (2,), 8, 1, 0)), "changes a tensor"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1), nn.Flatten(0)), "changes"),
+    ],
+)
+def test_an_energy_with_side_effects_is_refused(make, reason):
+    with pytest.raises(EBMError, match=reason):
+        Recorded(make(), torch.randn(4, 2))
+    Recorded(make().eval(), torch.randn(4, 2))
+
+
+@pytest.mark.slow
+def test_a_compiled_replay_agrees_up_to_rounding(tmp_path):
+    """In a process of its own: the compiler's imports warn, and it forks."""
+    code = """
+import torch
+from ebm.densities import DENSITIES
+from ebm.recorded import Recorded
+from ebm.samplers import value_and_gradient
+energy = DENSITIES["25gaussians"]().energy
+x = torch.randn(6, 2, dtype=torch.float64)
+recorded = Recorded(energy, x, compile=True)
+for points in (x, x[:3].clone(), x + 1):
+    for a, b in zip(recorded.value_and_gradient(points), value_and_gradient(energy, points)):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+"""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT / "src"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_the_benchmark_runs(capsys):
+    pytest.importorskip("torchebm")
+    from benchmarks import samplers
+
+    threads = str(torch.get_num_threads())
+    samplers.main(["--threads", threads, "--rounds", "1", "--seconds", "0", "--small"])
+    lines = capsys.readouterr().out
+    assert "torchebm" in lines
+    assert "published loop" in lines

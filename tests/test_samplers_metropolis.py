@@ -1,0 +1,172 @@
+"""Laws of random-walk Metropolis and of the search for a step size."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from ebm.oracles import Banana
+from ebm.samplers import HMC, MALA, RandomWalk, State, adapt, run
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def gaussian(x):
+    return x.square().sum(1) / 2
+
+
+def double_well(x):
+    return (x**4 / 4 - x**2).sum(1)
+
+
+def pick(states, i):
+    return State(*(f[i : i + 1].expand_as(f) for f in states[:2]))
+
+
+def flow(kernel, half_width=4.0, points=401):
+    """p(x) T(x, y) off the diagonal of a fine line, with the textbook's Gaussian proposal."""
+    line = torch.linspace(-half_width, half_width, points)[:, None]
+    states = kernel.init(line)
+    proposal = (-((line - line.T) ** 2) / (2 * kernel.step_size**2)).exp()
+    accept = [kernel.log_accept(pick(states, i), states).clamp(max=0).exp() for i in range(points)]
+    p = (-kernel.energy(line)).softmax(0)
+    return p[:, None] * proposal * torch.stack(accept)
+
+
+@pytest.mark.parametrize("dimensions", [1, 8])
+@pytest.mark.parametrize("start", ["exact draws", "elsewhere"])
+def test_a_gaussian_has_its_moments(dimensions, start):
+    torch.manual_seed(0)
+    x = torch.randn(20000, dimensions)
+    steps, x = (20, x) if start == "exact draws" else (400, 3 + x / 2)
+    x = run(RandomWalk(gaussian, 2.4 / math.sqrt(dimensions)), x, steps).x
+    assert x.mean() == pytest.approx(0, abs=3 / math.sqrt(x.numel()))
+    assert x.var() == pytest.approx(1, abs=3 * math.sqrt(2 / x.numel()))
+
+
+@pytest.mark.parametrize("energy", [gaussian, double_well])
+def test_it_is_in_detailed_balance_on_a_discretised_line(energy):
+    forth = flow(RandomWalk(energy, 0.7))
+    torch.testing.assert_close(forth, forth.T)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda s, t: t.energy - s.energy,
+        lambda s, t: (s.energy - t.energy) / 2,
+        lambda s, t: torch.zeros_like(s.energy),
+        lambda s, t: (s.energy - t.energy).sign() * (s.energy - t.energy).abs().sqrt(),
+    ],
+    ids=["sign flipped", "half", "always accepted", "root taken"],
+)
+def test_a_planted_bug_breaks_detailed_balance(fault):
+    class Faulty(RandomWalk):
+        def log_accept(self, s, t):
+            return fault(s, t)
+
+    forth = flow(Faulty(double_well, 0.7))
+    assert (forth - forth.T).abs().max() > 0.01 * forth.max()
+
+
+def test_the_proposal_is_as_wide_as_it_says_and_symmetric():
+    torch.manual_seed(1)
+    step = RandomWalk(gaussian, 0.3).propose(torch.full((40000, 2), 5.0)) - 5
+    assert step.mean() == pytest.approx(0, abs=4 * 0.3 / math.sqrt(step.numel()))
+    assert step.std() == pytest.approx(0.3, abs=4 * 0.3 / math.sqrt(2 * step.numel()))
+
+
+def test_it_needs_no_gradient_and_one_evaluation_a_step():
+    calls = []
+
+    def energy(x):
+        assert not torch.is_grad_enabled()
+        calls.append(len(x))
+        return gaussian(x)
+
+    state = run(RandomWalk(energy, 1.0), torch.randn(10, 2), 7)
+    assert len(calls) == 8
+    assert state.gradient is None
+    torch.testing.assert_close(state.energy, gaussian(state.x))
+
+
+def test_a_proposal_that_is_no_number_is_refused():
+    x = torch.randn(1000, 1)
+    after = run(RandomWalk(lambda y: torch.where(y[:, 0] > 0, torch.nan, 0.0), 1.0), x - 9, 3)
+    assert after.x.isfinite().all()
+    assert (after.x < 0).all()
+    assert after.acceptance.isfinite().all()
+
+
+KERNELS = {
+    "random walk": (RandomWalk, 0.234),
+    "MALA": (MALA, 0.574),
+    "HMC": (partial(HMC, leapfrogs=5), 0.8),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("first", [0.001, 0.1, 10.0])
+def test_adaptation_finds_the_step_size_of_the_target_acceptance(name, first):
+    kernel, target = KERNELS[name]
+    torch.manual_seed(2)
+    energy = Banana(1.0, 0.3).energy
+    frozen, state = adapt(partial(kernel, energy), torch.randn(500, 2), 150, target, first)
+    accepted = []
+    run(frozen, state.x, 60, lambda step, s: accepted.append(s.acceptance) if step else None)
+    assert torch.stack(accepted).mean().item() == pytest.approx(target, abs=0.03)
+
+
+def test_the_adapted_kernel_is_a_plain_one_and_stays_as_it_is():
+    torch.manual_seed(3)
+    frozen, state = adapt(partial(MALA, gaussian), torch.randn(50, 2), 50, 0.574)
+    assert type(frozen) is MALA
+    assert isinstance(frozen.step_size, float)
+    before = frozen.step_size
+    run(frozen, state.x, 20)
+    assert frozen == MALA(gaussian, before)
+
+
+class Stub:
+    """Accepts exp(-step size) of everything, with a little noise of zero mean."""
+
+    def __init__(self, step_size):
+        self.step_size = step_size
+
+    def init(self, x):
+        return State(x)
+
+    def step(self, state):
+        wobble = 0.02 * (-1) ** state.steps
+        acceptance = torch.full((4,), math.exp(-self.step_size) + wobble)
+        return State(state.x, acceptance=acceptance, steps=state.steps + 1)
+
+
+@pytest.mark.parametrize("target", [0.234, 0.574, 0.8])
+def test_dual_averaging_solves_for_the_step_size(target):
+    """acceptance(eps) = exp(-eps): the answer is -log target."""
+    frozen, _ = adapt(Stub, torch.zeros(4, 1), 1000, target)
+    assert frozen.step_size == pytest.approx(-math.log(target), rel=0.01)
+
+
+def test_dual_averaging_is_algorithm_five():
+    """Written out once more from the paper, for acceptances that are given."""
+    seen, step_size, target = [], 0.2, 0.6
+
+    def kernel_with(eps):
+        seen.append(eps)
+        return Stub(eps)
+
+    adapt(kernel_with, torch.zeros(4, 1), 5, target, step_size)
+    log_bar, h_bar, eps, mu = 0.0, 0.0, step_size, math.log(10 * step_size)
+    expected = []
+    for m in range(1, 6):
+        alpha = math.exp(-eps) + 0.02 * (-1) ** (m - 1)
+        h_bar = (1 - 1 / (m + 10)) * h_bar + (target - alpha) / (m + 10)
+        log_eps = mu - math.sqrt(m) / 0.05 * h_bar
+        log_bar = m**-0.75 * log_eps + (1 - m**-0.75) * log_bar
+        eps = math.exp(log_eps)
+        expected.append(eps)
+    assert seen[2:6] == pytest.approx(expected[:4])
+    assert seen[-1] == pytest.approx(math.exp(log_bar))
