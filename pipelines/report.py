@@ -9,8 +9,9 @@ significant digits, so that a diff in git shows what changed and not the noise o
 import csv
 import io
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 from ebm import params
 from pipelines import page, results, stage, tracking
 from pipelines.results import Comparison, History, Result
+
+log = logging.getLogger(__name__)
 
 CURVE_ROWS = 200
 
@@ -28,8 +31,16 @@ def main() -> None:
 
 
 def write(root: Path, settings: Mapping[str, Any]) -> None:
-    """Report on every experiment of `settings`, the whole of params.yaml as plain mappings."""
-    found = [results.read(root / "models", name, settings) for name in settings["experiments"]]
+    """Report on every experiment of `settings`, the whole of params.yaml as plain mappings.
+
+    DVC comes here when all of them are done. Who runs this stage alone, because some cannot be
+    trained on their machine, gets a report on the others; earlier results of those stay."""
+    everyone = list(settings["experiments"])
+    trained = [name for name in everyone if (root / "models" / name).is_dir()] or everyone
+    absent = [name for name in everyone if name not in trained]
+    if absent:
+        log.warning("not trained here and left out: %s", ", ".join(absent))
+    found = [results.read(root / "models", name, settings) for name in trained]
     found = [replace(result, history=thin(result.history)) for result in found]
     comparison = results.read_comparison(root / "models", settings)
     html = page.render(found, comparison)
@@ -37,9 +48,9 @@ def write(root: Path, settings: Mapping[str, Any]) -> None:
     named: list[tuple[str, Result | Comparison]] = [(result.name, result) for result in found]
     named += [(results.COMPARISON, comparison)] if comparison else []
     pictures = {f"{name}-{p.name}.png": p.png for name, r in named for p in r.pictures}
-    _fill(root / "metrics", {f"{name}.json": _metrics(r.metrics) for name, r in named})
-    _fill(reports / "curves", {f"{r.name}.csv": _table(r.history) for r in found})
-    _fill(reports / "figures", pictures)
+    _fill(root / "metrics", {f"{name}.json": _metrics(r.metrics) for name, r in named}, absent)
+    _fill(reports / "curves", {f"{r.name}.csv": _table(r.history) for r in found}, absent)
+    _fill(reports / "figures", pictures, absent)
     (reports / "index.html").write_text(html, encoding="utf-8")
 
 
@@ -72,13 +83,16 @@ def _table(history: History) -> bytes:
     return text.getvalue().encode()
 
 
-def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` into `folder`, and remove older files of the same kinds."""
+def _fill(folder: Path, files: Mapping[str, bytes], absent: Sequence[str]) -> None:
+    """Write `files` into `folder`, and remove older files of the same kinds, but for those of the
+    experiments that are `absent`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    kept = tuple(f"{name}{end}" for name in absent for end in ".-")
     for old in folder.iterdir():
-        if old.suffix in (".json", ".csv", ".png") and old.name not in files:
+        ours = old.suffix in (".json", ".csv", ".png")
+        if ours and old.name not in files and not old.name.startswith(kept):
             old.unlink()
 
 

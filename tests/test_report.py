@@ -217,6 +217,17 @@ def test_an_experiment_that_is_gone_leaves_nothing_behind(project):
     assert Path("metrics/README.md") in left
 
 
+def test_an_experiment_that_is_not_trained_here_is_left_out_and_its_results_stay(project, caplog):
+    before = snapshot(project)
+    (project / "models" / MEG).rename(project / "elsewhere")
+    report.write(project, all_params())
+    assert f"not trained here and left out: {MEG}" in caplog.text
+    assert MEG not in (project / "reports" / "index.html").read_text()
+    kept = {path for path in before if MEG in path.name and path.parts[0] != "models"}
+    assert len(kept) >= 3
+    assert kept <= set(snapshot(project))
+
+
 BROKEN = [
     ("run.json", None, "train"),
     ("run.json", b"", "train"),

@@ -1,6 +1,6 @@
 """Images: how near the samples come to the test split, what the energy tells apart, pictures."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -13,6 +13,9 @@ from ebm.evaluation.result import Evaluation
 from ebm.outliers import outlier_sets
 from ebm.reference import KEPT, Reference
 from ebm.variants.base import EBM
+
+if TYPE_CHECKING:
+    from ebm.variants.igebm import IGEBM
 
 FEWEST = 30
 """Fewer samples have no distances worth a number."""
@@ -46,7 +49,8 @@ def evaluate_images(
     _pictures(result, model, samples, test)
     if steps := settings.get("steps"):
         classes = prepared.labels("test") if model.classes else None
-        demonstrate(model, test, classes, steps, result.draw)
+        chained = cast("IGEBM", model)  # whose settings alone have `steps`
+        demonstrate(chained, test, classes, steps, result.draw)
     picture = figures.energy_histogram({k: e.cpu().numpy() for k, e in energies.items()})
     caption = (
         "The lower, the more likely. What lies beyond the frame counts in its outermost bins."

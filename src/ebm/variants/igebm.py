@@ -24,7 +24,9 @@ of some points of the buffer, whose logarithm estimates the entropy of x~ (Kozac
     Omega     | bounds, gradient_clip, spectral_norm, clip
 
 Between them and the paper stand a swish for the leaky ReLU, and labels that stay with their chains
-in the buffer (the released code draws new ones for old chains).
+in the buffer (the released code draws new ones for old chains). Noise on the data is kept within
+the bounds like the chains: what reaches beyond them could be told from any sample at a glance, and
+the energy would grow without end.
 
 Logged: `energy_gap` = E_data[E] - E[E(x~)], which hovers around 0; `gradient_norm` of the
 parameters' step; `langevin_gradient`, the mean |grad E| at the last Langevin step; `energy_scale`,
@@ -145,7 +147,7 @@ class IGEBM(EBM):
         with parametrize.cached():
             batch = self._draw_batch(len(x))
             negative, chain = self._langevin(batch)
-            data = x + self.data_noise * torch.randn_like(x)
+            data = (x + self.data_noise * torch.randn_like(x)).clamp(*self.bounds)
             positive_energy = self._evaluate(self.network, data, y)
             negative_energy = self._evaluate(self.network, negative.x.detach(), batch.label)
             gap = positive_energy.mean() - negative_energy.mean()
