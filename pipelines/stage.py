@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 PARAMS = Path("params.yaml")
+_RECORDS = (":(top,exclude,glob)**/dvc.lock",)  # what a run itself changes
 
 
 def main(run: Callable[[str], None], noun: str) -> None:
@@ -83,7 +84,7 @@ def git_state() -> dict[str, Any]:
     return {
         "git_commit": _git("rev-parse", "HEAD") or "none",
         "git_dirty": bool(
-            _git("status", "--porcelain", "--untracked-files=no", "--", ":!dvc.lock")
+            _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *_RECORDS)
         ),
     }
 
