@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import MODELS
+from test_train import MODELS, train
 
 from ebm import EBMError, metrics, params, tasks
 from ebm.samplers import value_and_gradient
 from ebm.seeds import seed
+from ebm.train import DivergenceError, Watch
 from ebm.variants.igebm import IGEBM, augmented
 
 IMAGES = MODELS["igebm"] | {"network": "conv", "width": 4, "depth": 1, "classes": 3}
@@ -261,6 +262,41 @@ def test_denoising_and_transfer_go_downhill():
         assert torch.equal(frames[:, 0], x)
     end = tasks.denoise(model, x, y, 30)[:, -1]
     assert (model.conditional_energy(end, y) <= model.conditional_energy(x, y)).all()
+
+
+WILD = {"learning_rate": 3.0, "clip": 1e9, "energy_penalty": 0.0, "gradient_clip": None}
+"""What nobody should ask for: nothing that restrains the energy, and steps of 3."""
+
+
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_a_run_that_diverges_says_so_in_one_line(tmp_path, restarts, caplog):
+    model = build(kl=0.0, entropy=0.0, **WILD)
+    watch = Watch({"energy_gap": 10.0}, restarts)
+    with pytest.raises(
+        DivergenceError, match=r"\|energy_gap\| = .* exceeds its limit 10"
+    ) as caught:
+        train(model, tmp_path, watch=watch)
+    assert "\n" not in str(caught.value)
+    assert caplog.text.count("with fresh noise") == restarts
+
+
+def test_a_run_that_diverges_once_recovers(tmp_path, caplog):
+    """One blow to the weights, between two checkpoints: training goes back, and ends in bounds."""
+    model = build(kl=0.0, entropy=0.0, **WILD | {"learning_rate": 1e-3})
+    step, calls = model.training_step, []
+
+    def hit(x, y=None):
+        calls.append(1)
+        if len(calls) == 12:
+            with torch.no_grad():
+                model.network.head.weight.mul_(1e6)
+        return step(x, y)
+
+    model.training_step = hit
+    progress = train(model, tmp_path, watch=Watch({"energy_gap": 10.0}, 2))
+    assert progress.restarts == 1
+    assert "diverged at step" in caplog.text
+    assert all(abs(row["energy_gap"]) < 10 for row in progress.history)
 
 
 PUBLISHED = params.load(Path(__file__).parents[1] / "paper" / "params.yaml").experiments
