@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from pipelines import dag, run
 # DVC's dependency pygtrie warns DVC.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
 
+ROOT = Path(__file__).resolve().parents[1]
 ALL = ("prepare", "train@a", "train@b", "evaluate@a", "evaluate@b", "report")
 
 
@@ -236,3 +238,13 @@ def test_a_truncated_dvc_lock_loses_no_result(house, kept):
     assert run.run(root=house.root)
     assert house.ran() == []
     assert YAML(typ="safe").load(house.root / "dvc.lock") == YAML(typ="safe").load(lock)
+
+
+def test_metrics_and_plots_are_declared_to_dvc():
+    """`dvc metrics show` reads the numbers that stand in git; the curves are its plots."""
+    command = [sys.executable, "-m", "dvc", "metrics", "show", "--json"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    data = json.loads(shown)[""]["data"]
+    assert data["metrics/rbm-digits.json"]["data"]["log_likelihood"] < 0
+    stage = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]["report"]
+    assert "reports/curves" in stage["plots"][0]
