@@ -149,7 +149,13 @@ def test_pictures_are_drawn_of_what_is_there(digits, measure, real):
     x = digits.points("validation")
     chain = {"chain": x[:32].view(8, 4, 8, 8), "chain_steps": torch.arange(4)}
     found = measured(Nearest(x), {"samples": x, **chain}, digits, measure)
-    assert [name for name, *_ in found.figures] == ["samples", "data", "chain", "energies"]
+    assert [name for name, *_ in found.figures] == [
+        "samples",
+        "data",
+        "chain",
+        "animation",
+        "energies",
+    ]
 
 
 def test_too_few_samples_are_one_line(digits, measure):
