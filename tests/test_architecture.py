@@ -2,6 +2,7 @@
 that a stage computes with is one of its DVC dependencies."""
 
 import ast
+import functools
 import importlib
 import json
 import subprocess
@@ -132,6 +133,7 @@ print(json.dumps([f for f in files if f]))
 """
 
 
+@functools.cache
 def used(stage, variant):
     """Files of ours that a stage loads: its module, and what its functions import later."""
     tree = ast.parse((ROOT / "pipelines" / f"{stage}.py").read_text(encoding="utf-8"))
