@@ -1,4 +1,5 @@
-"""Stage `evaluate@<experiment>`: measure a model and its samples; numbers, references, figures."""
+"""Stage `evaluate@<experiment>`: measure a model and its samples; numbers, references, figures; of
+a detector of anomalies also the thresholds from which on its scores flag a point."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +53,8 @@ def _write(folder: Path, result: "Evaluation") -> None:
         for name, title, caption, _ in result.figures
     ]
     stage.write_json(folder / "figures.json", listing)
+    if result.thresholds:
+        stage.write_json(folder / "threshold.json", result.thresholds)
     for name, _, _, figure in result.figures:
         (folder / "figures" / f"{name}.png").write_bytes(figures.png(figure))
 

@@ -4,164 +4,34 @@ import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipelines.results import Comparison, History, Line, Picture, Reference, Result
+from pipelines.words import (
+    AREAS,
+    COMPANIONS,
+    DATA,
+    KINDS,
+    METRICS,
+    ORACLES,
+    SAMPLERS,
+    VARIANTS,
+    Metric,
+    method,
+    metric,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
-class Metric:
-    """How a number is presented. `better` is +1 (higher), -1 (lower) or 0 (neither)."""
-
-    label: str
-    better: int
-    meaning: str
-    unit: str = ""
-    overview: bool = True
-
-
-METRICS = {
-    "modes": Metric("Modes found", +1, "Modes of the data that at least one sample lies near."),
-    "high_quality_share": Metric(
-        "High-quality share",
-        +1,
-        "Share of the samples within 4 standard deviations of a mode, or of the data's curve.",
-    ),
-    "mode_kl": Metric(
-        "Mode KL", -1, "KL divergence of the samples' mode histogram from the true one.", "nats"
-    ),
-    "grid_kl": Metric(
-        "Density KL", -1, "KL(true density ‖ learned density), integrated on a grid.", "nats"
-    ),
-    "log_likelihood": Metric(
-        "Log-likelihood",
-        +1,
-        "Mean log p of the test split. Where log Z is estimated, a lower and an upper estimate "
-        "bracket it: they come from annealing towards the model and away from it.",
-        "nats",
-    ),
-    "log_likelihood_train": Metric(
-        "Log-likelihood, training split", 0, "The same of the training split.", "nats", False
-    ),
-    "log_partition": Metric("log Z", 0, "Logarithm of the partition function.", "nats", False),
-    "frechet_distance": Metric(
-        "Fréchet distance",
-        -1,
-        "Squared distance of the Gaussians fitted to samples and to test data: to their "
-        "coordinates in the plane, to the features of a reference network for images.",
-    ),
-    "frechet_distance_extrapolated": Metric(
-        "Fréchet distance, extrapolated",
-        -1,
-        "The same for infinitely many samples, on a line through the values of fewer; an estimate "
-        "that can be negative.",
-        "",
-        False,
-    ),
-    "kernel_distance": Metric(
-        "Kernel distance",
-        -1,
-        "KID: squared maximum mean discrepancy of samples and test data, on the same features, "
-        "estimated without bias; about 0, of either sign, for draws of one distribution.",
-        "",
-        False,
-    ),
-    "sample_precision": Metric(
-        "Sample precision",
-        +1,
-        "Share of the samples within reach of test images: how good they look.",
-        "",
-        False,
-    ),
-    "sample_recall": Metric(
-        "Sample recall",
-        +1,
-        "Share of the test images within reach of samples: how much of the data they cover.",
-        "",
-        False,
-    ),
-    "conditional_accuracy": Metric(
-        "Conditional accuracy",
-        +1,
-        "Share of conditional samples in which the reference network sees the class asked for.",
-    ),
-    "accuracy": Metric("Accuracy", +1, "Share of the test split classified rightly."),
-    "auroc": Metric("AUROC", +1, "Area under the ROC curve of the energy as anomaly score."),
-    "auroc_mean": Metric(
-        "AUROC, mean",
-        +1,
-        "Area under the ROC curve of the energy as anomaly score, the test split against an "
-        "outlier set: the mean over the sets.",
-    ),
-    "auprc": Metric("AUPRC", +1, "Area under the precision-recall curve of the energy."),
-    "f1": Metric("F1", +1, "Harmonic mean of precision and recall."),
-    "precision": Metric("Precision", +1, "Share of the flagged that are anomalies.", "", False),
-    "recall": Metric("Recall", +1, "Share of the anomalies that are flagged.", "", False),
-    "acceptance": Metric(
-        "Acceptance", 0, "Mean acceptance probability of the sampling chains.", "", False
-    ),
-    "seconds": Metric("Training time", -1, "Wall time of the training loop."),
-}
-COMPANIONS = ("_generator", "_total", "_lower", "_upper", "_std")
-"""Suffixes of numbers that are shown in the row of the number they belong to."""
-
-VARIANTS = {
-    "rbm": "Restricted Boltzmann machine",
-    "igebm": "Langevin-trained energy (IGEBM)",
-    "meg": "Maximum entropy generators",
-    "nce": "Noise-contrastive estimation",
-    "fce": "Flow-contrastive estimation",
-}
-DATA = {"density": "Densities in the plane", "digits": "Handwritten digits"}
-SAMPLERS = {
-    "error": Metric(
-        "Error",
-        -1,
-        "Root mean square, over chains and known expectations, of the error of a chain's mean, in "
-        "standard deviations.",
-    ),
-    "ess": Metric(
-        "ESS",
-        +1,
-        "Effective sample size of the worst known expectation, per 1000 evaluations of a chain: "
-        "1000 for exact draws. It believes the chains: where R-hat is high, it means nothing.",
-        "per 1000",
-    ),
-    "r_hat": Metric(
-        "R-hat", -1, "Rank-normalised and split; of the worst known expectation. Trust below 1.01."
-    ),
-    "tau": Metric(
-        "Autocorrelation", -1, "Autocorrelation time of the energy, in evaluations.", "evaluations"
-    ),
-    "acceptance": Metric("Acceptance", 0, "Mean acceptance probability of the proposals."),
-    "swaps": Metric("Swaps", 0, "Smallest mean swap acceptance of two neighbours of a ladder."),
-    "round_trips": Metric("Round trips", +1, "From the hot end to the target and back, mean."),
-    "step_size": Metric("Step size", 0, "As adapted before sampling; of Langevin, MALA's."),
-    "cost": Metric("Cost", -1, "Evaluations for one transition, those of all rungs together."),
-}
-ORACLES = {
-    "banana": "Banana",
-    "funnel": "Neal's funnel, 10 dimensions",
-    "8gaussians": "Eight Gaussians",
-    "ising": "Ising lattice, 4 × 4 spins",
-}
-KINDS = {
-    "exact": "the value of a perfect model, known in closed form",
-    "ceiling": "what exact samples or the true density score: the most a model can honestly get",
-    "floor": "what exact samples score: the least a model can honestly get",
-    "published": "as printed in the paper named beside it",
-    "baseline": "a simple model, fitted to the same data here",
-}
-
-
-@dataclass(frozen=True)
 class Row:
-    """A metric of one experiment; `bracket` and `generator` are empty where there is none."""
+    """A metric of one experiment; `bracket`, `generator` (before MCMC) and `gradient` (by the norm
+    of the gradient as score) are empty where there is none."""
 
     name: str
     metric: Metric
@@ -169,7 +39,9 @@ class Row:
     exact: float
     bracket: str
     generator: str
+    gradient: str
     references: Sequence[Reference]
+    gradient_references: Sequence[Reference]
 
 
 @dataclass(frozen=True)
@@ -199,16 +71,22 @@ def render(results: Sequence[Result], comparison: Comparison | None = None) -> s
         "number": number,
         "measured": measured,
         "held_against": held_against,
+        "method": method,
         "duration": duration,
         "data_uri": data_uri,
     }
     tables = {result.name: rows(result) for result in results}
-    shown = {row.name: row for table in tables.values() for row in table.values()}
+    shown = {name for table in tables.values() for name in table}
+    if any(classes(result) for result in results):
+        shown |= {area.split("_")[0] for area in AREAS}
     kinds = {r.kind for result in results for refs in result.references.values() for r in refs}
     return environment.get_template("report.html.j2").render(
         results=results,
         tables=tables,
         groups=list(groups(results, tables)),
+        matrices={
+            r.name: matrix(r.record.dataset, [r], list(AREAS)) for r in results if classes(r)
+        },
         curves={result.name: curves(result.history) for result in results},
         settings={result.name: dict(_flat(_settings(result))) for result in results},
         glossary=[metric for name, metric in METRICS.items() if name in shown],
@@ -225,8 +103,13 @@ def render(results: Sequence[Result], comparison: Comparison | None = None) -> s
 
 
 def rows(result: Result) -> dict[str, Row]:
-    """All metrics of an experiment in the order of METRICS, what is not listed there last."""
-    names = [name for name in result.metrics if not _companion(name, result.metrics)]
+    """All metrics of an experiment in the order of METRICS, what is not listed there last, without
+    those of single classes."""
+    names = [
+        name
+        for name in result.metrics
+        if not _companion(name, result.metrics) and _area(name) is None
+    ]
     known = [name for name in METRICS if name in names]
     other = [name for name in names if name not in known]
     return {name: _row(result, name) for name in known + other}
@@ -239,7 +122,7 @@ def _companion(name: str, metrics: Mapping[str, float]) -> bool:
 def _row(result: Result, name: str) -> Row:
     numbers = result.metrics
     low, high = numbers.get(f"{name}_lower"), numbers.get(f"{name}_upper")
-    generator = f"{name}_generator"
+    generator, gradient = f"{name}_generator", f"{name}_gradient"
     return Row(
         name=name,
         metric=metric(name),
@@ -247,7 +130,9 @@ def _row(result: Result, name: str) -> Row:
         exact=numbers[name],
         bracket="" if low is None or high is None else _bracket(low, high),
         generator=_value(numbers, generator) if generator in numbers else "",
+        gradient=_value(numbers, gradient) if gradient in numbers else "",
         references=result.references.get(name, ()),
+        gradient_references=result.references.get(gradient, ()),
     )
 
 
@@ -266,30 +151,159 @@ def _value(numbers: Mapping[str, float], name: str) -> str:
     total, spread = numbers.get(f"{stem}_total"), numbers.get(f"{name}_std")
     text = measured(numbers[name])
     text += f" / {number(total)}" if total is not None else ""
-    return text + (f" ± {spread:.1g}" if spread is not None else "")
+    return text + (f" ± {_spread(spread)}" if spread is not None else "")
 
 
-def metric(name: str) -> Metric:
-    """How `name` is presented: by METRICS, as one of them on another data set (`auroc_noise`), or
-    under its own name."""
-    if name in METRICS:
-        return METRICS[name]
-    for stem, known in METRICS.items():
-        if name.startswith(f"{stem}_"):
-            rest = name.removeprefix(f"{stem}_").replace("_", " ")
-            return Metric(f"{known.label}, {rest}", known.better, "", known.unit, False)
-    return Metric(name.replace("_", " "), 0, "", "", False)
+def _spread(value: float) -> str:
+    """Two significant digits."""
+    return f"{value:#.2g}".rstrip(".") if 1e-4 <= value < 99.5 else number(value)
 
 
-def groups(
-    results: Sequence[Result], tables: Mapping[str, Mapping[str, Row]]
-) -> Iterator[tuple[str, dict[str, Metric], list[Result]]]:
-    """Experiments on one kind of data belong in one table: its title, its columns, its rows."""
+@dataclass(frozen=True)
+class Group:
+    """Experiments on one kind of data: a table of the metrics `columns`, or, where they are
+    measured class by class, a matrix for each data set."""
+
+    title: str
+    columns: Mapping[str, Metric]
+    members: Sequence[Result]
+    matrices: Sequence["Matrix"]
+
+
+def groups(results: Sequence[Result], tables: Mapping[str, Mapping[str, Row]]) -> Iterator[Group]:
+    """Experiments on one kind of data belong together, those on one data set below each other."""
+    overview = [area for area in AREAS if area.startswith("auprc")]
     for kind in dict.fromkeys(result.data["kind"] for result in results):
         members = [result for result in results if result.data["kind"] == kind]
+        datasets = by_dataset(members)
+        ordered = [result for several in datasets.values() for result in several]
         present = {name for result in members for name in tables[result.name]}
         columns = {n: m for n, m in METRICS.items() if m.overview and n in present}
-        yield DATA.get(kind, str(kind).capitalize()), columns, members
+        matrices = [
+            matrix(dataset, several, overview)
+            for dataset, several in datasets.items()
+            if any(classes(result) for result in several)
+        ]
+        yield Group(DATA.get(kind, str(kind).capitalize()), columns, ordered, matrices)
+
+
+def by_dataset(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Experiments by the name of their data set."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.record.dataset, []).append(result)
+    return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of one class; `low` if scores that know nothing have a higher one."""
+
+    value: str
+    spread: str
+    exact: float
+    low: bool
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """Numbers by class: those of the experiment `name`, or, without a name, a reference."""
+
+    name: str
+    title: str
+    note: str
+    cells: Sequence[Cell | None]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is measured class by class: `blocks` of rows by their titles, a column for each
+    class."""
+
+    title: str
+    columns: Sequence[str]
+    blocks: Mapping[str, Sequence[MatrixRow]]
+
+
+def matrix(title: str, results: Sequence[Result], areas: Sequence[str]) -> Matrix:
+    """The `areas` of experiments on one data set, the references beneath them."""
+    found = {name for result in results for name in classes(result)}
+    columns = [*sorted(found - {"mean"}, key=lambda c: (len(c), c)), "mean"]
+    blocks = {area: list(_block(area, results, columns)) for area in areas}
+    return Matrix(title, columns, {AREAS[area]: rows for area, rows in blocks.items() if rows})
+
+
+def classes(result: Result) -> list[str]:
+    """Classes of which something is measured on their own, and `mean`."""
+    areas = {name: _area(name) for name in result.metrics}
+    found = [name.removeprefix(f"{area}_") for name, area in areas.items() if area]
+    return [name for name in dict.fromkeys(found) if name == "mean" or name.isdecimal()]
+
+
+def _area(name: str) -> str | None:
+    """Which of AREAS the metric `name` is, if it is that of a class."""
+    return next((area for area in AREAS if name.startswith(f"{area}_")), None)
+
+
+def _block(area: str, results: Sequence[Result], columns: Sequence[str]) -> Iterator[MatrixRow]:
+    chance = _referred(area, results, columns, "chance")
+    for result in results:
+        for end, note in (("", ""), ("_gradient", "norm of gradient")):
+            names = [f"{area}_{column}{end}" for column in columns]
+            cells = list(map(partial(_cell, result.metrics), names, chance))
+            if any(cells):
+                yield MatrixRow(result.name, result.name, _noted(result, note), cells)
+    for result in results:
+        yield from _reference_row("published", _noted(result), area, [result], columns)
+    for kind in ("chance", "floor"):
+        yield from _reference_row(kind, "", area, results, columns)
+
+
+def _noted(result: Result, note: str = "") -> str:
+    """The method, in short, and what else is to be said of a row."""
+    name = method(result.record.variant)
+    return f"{name}, {note}" if note else name
+
+
+def _reference_row(
+    kind: str, note: str, area: str, results: Sequence[Result], columns: Sequence[str]
+) -> Iterator[MatrixRow]:
+    """The references of a kind, if there are any."""
+    form = number if kind == "published" else _decimals
+    values = _referred(area, results, columns, kind)
+    cells = [None if v is None else Cell(form(v), "", v, False) for v in values]
+    if any(cells):
+        yield MatrixRow("", kind, note, cells)
+
+
+def _referred(
+    area: str, results: Sequence[Result], columns: Sequence[str], kind: str
+) -> list[float | None]:
+    """The first reference of a kind that any of the experiments has, by column."""
+    return [
+        next(
+            (
+                reference.value
+                for result in results
+                for reference in result.references.get(f"{area}_{column}", ())
+                if reference.kind == kind
+            ),
+            None,
+        )
+        for column in columns
+    ]
+
+
+def _cell(numbers: Mapping[str, float], name: str, chance: float | None) -> Cell | None:
+    if name not in numbers:
+        return None
+    value, spread = numbers[name], numbers.get(f"{name}_std")
+    text = f"± {spread:.3f}" if spread is not None else ""
+    return Cell(_decimals(value), text, value, chance is not None and value < chance)
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "undefined"
 
 
 def by_oracle(table: Sequence[Line]) -> dict[str, list[Line]]:

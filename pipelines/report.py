@@ -49,7 +49,8 @@ def write(root: Path, settings: Mapping[str, Any]) -> None:
     named += [(results.COMPARISON, comparison)] if comparison else []
     pictures = {f"{name}-{p.name}.png": p.png for name, r in named for p in r.pictures}
     _fill(root / "metrics", {f"{name}.json": _metrics(r.metrics) for name, r in named}, absent)
-    _fill(reports / "curves", {f"{r.name}.csv": _table(r.history) for r in found}, absent)
+    curves = {f"{r.name}.csv": _table(r.history) for r in found if r.history["step"]}
+    _fill(reports / "curves", curves, absent)
     _fill(reports / "figures", pictures, absent)
     (reports / "index.html").write_text(html, encoding="utf-8")
 

@@ -17,7 +17,8 @@ COMPARISON = "samplers"
 """The stage that compares them, its section of params.yaml, its folder and its numbers."""
 
 History = dict[str, list[float]]
-"""The training curves: `step` first, then one column per scalar; NaN where nothing was logged."""
+"""The training curves: `step` first, then one column per scalar; NaN where nothing was logged. Of
+a model that was fitted without steps there is nothing but an empty `step`."""
 
 
 class Provenance(BaseModel):
@@ -73,7 +74,7 @@ class Reference(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     value: int | FiniteFloat
-    kind: Literal["exact", "floor", "ceiling", "published", "baseline"]
+    kind: Literal["exact", "floor", "ceiling", "chance", "published", "baseline"]
     source: str
 
 
@@ -190,7 +191,7 @@ def _json(path: Path, form: TypeAdapter[T], stage: str) -> T:
 def _history(path: Path, stage: str) -> History:
     text = _bytes(path, stage).decode("utf-8", errors="replace")
     names, *rows = list(csv.reader(text.splitlines())) or [[]]
-    if names[:1] != ["step"] or not rows:
+    if names[:1] != ["step"] or (names[1:] and not rows):
         raise _unusable(path, "expected a header that begins with `step`, and rows", stage)
     for number, row in enumerate(rows, start=2):
         if len(row) != len(names):
@@ -200,7 +201,7 @@ def _history(path: Path, stage: str) -> History:
         columns = zip(*([float(cell or math.nan) for cell in row] for row in rows), strict=True)
     except ValueError as error:
         raise _unusable(path, error, stage) from None
-    return dict(zip(names, map(list, columns), strict=True))
+    return dict(zip(names, map(list, columns), strict=True)) if rows else {"step": []}
 
 
 def _picture(folder: Path, listing: Listing, stage: str) -> Picture:

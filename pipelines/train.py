@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ebm.train import Logs
     from ebm.variants.base import EBM
 
-SECTIONS = {"dataset", "variant", "seed", "threads", "model", "train"}
+SECTIONS = {"dataset", "variant", "seed", "threads", "model", "ensemble", "train"}
 """What of an experiment a training depends on."""
 
 
@@ -35,7 +35,8 @@ def train(name: str) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     seeds.seed("model", experiment.seed)
     settings = experiment.model_dump(include=SECTIONS)
-    model = variants.build(experiment.variant, prepared.shape, settings["model"]).to(device)
+    how = settings["model"], settings["ensemble"]
+    model = variants.build(experiment.variant, prepared.shape, *how).to(device)
 
     folder = Path("models", name)
     checkpoints = Checkpoints(_checkpoint_folder(name, settings, prepared, str(device)))
@@ -63,12 +64,12 @@ def train(name: str) -> None:
 
 
 def _labels(model: "EBM", prepared: "Prepared", name: str, device: "torch.device") -> Any:
-    """The classes of the training split, for a model that is conditional on them."""
-    if not model.classes:
+    """The classes of the training split, for a model that needs them."""
+    if not model.needs_labels:
         return None
     labels = prepared.tensors.get("train_labels")
     found = 0 if labels is None else int(labels.max()) + 1
-    if labels is None or found != model.classes:
+    if labels is None or model.classes not in (0, found):
         raise EBMError(f"model.classes = {model.classes}: data set {name} has {found} classes")
     return labels.to(device)
 
@@ -146,10 +147,12 @@ def _write(
         {k: v.cpu().contiguous() for k, v in model.state_dict().items()},
         folder / "weights.safetensors",
     )
-    config = {key: settings[key] for key in ("variant", "model", "dataset")}
-    stage.write_json(folder / "config.json", config | {"shape": list(prepared.shape)})
+    config = {key: settings[key] for key in ("variant", "model", "ensemble", "dataset")}
+    transform = prepared.transform()  # of a table: what a row has to go through to be scored
+    about = {"transform": transform} if transform else {}
+    stage.write_json(folder / "config.json", config | {"shape": list(prepared.shape)} | about)
     with open(folder / "history.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer = csv.DictWriter(file, fieldnames=list(history[0]) if history else ["step"])
         writer.writeheader()
         writer.writerows(history)
 

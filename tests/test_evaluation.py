@@ -1,13 +1,15 @@
 """What an evaluation says of models and samples whose truth is known."""
 
+from typing import get_args
+
 import pytest
 import torch
 
-from ebm import EBMError, data, reference, seeds
-from ebm.evaluation import Evaluation, evaluate
+from ebm import EBMError, data, metrics, reference, seeds
+from ebm.evaluation import EVALUATORS, Evaluation, evaluate
 from ebm.outliers import outlier_sets
 from ebm.reference import Reference
-from ebm.schema import ClassifierReference, DensityData, DigitsData
+from ebm.schema import ClassifierReference, Dataset, DensityData, DigitsData
 from ebm.variants.base import EBM
 
 CPU = torch.device("cpu")
@@ -98,6 +100,35 @@ def test_conditional_accuracy_is_the_share_of_the_class_asked_for(digits, measur
     wrong = {"samples": x, "labels": torch.where(torch.arange(180) < 45, y, (y + 1) % 10)}
     found = measured(Nearest(x), wrong, digits, measure)
     assert found.metrics["conditional_accuracy"] == pytest.approx(0.25, abs=0.03)
+
+
+def test_every_kind_of_data_has_its_evaluator():
+    kinds = {
+        get_args(s.model_fields["kind"].annotation)[0] for s in get_args(get_args(Dataset)[0])
+    }
+    assert kinds == EVALUATORS.keys()
+
+
+def test_the_inception_score_is_that_of_the_classes_shown(digits, measure, real):
+    (ceiling,) = real.references["inception_score"]
+    assert ceiling["kind"] == "ceiling"
+    assert "the test split" in ceiling["source"]
+    probabilities = measure.logits(digits.points("test")).softmax(1)
+    assert ceiling["value"] == pytest.approx(metrics.inception_score(probabilities))
+    assert real.metrics["inception_score"] == pytest.approx(ceiling["value"], rel=0.1)
+    one = digits.points("train")[digits.labels("train") == 0][:60]
+    found = measured(Nearest(one), {"samples": one}, digits, measure)
+    assert found.metrics["inception_score"] < 1.5 < real.metrics["inception_score"]
+
+
+def test_a_generator_is_measured_before_mcmc_as_its_samples_after(digits, measure):
+    x, noise = digits.points("validation"), torch.rand(180, 8, 8)
+    model = Nearest(digits.points("train"))
+    found = measured(model, {"samples": x, "generator": noise}, digits, measure).metrics
+    alone = measured(model, {"samples": noise}, digits, measure).metrics
+    for name in ("frechet_distance", "kernel_distance", "sample_recall", "inception_score"):
+        assert found[f"{name}_generator"] == pytest.approx(alone[name])
+        assert found[name] != pytest.approx(alone[name])
 
 
 def test_an_unconditional_model_or_one_without_a_classifier_has_no_such_accuracy(digits, measure):

@@ -197,6 +197,54 @@ def test_a_set_that_is_far_away_does_not_squeeze_the_others():
     figures.energy_histogram({"constant": np.zeros(9), "other": np.ones(5)})
 
 
+def test_scores_of_rows_are_shares_of_them_and_the_threshold_is_dashed():
+    r = np.random.default_rng(0)
+    near = {"normal": r.normal(size=900), "anomalous": r.normal(2, 1, 100)}
+    wide = {"normal": np.exp(r.normal(0, 3, 900)), "anomalous": np.exp(r.normal(9, 3, 100))}
+    figure = figures.score_histograms({"energy": (near, 1.5), "gradient": (wide, 20.0)})
+    drawn(figure)
+    assert [ax.get_title("left") for ax in figure.axes] == ["energy", "gradient"]
+    assert [ax.get_xscale() for ax in figure.axes] == ["linear", "log"]
+    assert [ax.lines[0].get_xdata()[0] for ax in figure.axes] == [1.5, 20.0]
+    three_to_one = {"test": np.repeat([0.0, 10.0], [30, 10]), "constant": np.zeros(9)}
+    figure = figures.score_histograms({"energy": (three_to_one, 5.0)})
+    outlines = [patch.get_path().vertices[:, 1].round(9) for patch in figure.axes[0].patches]
+    assert [sorted({*y} - {y.min()}) for y in outlines] == [[0.25, 0.75], [1.0]]
+
+
+def test_curves_of_detectors_begin_at_nothing_flagged_and_have_their_chance():
+    steps = np.array([0.5, 1.0])
+    figure = figures.detection_curves({"energy": (steps / 2, steps, steps)}, 0.3)
+    roc, pr = figure.axes
+    assert roc.lines[0].get_xydata()[0].tolist() == [0, 0]
+    assert pr.lines[0].get_xydata().tolist() == [[0.5, 0.5], [1, 1]]
+    assert [list(line.get_ydata()) for line in (roc.lines[1], pr.lines[1])] == [[0, 1], [0.3, 0.3]]
+    drawn(figure)
+
+
+def test_a_line_of_modes_ends_where_they_do():
+    figure = figures.mode_shares({"all": np.full(4, 0.25), "few": np.array([0, 0.2, 0, 0.8])})
+    every, few, alike = figure.axes[0].lines
+    assert every.get_xydata().tolist() == [[1, 1], [2, 1], [3, 1], [4, 1]]
+    np.testing.assert_allclose(few.get_xydata(), [[1, 3.2], [2, 0.8]])
+    assert alike.get_ydata()[0] == 1
+    assert figure.axes[0].get_xlim() == (0, 4)
+
+
+def test_numbers_by_class_stand_beside_each_other_over_their_class():
+    kinds = {"released": ([0.1, 0.2], [0.0, 0.1]), "strict": ([0.3, 0.4], [0.0, 0.1])}
+    panels = {"energy": kinds, "gradient": kinds}
+    figure = figures.by_class(panels, {"chance": [0.35, 0.36]}, ["4", "9"], "AUPRC")
+    drawn(figure)
+    assert [text.get_text() for text in figure.axes[-1].get_xticklabels()] == ["4", "9"]
+    for ax in figure.axes:
+        first, second = (container.lines[0].get_xydata() for container in ax.containers)
+        assert first[:, 1].tolist() == [0.1, 0.2]
+        np.testing.assert_allclose(first[:, 0], [-0.15, 0.85])
+        np.testing.assert_allclose(second[:, 0], [0.15, 1.15])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["chance", *kinds]
+
+
 def test_error_curves_have_the_line_of_exact_draws_and_a_colour_for_each_sampler():
     n = np.array([1.0, 10.0, 100.0])
     lines = {"slow": (n, n**-0.1), "lost": (n, np.array([1.0, 1e9, np.nan]))}

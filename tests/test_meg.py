@@ -9,12 +9,14 @@ from ebm.samplers import MALA, run
 from ebm.variants.meg import MEG
 
 
-def model(**changes):
+def model(shape=(2,), **changes):
     """A small MEG in float64."""
     torch.manual_seed(0)
     settings = {
-        "width": 16,
-        "depth": 2,
+        "network": "mlp",
+        "energy": [16, 16],
+        "generator": [16, 16],
+        "statistics": [16, 16],
         "latent": 3,
         "energy_steps": 2,
         "score_penalty": 0.1,
@@ -23,8 +25,16 @@ def model(**changes):
         "generator_learning_rate": 1e-3,
         "betas": (0.5, 0.9),
         "ema": 0.0,
+        "energy_ema": 0.0,
+        "precision": "float32",
     }
-    return MEG((2,), **settings | changes).double()
+    return MEG(shape, **settings | changes).double()
+
+
+def images(**changes):
+    """One of images with three channels, with convolutions."""
+    widths = {"energy": [4, 8], "generator": [8, 4], "statistics": [4, 8]}
+    return model((3, 8, 8), network="conv", **widths | changes)
 
 
 def snapshot(network):
@@ -64,11 +74,62 @@ def test_the_logged_score_norm_is_the_squared_gradient_by_finite_differences():
     torch.testing.assert_close(logged, expected.detach(), rtol=1e-5, atol=0)
 
 
+def test_the_score_of_an_image_is_taken_over_all_its_axes():
+    """The released code's norm is over the channels of each pixel, averaged over the pixels: a
+    penalty that is smaller by the number of pixels."""
+    meg = images(energy_learning_rate=1e-12)
+    data = torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    logged = meg._energy_step(data)["score_norm"]
+    x = data.clone().requires_grad_()
+    (score,) = torch.autograd.grad(meg.energy(x).sum(), x)
+    torch.testing.assert_close(logged, score.square().sum((1, 2, 3)).mean())
+    released = score.square().sum(1).mean()
+    assert logged.item() == pytest.approx(64 * released.item())
+
+
+def test_reduced_precision_leaves_energies_and_weights_as_they_are():
+    """Layers compute with 8 bits of mantissa, which round an energy of 100 to steps of 0.5; the
+    last layer does not."""
+    meg = images(precision="bfloat16").float()
+    with torch.no_grad():
+        meg.energy_network[-1].bias.fill_(100.0)
+    logs = meg.training_step(torch.rand(8, 3, 8, 8))
+    assert all(value.isfinite() for value in logs.values())
+    assert {p.dtype for p in meg.parameters()} == {torch.float32}
+    with meg._autocast(torch.empty(0)):
+        energy = meg.energy_network(torch.rand(64, 3, 8, 8))
+    assert energy.dtype == torch.float32
+    assert len(energy.unique()) > 60
+
+
+def test_the_energy_is_that_of_the_moving_average():
+    meg = model(energy_ema=0.9)
+    x = torch.randn(5, 2).double()
+    before = meg.energy(x)
+    meg._energy_step(torch.randn(8, 2).double())
+    assert not torch.equal(meg.energy_network(x).squeeze(1), before)
+    weights = zip(meg.energy_average.parameters(), meg.energy_network.parameters(), strict=True)
+    first = model(energy_ema=0.9)
+    for (average, current), begun in zip(weights, first.energy_network.parameters(), strict=True):
+        torch.testing.assert_close(average, 0.9 * begun.detach() + 0.1 * current.detach())
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (3, 28, 28), (1, 9, 6), (3, 8, 8)])
+def test_the_generator_of_images_makes_images_of_their_shape_within_their_range(shape):
+    widths = {name: [4, 4, 4] for name in ("energy", "generator", "statistics")}
+    meg = model(shape, network="conv", **widths)
+    drawn = meg.sample(6)["samples"]
+    assert drawn.shape == (6, *shape)
+    assert drawn.min() >= 0
+    assert drawn.max() <= 1
+    assert meg.energy(drawn).shape == (6,)
+
+
 def test_the_information_bound_knows_nothing_of_independent_pairs_and_stays_below_zero():
     meg = model()
     with torch.no_grad():
-        meg.statistics[-1].weight.zero_()
-        meg.statistics[-1].bias.zero_()
+        meg.statistics.head[-1].weight.zero_()
+        meg.statistics.head[-1].bias.zero_()
     x, z = torch.randn(64, 2).double(), torch.randn(64, 3).double()
     ignorant = meg.information(x, z, z.roll(1, 0))
     assert ignorant.item() == pytest.approx(-2 * math.log(2))
@@ -88,7 +149,7 @@ def test_the_information_bound_at_its_optimum_is_a_jensen_shannon_divergence():
             quadratic = (r * r * (a * a + b * b) - 2 * r * a * b) / (2 * (1 - r * r))
             return -quadratic - math.log(1 - r * r) / 2
 
-    meg.statistics = Optimal()
+    meg.statistics.head = torch.nn.Sequential(Optimal(), torch.nn.Unflatten(0, (-1, 1)))
     bound = meg.information(x, z, z.roll(1, 0)).item()
 
     def mean_log_share(a, b, sign):
@@ -135,7 +196,8 @@ def test_the_moving_average_lags_behind_the_generator():
 
 def test_it_learns_a_gaussian_that_is_not_its_prior():
     torch.manual_seed(3)
-    meg = model(width=64, score_penalty=0.1, entropy=2.0, ema=0.99).float()
+    widths = {name: [64, 64] for name in ("energy", "generator", "statistics")}
+    meg = model(score_penalty=0.1, entropy=2.0, ema=0.99, **widths).float()
     for _ in range(600):
         meg.training_step(torch.tensor([0.5, -0.5]) + 0.3 * torch.randn(128, 2))
     drawn = meg.sample(2000)["samples"].detach()

@@ -1,7 +1,10 @@
 """Laws of the metrics: closed forms, invariances, known floors."""
 
 import math
+from functools import partial
+from itertools import combinations, permutations, product
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +35,25 @@ def test_kl_of_uniform_draws_has_its_known_floor():
         for _ in range(200)
     ]
     assert sum(values) / 200 == pytest.approx(24 / (2 * 5000), rel=0.1)
+
+
+def test_that_floor_is_the_mean_over_all_draws():
+    draws = [torch.bincount(torch.tensor(d), minlength=3) for d in product(range(3), repeat=4)]
+    expected = sum(metrics.kl_to_uniform(counts) for counts in draws) / len(draws)
+    assert metrics.uniform_kl(3, 4) == pytest.approx(expected)
+    assert metrics.uniform_kl(3, 1) == pytest.approx(math.log(3))
+    assert metrics.uniform_kl(1000, 26000) == pytest.approx(999 / 52000, rel=0.02)
+
+
+def test_inception_scores_in_closed_form():
+    sure, unsure = torch.eye(4).repeat(5, 1), torch.full((20, 4), 0.25)
+    assert metrics.inception_score(sure) == pytest.approx(4)
+    assert metrics.inception_score(sure[:1].expand(9, 4)) == pytest.approx(1)
+    assert metrics.inception_score(unsure) == pytest.approx(1)
+    half = metrics.inception_score(torch.tensor([[0.75, 0.25], [0.25, 0.75]]))
+    gain = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert half == pytest.approx(math.exp(gain))
+    assert math.isnan(metrics.inception_score(torch.tensor([[math.nan, 1.0]])))
 
 
 def test_frechet_distance_of_two_gaussians_in_closed_form():
@@ -196,6 +218,115 @@ def test_areas_are_those_of_scikit_learn(ties):
     assert metrics.auprc(inliers, outliers) == pytest.approx(average_precision_score(truth, score))
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_trapezoid_is_that_of_released_code(ties):
+    from sklearn.metrics import auc, precision_recall_curve
+
+    inliers, outliers = scores(ties)
+    truth, score = [0] * len(inliers) + [1] * len(outliers), torch.cat([inliers, outliers])
+    precision, recall, _ = precision_recall_curve(truth, score)
+    found = metrics.auprc_trapezoid(inliers, outliers)
+    assert found == pytest.approx(auc(recall, precision))
+    assert abs(found - metrics.auprc(inliers, outliers)) > 1e-4
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_prevalence_counts_inliers_as_if_there_were_more(ties):
+    inliers, outliers = (part[:20] for part in scores(ties))
+    many = metrics.auprc(inliers.repeat(9), outliers)
+    assert metrics.auprc(inliers, outliers, 0.1) == pytest.approx(many)
+    assert metrics.auprc(inliers, outliers, 0.5) == metrics.auprc(inliers, outliers)
+
+
+AREAS = [
+    metrics.auroc,
+    metrics.auprc,
+    metrics.auprc_trapezoid,
+    partial(metrics.auprc, prevalence=0.1),
+]
+
+
+@pytest.mark.parametrize("area", AREAS)
+@pytest.mark.parametrize(("inliers", "outliers"), [(3, 3), (5, 1), (2, 4)])
+def test_no_ranking_is_below_the_worst_one(area, inliers, outliers):
+    everything = [
+        area(torch.tensor(ranks[outliers:]), torch.tensor(ranks[:outliers]))
+        for ranks in permutations(range(inliers + outliers))
+    ]
+    assert metrics.worst(area, inliers, outliers) == pytest.approx(min(everything))
+    assert max(everything) == pytest.approx(1)
+
+
+def test_the_floor_of_mnist_with_the_digit_0_is_the_known_one():
+    """Of 70,000 images 6,903 show it; a fifth of the others are test."""
+    normal = round(0.2 * (70000 - 6903))
+    for area in (metrics.auprc, metrics.auprc_trapezoid):
+        assert metrics.worst(area, normal, 6903) == pytest.approx(0.202, abs=5e-4)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_detection_is_what_scikit_learn_counts(ties):
+    from sklearn.metrics import precision_recall_fscore_support
+
+    inliers, outliers = scores(ties)
+    truth, score = [0] * len(inliers) + [1] * len(outliers), torch.cat([inliers, outliers])
+    for threshold in (-1.0, 0.5, 1.0):
+        flagged = score >= threshold
+        expected = precision_recall_fscore_support(truth, flagged, average="binary")[:3]
+        assert metrics.detection(inliers, outliers, threshold) == pytest.approx(expected)
+    assert metrics.detection(inliers, outliers, 99.0) == (0, 0, 0)
+
+
+def test_a_threshold_is_not_rounded_to_the_type_of_the_scores():
+    score = torch.tensor([0.1])
+    assert metrics.detection(score, score, 0.1)[1] == 1  # 0.1 as float32 is above 0.1
+    assert metrics.detection(score, score, 0.1000001)[1] == 0
+
+
+def test_a_share_is_flagged_as_by_released_code():
+    torch.manual_seed(13)
+    score = torch.randn(1001)
+    threshold = metrics.share_threshold(score, 0.2)
+    assert threshold == pytest.approx(np.percentile(score.double().numpy(), 80), abs=0)
+    assert int((score.double() >= threshold).sum()) == 201
+    assert metrics.share_threshold(torch.zeros(9), 0.2) == 0  # and all nine are flagged
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_no_threshold_has_a_better_f1_than_the_best(ties):
+    inliers, outliers = scores(ties)
+    found = metrics.best_f1_threshold(inliers, outliers)
+    others = {
+        t: metrics.detection(inliers, outliers, t)[2]
+        for t in [-99.0, *torch.cat([inliers, outliers]).tolist()]
+    }
+    best = max(others.values())
+    assert metrics.detection(inliers, outliers, found)[2] == best
+    assert found == max(t for t, f1 in others.items() if f1 == best)
+
+
+def test_of_thresholds_alike_the_highest_is_taken():
+    inliers, outliers = torch.tensor([1.0, 1.5]), torch.tensor([0.0, 2.0])
+    f1 = {t: metrics.detection(inliers, outliers, t)[2] for t in (0.0, 1.0, 1.5, 2.0)}
+    assert f1[0.0] == f1[2.0] == max(f1.values())
+    assert metrics.best_f1_threshold(inliers, outliers) == 2
+
+
+@pytest.mark.parametrize(("outliers", "flagged"), [(2, 2), (2, 3), (3, 2), (4, 1)])
+def test_no_rule_of_a_fixed_share_has_a_better_f1_than_its_ceiling(outliers, flagged):
+    n = 7
+    found = []
+    for rows in combinations(range(n), flagged):
+        score = torch.zeros(n)
+        score[list(rows)] = 1
+        found.append(metrics.detection(score[outliers:], score[:outliers], 1.0)[2])
+    assert metrics.f1_ceiling(outliers / n, flagged / n) == pytest.approx(max(found))
+
+
+def test_the_ceiling_of_the_published_protocol_is_the_known_one():
+    assert metrics.f1_ceiling(0.197, 0.2) == pytest.approx(0.992, abs=5e-4)
+
+
 def test_areas_of_scores_that_know_nothing_and_of_perfect_ones():
     same = torch.ones(30)
     assert metrics.auroc(same, same[:10]) == 0.5
@@ -205,9 +336,11 @@ def test_areas_of_scores_that_know_nothing_and_of_perfect_ones():
 
 def test_a_score_that_is_not_a_number_is_not_ranked():
     good, bad = torch.zeros(3), torch.tensor([0.0, math.nan])
-    for area in (metrics.auroc, metrics.auprc):
+    for area in (*AREAS, metrics.best_f1_threshold):
         assert math.isnan(area(good, bad))
         assert math.isnan(area(bad, good))
+    assert all(map(math.isnan, metrics.detection(good, bad, 0.0)))
+    assert all(map(math.isnan, metrics.detection(good, good, math.nan)))
 
 
 def test_grid_log_partition_of_a_gaussian():

@@ -35,7 +35,7 @@ REMOVED = [
     f"{MEG}.train",
     f"{MEG}.train.steps",
     f"{MEG}.train.watch.limits",
-    f"{MEG}.model.width",
+    f"{MEG}.model.generator",
     f"{MEG}.sample.step_size",
     f"{RBM}.evaluate.chains",
     f"{SAMPLERS}.seed",

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from ebm import EBMError, figures, params
 from pipelines import page, report, tracking
-from pipelines.results import Reference
+from pipelines.results import Record, Reference, Result
 
 ROOT = Path(__file__).parents[1]
 RBM, MEG, SAMPLERS = "rbm-digits", "meg-8gaussians", "samplers"
@@ -464,6 +464,158 @@ def test_ticks_are_few_and_within_the_curve(low, span):
     assert all(0 <= y <= page.HEIGHT for y, _ in curve.ticks)
 
 
+def test_a_model_that_was_fitted_without_steps_has_no_curves(project):
+    (project / "models" / MEG / "history.csv").write_text("step\n")
+    report.write(project, all_params())
+    assert not (project / "reports" / "curves" / f"{MEG}.csv").exists()
+    html = (project / "reports" / "index.html").read_text()
+    section = html.split(f'<section id="{MEG}"')[1].split("</section>")[0]
+    assert "Fitted at once, without steps." in section
+    assert section.count("<svg") == 0
+
+
+def detector(name, variant, dataset, kind, metrics, references):
+    """A result of anomaly detection, as read."""
+    entries = {
+        key: [Reference(value=v, kind=k, source=f"{k} of {key}") for k, v in several.items()]
+        for key, several in references.items()
+    }
+    return Result(
+        name=name,
+        settings={"variant": variant, "dataset": dataset},
+        data={"kind": kind},
+        record=Record(**record(MEG) | {"variant": variant, "dataset": dataset}),
+        history={"step": []},
+        metrics=metrics | {"seconds": 5.0},
+        references=entries,
+        pictures=[],
+    )
+
+
+FOUND = {"f1": 0.93, "f1_std": 0.01234, "f1_gradient": 0.6, "f1_gradient_std": 0.0005}
+
+
+def classes(variant, level):
+    """Numbers of the digits 1, 4 and 10 under two protocols."""
+    numbers = {}
+    for area in ("auprc_released", "auprc_strict", "auroc_strict"):
+        for k, digit in enumerate((10, 1, 4)):
+            numbers |= {f"{area}_{digit}": level + k / 10, f"{area}_{digit}_std": 0.0123}
+            numbers[f"{area}_{digit}_gradient"] = level / 2
+        numbers[f"{area}_mean"] = level + 0.1
+    bounds = {name: {"chance": 0.35, "floor": 0.2} for name in numbers if name[-1].isdecimal()}
+    bounds["auprc_released_4"]["published"] = 0.29
+    return detector(f"{variant}-m", variant, "mnist-novelty", "novelty", numbers, bounds)
+
+
+def anomalies():
+    """Detectors on the same data under two protocols, and of digits."""
+    published = {"f1": {"ceiling": 0.99}, "f1_gradient": {"published": 0.9389}}
+    return [
+        detector("a", "meg", "kdd-paper", "kddcup99", FOUND, published),
+        detector("b", "meg", "kdd-strict", "kddcup99", FOUND, {}),
+        detector("c", "one_class_svm", "kdd-paper", "kddcup99", {"f1": 0.8}, {}),
+        classes("meg", 0.4),
+        classes("wgan_gp", 0.3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def detectors():
+    return page.render(anomalies())
+
+
+def test_a_number_by_the_gradient_stands_in_the_row_of_that_by_the_energy(detectors):
+    shown = cells(detectors, "a")
+    spoken = "by the norm of the gradient"
+    both = f"0.9300 ± 0.012 ceiling 0.9900 ∇ {spoken} 0.6000 ± 0.00050 published 0.9389"
+    assert shown["F1"] == both
+    rows = re.findall('<tr id="a-(.*?)"', detectors)
+    assert rows == ["f1", "seconds"]
+    row = detectors.split('<tr id="a-f1"')[1].split("</tr>")[0]
+    for text in ("0.6000 ± 0.00050", "published of f1_gradient", "ceiling of f1"):
+        assert text in row
+    assert "∇" not in cells(detectors, "c")["F1"]
+
+
+def test_protocols_of_one_benchmark_are_one_table_whose_rows_name_their_data(detectors):
+    (table,) = re.findall(r'<table class="overview">.*?</table>', detectors, re.DOTALL)
+    assert "Network intrusions" in table
+    rows = re.findall(r'href="#(\w+)">\w+</a>\s*<span class="note">(.*?)</span>', table)
+    assert [name for name, _ in rows] == ["a", "c", "b"]
+    assert [note for _, note in rows] == [
+        "MEG · kdd-paper",
+        "One-class SVM · kdd-paper",
+        "MEG · kdd-strict",
+    ]
+
+
+def matrix_rows(html):
+    """The first matrix: block -> rows of text."""
+    table = re.search(r'<table class="matrix">.*?</table>', html, re.DOTALL)[0]
+    found = {}
+    for body in re.findall(r"<tbody>.*?</tbody>", table, re.DOTALL):
+        lines = [
+            [
+                " ".join(re.sub("<.*?>", " ", cell).split())
+                for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)
+            ]
+            for row in re.findall(r"<tr.*?</tr>", body, re.DOTALL)
+        ]
+        found[lines[0][0].split(":")[0]] = lines[1:]
+    return table, found
+
+
+def test_numbers_by_class_are_one_table_of_methods_and_protocols(detectors):
+    table, blocks = matrix_rows(detectors)
+    assert re.findall(r'<th scope="col">(.*?)</th>', table) == ["1", "4", "10", "mean"]
+    assert list(blocks) == ["AUPRC, released", "AUPRC, strict"]
+    for title, rows in blocks.items():
+        heads = ["meg-m MEG", "meg-m MEG, norm of gradient"]
+        heads += ["wgan_gp-m WGAN-GP", "wgan_gp-m WGAN-GP, norm of gradient"]
+        heads += ["published MEG", "published WGAN-GP"] if title.endswith("released") else []
+        assert [row[0] for row in rows] == [*heads, "chance", "floor"]
+        assert rows[0][1:] == ["0.500 ± 0.012", "0.600 ± 0.012", "0.400 ± 0.012", "0.500"]
+        assert rows[1][1:] == ["0.200", "0.200", "0.200", ""]
+        assert rows[-2][1:] == ["0.350"] * 3 + [""]
+    assert blocks["AUPRC, released"][4] == ["published MEG", "", "0.29", "", ""]
+
+
+def test_numbers_below_chance_are_marked(detectors):
+    table, _ = matrix_rows(detectors)
+    marked = re.findall(r'class="flag" title="([\d.]+), below chance"', table)
+    assert len(marked) == 2 * (3 + 1 + 3)
+    assert max(map(float, marked)) < 0.35
+
+
+def test_a_section_has_its_own_numbers_by_class_and_no_row_for_each(detectors):
+    section = detectors.split('<section id="meg-m"')[1].split("</section>")[0]
+    assert re.findall('<tr id="meg-m-(.*?)"', section) == ["seconds"]
+    _, blocks = matrix_rows(section)
+    assert list(blocks) == ["AUPRC, released", "AUPRC, strict", "AUROC, strict"]
+    assert [row[0] for row in blocks["AUROC, strict"]] == [
+        "MEG",
+        "MEG, norm of gradient",
+        "chance",
+        "floor",
+    ]
+
+
+def test_areas_by_class_are_explained(detectors):
+    glossary = detectors.split('<dl class="glossary">')[1].split("</dl>")[0]
+    assert "<dt>AUPRC</dt>" in glossary
+    assert "<dt>AUROC</dt>" in glossary
+    assert "what scores that know nothing get" in glossary
+
+
+def test_every_variant_and_kind_of_data_has_a_name():
+    from ebm.evaluation import EVALUATORS
+    from ebm.variants import VARIANTS
+
+    assert VARIANTS.keys() <= page.VARIANTS.keys()
+    assert EVALUATORS.keys() == page.DATA.keys()
+
+
 def test_the_stage_reports_the_experiments_of_params_yaml_and_delivers_runs(project, monkeypatch):
     with (project / "params.yaml").open("w") as file:
         YAML(typ="safe").dump(all_params(), file)
@@ -586,3 +738,20 @@ def test_all_text_has_enough_contrast_in_light_and_dark(opened):
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     level = np.mean([float(v) for v in re.findall(r"[\d.]+", background)[:3]])
     assert level < 60 if scheme == "dark" else level > 230
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_tables_of_detectors_fit_and_can_be_read(scheme, width, browser, detectors, tmp_path):
+    path = tmp_path / "index.html"
+    path.write_text(detectors, encoding="utf-8")
+    view = {"width": width, "height": 800}
+    context = browser.new_context(color_scheme=scheme, viewport=view, reduced_motion="reduce")
+    tab = context.new_page()
+    tab.goto(path.as_uri(), wait_until="load")
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert [text for contrast, text in tab.evaluate(CONTRASTS) if contrast < 4.5] == []
+    assert tab.evaluate("[...document.querySelectorAll('table')].every(t => t.caption?.innerText)")
+    shown = "[...document.querySelectorAll('.matrix')].map(t => getComputedStyle(t).display)"
+    assert set(tab.evaluate(shown)) == {"table"}
+    context.close()

@@ -237,19 +237,137 @@ def energy_histogram(energies: Mapping[str, Array]) -> Figure:
     The bins reach FAR times the width of the first set's energies beyond it; all that lies further
     out is counted in the outermost bin. A line marks the median.
     """
-    low, high = np.quantile(next(iter(energies.values())), (0.005, 0.995))
-    reach = FAR * (high - low)
-    clipped = {k: np.clip(np.ravel(e), low - reach, high + reach) for k, e in energies.items()}
-    bins = np.histogram_bin_edges(np.concatenate(list(clipped.values())), 80).tolist()
+    clipped, bins = _framed(energies)
     figure = Figure(figsize=(5.4, 0.5 + 0.36 * len(energies)), layout="constrained")
     axes = figure.subplots(len(energies), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (name, energy), colour in zip(axes, clipped.items(), cycle(SERIES), strict=False):
-        ax.hist(energy, bins, density=True, histtype="stepfilled", alpha=0.45, color=colour)
+        ax.hist(
+            energy, bins.tolist(), density=True, histtype="stepfilled", alpha=0.45, color=colour
+        )
         ax.axvline(float(np.median(energy)), color=colour)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
         ax.set_yticks([])
         ax.spines[["top", "left", "right"]].set_visible(False)
     axes[-1].set_xlabel("energy")
+    return figure
+
+
+@rc_context(STYLE)
+def score_histograms(panels: Mapping[str, tuple[Mapping[str, Array], float]]) -> Figure:
+    """A panel for each score, below each other: its values [n] in several sets of rows and its
+    threshold, dashed. The height of a bin is its share of a set, on a logarithmic axis.
+
+    The bins reach as far as those of `energy_histogram`; their axis is logarithmic where the
+    scores are positive and spread over two orders of magnitude.
+    """
+    figure = Figure(figsize=(5.4, 0.3 + 1.75 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for ax, (title, (sets, threshold)) in zip(axes, panels.items(), strict=True):
+        if logarithmic := _spread(np.concatenate(list(sets.values()))):
+            sets = {name: np.log10(score) for name, score in sets.items()}
+            ax.set_xscale("log")
+        values, bins = _framed(sets)
+        if logarithmic:
+            values, bins = {name: 10**score for name, score in values.items()}, 10**bins
+        for (name, score), colour in zip(values.items(), cycle(SERIES), strict=False):
+            style: Any = {"histtype": "stepfilled", "alpha": 0.45, "color": colour}
+            share = np.full(len(score), 1 / len(score))
+            ax.hist(score, bins.tolist(), weights=share, label=name, **style)
+        ax.axvline(float(np.clip(threshold, bins[0], bins[-1])), color=INK, ls="--", lw=0.9)
+        ax.set(yscale="log", ylabel="share of rows", xlim=(bins[0], bins[-1]))
+        ax.set_title(title, loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def _spread(values: Array) -> bool:
+    """Whether they are positive and most of them not within two orders of magnitude."""
+    low, high = np.quantile(values, (0.005, 0.995))
+    return bool(values.min() > 0 and high > 100 * low)
+
+
+def _framed(sets: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
+    """Values [n] of several sets, cut at FAR times the width of the first beyond it, and 80 common
+    bins for them."""
+    low, high = np.quantile(next(iter(sets.values())), (0.005, 0.995))
+    reach = FAR * (high - low)
+    clipped = {k: np.clip(np.ravel(v), low - reach, high + reach) for k, v in sets.items()}
+    return clipped, np.histogram_bin_edges(np.concatenate(list(clipped.values())), 80)
+
+
+@rc_context(STYLE)
+def detection_curves(
+    curves: Mapping[str, tuple[Array, Array, Array]], prevalence: float
+) -> Figure:
+    """ROC and precision-recall curves of several scores: false alarm rates, recalls and precisions
+    [k] from the highest threshold down. Dashed: what scores that know nothing have, on rows of
+    which the share `prevalence` are anomalies."""
+    figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+    roc, pr = figure.subplots(1, 2)
+    for (name, (alarm, recall, precision)), colour in zip(
+        curves.items(), cycle(SERIES), strict=False
+    ):
+        roc.plot([0.0, *alarm], [0.0, *recall], color=colour)
+        pr.plot(recall, precision, color=colour, label=name)
+    chance: Any = {"ls": "--", "color": MUTED, "lw": 0.9}
+    roc.plot([0, 1], [0, 1], **chance)
+    pr.plot([0, 1], [prevalence, prevalence], **chance, label="chance")
+    roc.set(xlabel="false alarm rate", ylabel="recall", title="ROC")
+    pr.set(xlabel="recall", ylabel="precision", title="Precision and recall")
+    for ax in (roc, pr):
+        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+@rc_context(STYLE)
+def mode_shares(shares: Mapping[str, Array]) -> Figure:
+    """Shares [K] of the modes in several sets, each from its largest to its smallest, as multiples
+    of 1 / K, dashed. A line ends at the number of modes that its set has."""
+    figure = Figure(figsize=(5.4, 2.6), layout="constrained")
+    ax = figure.subplots()
+    for (name, share), colour in zip(shares.items(), cycle(SERIES), strict=False):
+        found = np.sort(share[share > 0])[::-1] * len(share)
+        ax.semilogy(np.arange(1, len(found) + 1), found, color=colour, label=name)
+    ax.axhline(1, color=MUTED, ls="--", lw=0.9)
+    ax.set(xlabel="modes, the most frequent first", ylabel="relative share")
+    ax.set_xlim(0, max(map(len, shares.values())))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8)
+    return figure
+
+
+Spread = tuple[Sequence[float], Sequence[float]]
+"""Means and standard deviations."""
+
+
+@rc_context(STYLE)
+def by_class(
+    panels: Mapping[str, Mapping[str, Spread]],
+    lines: Mapping[str, Sequence[float]],
+    classes: Sequence[str],
+    label: str,
+) -> Figure:
+    """A panel for each score, below each other: of each of several kinds a number called `label`
+    for every class, and short lines at values that all panels share."""
+    figure = Figure(figsize=(5.4, 0.5 + 2.1 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    x = np.arange(len(classes))
+    for ax, (title, kinds) in zip(axes, panels.items(), strict=True):
+        for number, (name, (means, spreads)) in enumerate(kinds.items()):
+            place = x + 0.3 * (number - (len(kinds) - 1) / 2)
+            style: Any = {"fmt": "o", "ms": 4, "color": SERIES[number], "label": name}
+            ax.errorbar(place, means, spreads, capsize=2, **style)
+        for (name, values), form in zip(lines.items(), ("--", ":"), strict=False):
+            ends: Any = {"linestyles": form, "colors": MUTED, "label": name}
+            ax.hlines(values, x - 0.4, x + 0.4, **ends)
+        ax.set(ylabel=label, xticks=x, xticklabels=classes)
+        ax.set_title(title, loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("class that is the anomaly")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

@@ -27,6 +27,25 @@ def kl_to_uniform(counts: Tensor) -> float:
     return (torch.xlogy(p, p).sum() + math.log(len(counts))).item()
 
 
+def uniform_kl(modes: int, n: int) -> float:
+    """The expectation of `kl_to_uniform` for n draws of the uniform distribution over so many
+    modes: a mode's count is binomial, and the expectation is a sum over its values."""
+    count = torch.arange(n + 1, dtype=torch.float64)
+    probability = torch.distributions.Binomial(n, torch.tensor(1 / modes).double()).log_prob(count)
+    expected = (probability.exp() * torch.xlogy(count / n, count / n)).sum()
+    return (modes * expected + math.log(modes)).item()
+
+
+def inception_score(probabilities: Tensor) -> float:
+    """exp of the mean KL(p(y|x) || p(y)) of class probabilities [N, K], p(y) their mean (Salimans
+    et al. 2016, arXiv:1606.03498): between 1 and K, high where every point shows one class
+    clearly and all classes are there. NaN if a probability is NaN."""
+    p = probabilities.double()
+    marginal = p.mean(0)
+    gain = torch.xlogy(p, p).sum(1).mean() - torch.xlogy(marginal, marginal).sum()
+    return gain.exp().item()
+
+
 def cell_centres(low: float, high: float, cells: int) -> Tensor:
     """Centres of the cells x cells grid over [low, high]^2, rows = y ascending: [cells^2, 2]."""
     axis = low + (high - low) * (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
@@ -134,11 +153,16 @@ def _inside(x: Tensor, y: Tensor, neighbours: int) -> float:
     return inside.double().mean().item()
 
 
+def _unordered(inliers: Tensor, outliers: Tensor) -> bool:
+    """Whether a score is NaN."""
+    return bool(inliers.isnan().any() or outliers.isnan().any())
+
+
 def auroc(inliers: Tensor, outliers: Tensor) -> float:
     """Area under the ROC curve of scores [N] and [M] that should be higher for outliers:
     P(outlier > inlier) + P(outlier = inlier) / 2, the statistic of Mann & Whitney (1947). NaN if a
     score is NaN."""
-    if inliers.isnan().any() or outliers.isnan().any():
+    if _unordered(inliers, outliers):
         return math.nan
     ordered = inliers.sort().values
     below = torch.searchsorted(ordered, outliers)
@@ -146,15 +170,84 @@ def auroc(inliers: Tensor, outliers: Tensor) -> float:
     return (below + not_above).double().mean().item() / (2 * len(inliers))
 
 
-def auprc(inliers: Tensor, outliers: Tensor) -> float:
+def auprc(inliers: Tensor, outliers: Tensor, prevalence: float | None = None) -> float:
     """Area under the precision-recall curve of the same scores, as average precision: the mean,
     over the outliers, of the precision at their own score. M / (N + M) for scores that know
-    nothing; NaN if a score is NaN."""
-    if inliers.isnan().any() or outliers.isnan().any():
+    nothing; NaN if a score is NaN.
+
+    With a `prevalence` the outliers count as if they made up that share of the rows.
+    """
+    if _unordered(inliers, outliers):
         return math.nan
     true = len(outliers) - torch.searchsorted(outliers.sort().values, outliers)
     false = len(inliers) - torch.searchsorted(inliers.sort().values, outliers)
-    return (true / (true + false)).double().mean().item()
+    weight = 1.0
+    if prevalence is not None:
+        weight = prevalence / (1 - prevalence) * len(inliers) / len(outliers)
+    return (weight * true.double() / (weight * true.double() + false)).mean().item()
+
+
+def auprc_trapezoid(inliers: Tensor, outliers: Tensor) -> float:
+    """The same area with straight lines between the points of the curve and a first point at
+    precision 1: what scikit-learn's `auc` makes of its `precision_recall_curve`, and what much
+    released code reports. Straight lines flatter scores with many ties (Davis & Goadrich 2006)."""
+    if _unordered(inliers, outliers):
+        return math.nan
+    _, true, false = operating_points(inliers, outliers)
+    precision = torch.cat([true.new_ones(1).double(), true.double() / (true + false)])
+    recall = torch.cat([true.new_zeros(1).double(), true.double() / len(outliers)])
+    return torch.trapezoid(precision, recall).item()
+
+
+def worst(area: Callable[[Tensor, Tensor], float], inliers: int, outliers: int) -> float:
+    """What the worst ranking of so many, every inlier above every outlier, scores by `area`: no
+    score can honestly be below it."""
+    ranks = torch.arange(inliers + outliers)
+    return area(ranks[outliers:], ranks[:outliers])
+
+
+def operating_points(inliers: Tensor, outliers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every way to flag the highest of scores [N] and [M]: thresholds [K] from the highest down,
+    and how many outliers and how many inliers are not below them [K]."""
+    thresholds = torch.cat([inliers, outliers]).unique().flip(0)
+    true = len(outliers) - torch.searchsorted(outliers.sort().values, thresholds)
+    false = len(inliers) - torch.searchsorted(inliers.sort().values, thresholds)
+    return thresholds, true, false
+
+
+def detection(inliers: Tensor, outliers: Tensor, threshold: float) -> tuple[float, float, float]:
+    """Precision, recall and F1 of flagging what of scores [N] and [M] is not below `threshold`:
+    share of the flagged that are outliers, share of the outliers that are flagged, and their
+    harmonic mean. 0 where nothing is flagged, as scikit-learn has it; NaN if a score or the
+    threshold is."""
+    if _unordered(inliers, outliers) or math.isnan(threshold):
+        return math.nan, math.nan, math.nan
+    true = int((outliers.double() >= threshold).sum())
+    flagged = true + int((inliers.double() >= threshold).sum())
+    return true / max(flagged, 1), true / len(outliers), 2 * true / (flagged + len(outliers))
+
+
+def share_threshold(scores: Tensor, share: float) -> float:
+    """The threshold not below which about the highest `share` of scores [N] lie: a quantile, with
+    straight lines between the scores, as NumPy has it. Ties with it are flagged too."""
+    return torch.quantile(scores.double(), 1 - share).item()
+
+
+def best_f1_threshold(inliers: Tensor, outliers: Tensor) -> float:
+    """The threshold of the best F1 on scores [N] and [M], itself a score; of several the highest,
+    which flags fewest. NaN if a score is NaN."""
+    if _unordered(inliers, outliers):
+        return math.nan
+    thresholds, true, false = operating_points(inliers, outliers)
+    f1 = 2 * true.double() / (true + false + len(outliers))
+    return thresholds[f1.argmax()].item()
+
+
+def f1_ceiling(prevalence: float, flagged: float) -> float:
+    """The best F1 of a rule that flags the share `flagged` of rows of which the share `prevalence`
+    are outliers: 2 min(p, q) / (p + q), of a recall of at most min(1, q / p) and a precision of at
+    most min(1, p / q)."""
+    return 2 * min(prevalence, flagged) / (prevalence + flagged)
 
 
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 16384) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,115 @@ def mlp(sizes: Sequence[int], activation: nn.Module) -> nn.Sequential:
     for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), activation]
     return nn.Sequential(*layers[:-1])
+
+
+KERNEL, STRIDE, PADDING = 5, 2, 2
+"""Of every convolution in an `encoder` and a `decoder`."""
+
+Network = Literal["mlp", "conv"]
+
+
+def encoder(
+    kind: Network, shape: tuple[int, ...], widths: Sequence[int], outputs: int
+) -> nn.Sequential:
+    """Points [B, *shape] to [B, outputs]: hidden layers of `widths`, or convolutions of stride 2
+    with so many channels; leaky rectifiers; images ([H, W] or [C, H, W] in [0, 1]) are mapped to
+    [-1, 1] first. No normalisation: what comes of a point depends on no other point. The last
+    layer computes in the precision of its weights, whatever autocast says: an energy of size 100
+    would be rounded to steps of 0.5."""
+    first: list[nn.Module] = [Signed()] if len(shape) > 1 else []
+    if kind == "mlp":
+        sizes = [math.prod(shape), *widths]
+        body = [nn.Flatten(), *_rectified([nn.Linear(i, o) for i, o in pairwise(sizes)])]
+        return nn.Sequential(*first, *body, Head(sizes[-1], outputs))
+    channels, height, breadth = image_shape(shape)
+    layers = [nn.Conv2d(i, o, KERNEL, STRIDE, PADDING) for i, o in pairwise([channels, *widths])]
+    features = widths[-1] * halved(height, len(widths)) * halved(breadth, len(widths))
+    return nn.Sequential(*first, *_rectified(layers), nn.Flatten(), Head(features, outputs))
+
+
+def _rectified(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    return [module for layer in layers for module in (layer, nn.LeakyReLU(0.2))]
+
+
+def decoder(
+    kind: Network, latent: int, shape: tuple[int, ...], widths: Sequence[int]
+) -> nn.Sequential:
+    """Latents [B, latent] to points [B, *shape]: hidden layers of `widths`, or transposed
+    convolutions of stride 2 from so many channels, each normalised over the batch; rectifiers;
+    images end in [0, 1]. The mirror image of an encoder whose widths are reversed."""
+    last: list[nn.Module] = [nn.Sigmoid()] if len(shape) > 1 else []
+    if kind == "mlp":
+        body = mlp([latent, *widths, math.prod(shape)], nn.ReLU())
+        return nn.Sequential(body, *last, nn.Unflatten(1, shape))
+    channels, height, breadth = image_shape(shape)
+    sizes = [(halved(height, k), halved(breadth, k)) for k in range(len(widths), -1, -1)]
+    start = (widths[0], *sizes[0])
+    layers: list[nn.Module] = [nn.Linear(latent, math.prod(start)), nn.Unflatten(1, start)]
+    for (i, o), (high, broad) in zip(pairwise([*widths, channels]), sizes[1:], strict=True):
+        extra = 1 - high % 2, 1 - broad % 2  # n becomes 2 n - 1, or 2 n
+        layers += [
+            nn.BatchNorm2d(i),
+            nn.ReLU(),
+            nn.ConvTranspose2d(i, o, KERNEL, STRIDE, PADDING, output_padding=extra),
+        ]
+    return nn.Sequential(*layers, *last, nn.Flatten(), nn.Unflatten(1, shape))
+
+
+class Signed(nn.Module):
+    """Images in [0, 1], [B, H, W] or [B, C, H, W], as [B, C, H, W] in [-1, 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * (x.unsqueeze(1) if x.dim() == 3 else x) - 1
+
+
+class Head(nn.Linear):
+    """A linear layer that computes in the precision of its weights even under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class Joint(nn.Module):
+    """A number for every pair of a point [B, *shape] and a latent [B, latent]: [B].
+
+    `mlp`: hidden layers of `widths` over both side by side. `conv`: an encoder of the point to as
+    many numbers as the latent has, then one hidden layer over both.
+    """
+
+    def __init__(
+        self, kind: Network, shape: tuple[int, ...], latent: int, widths: Sequence[int]
+    ) -> None:
+        super().__init__()
+        conv = kind == "conv"
+        self.trunk = encoder(kind, shape, widths, latent) if conv else nn.Flatten()
+        sizes = [latent, widths[-1]] if conv else [math.prod(shape), *widths]
+        self.head = encoder("mlp", (sizes[0] + latent,), sizes[1:], 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What is left of points [B, *shape] before they meet a latent: [B, D]."""
+        return self.trunk(x)
+
+    def pair(self, features: Tensor, z: Tensor) -> Tensor:
+        """The number [B] of `features` [B, D] with latents [B, latent]."""
+        return self.head(torch.cat([features, z], 1)).squeeze(1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.pair(self.features(x), z)
+
+
+def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Channels, height and breadth of [H, W] or [C, H, W]; EBMError for what is no image."""
+    if len(shape) not in (2, 3):
+        raise EBMError(f"network 'conv' does not fit points of shape {shape}; use 'mlp'")
+    channels, height, breadth = (1, *shape) if len(shape) == 2 else shape
+    return channels, height, breadth
+
+
+def halved(size: int, times: int) -> int:
+    """A side after so many convolutions of stride 2."""
+    return -(-size // STRIDE**times)
 
 
 class Modulation(nn.Module):

@@ -102,6 +102,17 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
             f"{where}.train.checkpoint_every = {train.checkpoint_every}: "
             f"must be a multiple of log_every = {train.log_every}"
         )
+    if (ensemble := experiment.ensemble) is not None:
+        if ensemble.members > train.batch_size:
+            raise ParamsError(
+                f"{where}.ensemble.members = {ensemble.members}: "
+                f"more than the rows of a batch, train.batch_size = {train.batch_size}"
+            )
+        if (taken := ensemble.snapshots * ensemble.every) > train.steps:
+            raise ParamsError(
+                f"{where}.ensemble: snapshots * every = {taken}: "
+                f"more than train.steps = {train.steps}"
+            )
 
 
 def _unknown(name: str, known: Sequence[str] | dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ Distances between sets of images are distances between their features. A referen
 `weights.safetensors`, `statistics.safetensors` (`train` and `test`: features [n, D] of the first
 KEPT images; `<split>_mean` [D] and `<split>_covariance` [D, D] of all of them) and `metrics.json`:
 
-    accuracy            share of the test split that the classifier assigns to its class
+    accuracy            share of the test split that the classifier assigns to its class, or to
+                        its mode if it is a stack; then `part_accuracy` of single images
     frechet_distance    between the features of all of train and all of test: its floor
     kernel_distance     the same of the features that are kept
 """
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ebm import EBMError, metrics
-from ebm.data import Prepared
+from ebm.data import Prepared, mode, unit
 from ebm.schema import ClassifierReference, InceptionReference
 from ebm.variants.base import descend
 
@@ -78,6 +79,22 @@ class Classifier(Network):
         return self.head(self.features(x))
 
 
+class Parts(Network):
+    """A classifier of single images, looking at each channel of a stack [N, parts, H, W]."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int, width: int) -> None:
+        super().__init__()
+        self.classifier = Classifier(shape, classes, width)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Those of the parts one after another: [N, parts * FEATURES]."""
+        return self.classifier.features(x.flatten(0, 1)).view(len(x), -1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the classes of each part: [N, parts, classes]."""
+        return self.classifier.logits(x.flatten(0, 1)).view(*x.shape[:2], -1)
+
+
 class Inception(Network):
     """Inception v3 as torchvision has it, trained on ImageNet: features [N, 2048] after the last
     pooling, of images resized to 299 x 299, grey ones with three equal channels.
@@ -113,7 +130,12 @@ class Inception(Network):
         return self.network(2 * x - 1)
 
 
-NETWORKS = {"coordinates": Network, "classifier": Classifier, "inception": Inception}
+NETWORKS = {
+    "coordinates": Network,
+    "classifier": Classifier,
+    "parts": Parts,
+    "inception": Inception,
+}
 
 
 def _convolution(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
@@ -138,11 +160,21 @@ class Reference:
         """Features [N, D] of points [N, *] that lie where the network lies."""
         return metrics.in_batches(self.network.features, x, BATCH)
 
-    def classify(self, x: Tensor) -> Tensor | None:
-        """The most likely class of each image [N]; None of a network that is no classifier."""
-        if not isinstance(self.network, Classifier):
+    def logits(self, x: Tensor) -> Tensor | None:
+        """Unnormalised log-probabilities of the classes [N, classes], or of those of each part of
+        a stack [N, parts, classes]; None of a network that is no classifier."""
+        if not isinstance(self.network, Classifier | Parts):
             return None
-        return metrics.in_batches(self.network.logits, x, BATCH).argmax(1)
+        return metrics.in_batches(self.network.logits, x, BATCH)
+
+    def classify(self, x: Tensor) -> Tensor | None:
+        """The most likely class of each image [N], of a stack its mode, which is the number whose
+        digits are the classes of the parts; None of a network that is no classifier."""
+        logits = self.logits(x)
+        if logits is None:
+            return None
+        found = logits.argmax(-1)
+        return found if found.dim() == 1 else mode(found)
 
 
 def make(
@@ -161,16 +193,23 @@ def make(
 def _trained(
     settings: ClassifierReference, prepared: Prepared, device: torch.device
 ) -> tuple[Network, dict[str, Any]]:
-    """A classifier of the training split, and the config that builds it."""
-    labels = prepared.labels("train")
+    """A classifier of the training split, of stacks one of their parts, and the config that builds
+    it."""
+    stacked = "train_parts" in prepared.tensors
+    split = "train_parts" if stacked else "train"
+    images, labels = prepared.points(split), prepared.labels(split)
     if labels is None:
         raise EBMError("reference.kind = 'classifier': the data have no labels; use 'coordinates'")
-    classes = int(labels.max()) + 1
-    network = Classifier(prepared.shape, classes, settings.width).to(device)
+    built: dict[str, Any] = {
+        "shape": list(images.shape[1:]),
+        "classes": int(labels.max()) + 1,
+        "width": settings.width,
+    }
+    network = (Parts if stacked else Classifier)(**built).to(device)
+    classifier = network.classifier if isinstance(network, Parts) else network
     options = settings.model_dump(include={"epochs", "batch_size", "learning_rate"})
-    train(network, prepared.points("train").to(device), labels.to(device), **options)
-    built = {"shape": list(prepared.shape), "classes": classes, "width": settings.width}
-    return network, {"kind": "classifier", **built}
+    train(classifier, images.to(device), labels.to(device), **options)
+    return network, {"kind": "parts" if stacked else "classifier", **built}
 
 
 def train(
@@ -233,6 +272,12 @@ def _floors(found: Reference, prepared: Prepared, device: torch.device) -> dict[
     labels, classes = prepared.labels("test"), found.classify(prepared.points("test").to(device))
     if labels is not None and classes is not None:
         floors["accuracy"] = (classes == labels.to(device)).double().mean().item()
+    if isinstance(found.network, Parts):
+        singles, truth = (prepared.tensors[f"test_parts{end}"] for end in ("", "_labels"))
+        guess = metrics.in_batches(
+            found.network.classifier.logits, unit(singles).to(device), BATCH
+        )
+        floors["part_accuracy"] = (guess.argmax(1) == truth.to(device)).double().mean().item()
     return floors
 
 

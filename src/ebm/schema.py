@@ -16,6 +16,7 @@ Size = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Widths = Annotated[list[Count], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -106,7 +107,108 @@ class ImageData(Section):
     reference: Reference
 
 
-Dataset = Annotated[DensityData | DigitsData | ImageData, Field(discriminator="kind")]
+class StackedData(Section):
+    """Stacks of `parts` random images of a labelled set as channels: 10^parts modes.
+
+    `train`, `validation` and `test` stacks are drawn by `seed` from images of the split of that
+    name; `held_out` images of the base go to validation (of `digits`, as many to test).
+    """
+
+    kind: Literal["stacked"]
+    base: Literal["digits", "mnist", "fashion-mnist"]
+    parts: Annotated[int, Field(ge=2, le=4)]
+    train: Count
+    validation: Count
+    test: Count
+    held_out: Count
+    seed: Seed
+    reference: ClassifierReference
+
+
+class NoveltyData(Section):
+    """All images of a labelled set, each of whose classes is to be found as an anomaly by models
+    that never saw it: a share `train` of the pool and `validation` images are set apart by `seed`,
+    the rest are test."""
+
+    kind: Literal["novelty"]
+    name: Literal["mnist", "fashion-mnist"]
+    train: Annotated[float, Field(gt=0, lt=1)]
+    validation: Count
+    seed: Seed
+    reference: CoordinatesReference
+
+
+def _held_out(share: float, section: ValidationInfo) -> float:
+    if share + section.data.get("validation", 0) >= 1:
+        raise ValueError("validation and test should leave something to train on")
+    return share
+
+
+def _only_with_label(normal: list[str], section: ValidationInfo) -> list[str]:
+    if "label" in section.data and bool(normal) != (section.data["label"] is not None):
+        raise ValueError(
+            "should name the values of the label that count as not anomalous, "
+            "and be empty where the label is null"
+        )
+    return normal
+
+
+def _of_one_use(names: list[str], section: ValidationInfo) -> list[str]:
+    used = [section.data.get("label"), *section.data.get("categorical", [])]
+    if len(set(names)) < len(names) or set(names) & set(used):
+        raise ValueError("should name columns that have no other use here, each once")
+    return names
+
+
+Names = Annotated[list[str], AfterValidator(_of_one_use)]
+Part = Annotated[float, Field(gt=0, lt=1)]
+
+
+class TableData(Section):
+    """A user's table: a CSV file with a header, at `path` from the folder of `params.yaml`.
+
+    `label` is the column that says what a row is, or null; rows whose label is in `normal` are not
+    anomalous and are all that is trained on. `categorical` columns hold text, or numbers without
+    an order; `ignore` names those that no model sees; all others hold numbers. A row with an empty
+    cell is an error, or dropped, as `missing` says. The shares `validation` and `test` of each
+    class are set apart by `seed`.
+    """
+
+    kind: Literal["table"]
+    path: Annotated[str, Field(min_length=1)]
+    label: Annotated[str, Field(min_length=1)] | None
+    normal: Annotated[list[str], AfterValidator(_only_with_label)]
+    categorical: Names
+    ignore: Names
+    missing: Literal["error", "drop"]
+    validation: Part
+    test: Annotated[Part, AfterValidator(_held_out)]
+    seed: Seed
+    reference: CoordinatesReference
+
+
+def _less_than_all(share: float, section: ValidationInfo) -> float:
+    if section.data.get("protocol") == "strict" and share == 1:
+        raise ValueError("should be less than 1 under the protocol 'strict'")
+    return share
+
+
+class KDDCup99Data(Section):
+    """The 10 % file of the KDD Cup 1999 under a `protocol` (`ebm.data.kddcup99`), split by `seed`.
+    `validation` is, of `paper`, the share of the training attacks that validation holds as well;
+    of `strict`, the share of the attacks not trained on that it is given."""
+
+    kind: Literal["kddcup99"]
+    protocol: Literal["paper", "strict"]
+    validation: Annotated[float, Field(gt=0, le=1), AfterValidator(_less_than_all)]
+    seed: Seed
+    reference: CoordinatesReference
+
+
+Dataset = Annotated[
+    DensityData | DigitsData | ImageData | StackedData | NoveltyData | TableData | KDDCup99Data,
+    Field(discriminator="kind"),
+]
 
 
 class Watch(Section):
@@ -117,9 +219,10 @@ class Watch(Section):
 
 
 class Train(Section):
-    """The loop: what `ebm.train.fit` needs to know."""
+    """The loop: what `ebm.train.fit` needs to know. A model that is fitted at once needs no
+    `steps`."""
 
-    steps: Count
+    steps: Size
     batch_size: Count
     log_every: Count
     checkpoint_every: Count
@@ -127,10 +230,34 @@ class Train(Section):
     watch: Watch
 
 
+class Ensemble(Section):
+    """`members` models trained side by side, each on its part of every batch, with `snapshots` of
+    each taken `every` so many steps; `without`: the class that each never sees, in turn, as
+    detectors of that class (empty: they see all)."""
+
+    members: Count
+    snapshots: Size
+    every: Count
+    without: list[Size]
+
+
 class Drawn(Section):
     """How many samples to draw; `<variant>_config.Sample` adds how."""
 
     count: Count
+
+
+class NothingDrawn(Drawn):
+    """Of a model that only scores points and can draw none."""
+
+    count: Literal[0]
+
+
+class Detection(Section):
+    """Of a model whose scores are to find anomalies: the share of the rows that is `flagged` where
+    no labels set a threshold; null where they do."""
+
+    flagged: Part | None
 
 
 class Experiment(Section):
@@ -142,6 +269,7 @@ class Experiment(Section):
     seed: Seed
     threads: Count
     train: Train
+    ensemble: Ensemble | None
     model: Section
     sample: Drawn
     evaluate: Section

@@ -96,6 +96,7 @@ def fit(
     """Train `model` on the rows of `data` [N, *], which lies on the model's device, for `steps`;
     a conditional one with their `labels` [N].
 
+    A model that is fitted to all rows at once is left as `initialise` made it by `steps` of 0.
     Resumes from `checkpoints` where there are any. The learning rates fall linearly to zero over
     the last share `cooldown` of the steps. On divergence (see Watch) training goes back to the
     older of the kept checkpoints, because the newer may already carry the trouble, and on with
@@ -137,8 +138,9 @@ def fit(
 
 
 def _begin(model: EBM, data: Tensor, checkpoints: Checkpoints) -> Progress:
+    started = time.monotonic()
     model.initialise(unit(data))
-    progress = Progress()
+    progress = Progress(seconds=time.monotonic() - started)
     _save(model, checkpoints, progress)
     return progress
 

@@ -4,10 +4,12 @@ stored.
 A prepared folder holds `splits.safetensors` (`train`, `validation`, `test` [N, *], float32, or
 uint8 for images; where the source has them `<split>_labels` [N]; where the source is a fixed
 collection `<split>_index` [N], the rows of the source), `manifest.json` (source, SHA-256 of the
-tensors, counts, shape, settings) and, for images, `outliers.safetensors` (other sets by name, in
-the type and shape of the images).
+tensors, counts, shape, settings), for images `outliers.safetensors` (other sets by name, in the
+type and shape of the images) and for tables `transform.json` (what made points of their rows,
+`ebm.data.table`).
 
-What is stored becomes points of [0, 1] by `unit` and nothing else: train, test and outliers alike.
+What is stored becomes points by `unit` and nothing else (images points of [0, 1]): train, test and
+outliers alike.
 """
 
 import hashlib
@@ -25,21 +27,24 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.densities import DENSITIES, GaussianMixture
-from ebm.schema import DensityData, DigitsData, ImageData
+from ebm.schema import Dataset
 
 SPLITS = ("train", "validation", "test")
 FILES = ("splits.safetensors", "manifest.json")
 OUTLIERS = "outliers.safetensors"
+TRANSFORM = "transform.json"
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A prepared data set: tensors by name, the manifest that describes them, and what reads the
-    outlier sets that lie beside them (none unless there are any)."""
+    outlier sets (none unless there are any) and the transform of a table (None unless it is one;
+    as JSON has it) that lie beside them."""
 
     tensors: dict[str, Tensor]
     manifest: dict[str, Any]
     outliers: Callable[[], dict[str, Tensor]] = dict
+    transform: Callable[[], dict[str, Any] | None] = lambda: None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,27 +71,42 @@ def unit(x: Tensor) -> Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def prepare(settings: DensityData | DigitsData | ImageData) -> Prepared:
+def mode(classes: Tensor) -> Tensor:
+    """The mode [N] of a stack, the number whose decimal digits are the classes 0 ... 9 of its
+    parts [N, parts], first part first."""
+    return (classes * 10 ** torch.arange(classes.shape[1] - 1, -1, -1, device=classes.device)).sum(
+        1
+    )
+
+
+def prepare(settings: Dataset) -> Prepared:
     """The data set that `settings` describe, from its source; the same settings give the same
     bits."""
-    from ebm.data import density, digits, images  # stages that only read depend on none of them
+    # stages that only read depend on none of them
+    from ebm.data import density, digits, images, kddcup99, novelty, stacked, table
 
     sources: dict[str, Any] = {
         "density": density.prepare,
         "digits": digits.prepare,
         "images": images.prepare,
+        "kddcup99": kddcup99.prepare,
+        "novelty": novelty.prepare,
+        "stacked": stacked.prepare,
+        "table": table.prepare,
     }
-    source, tensors, outliers = sources[settings.kind](settings)
+    source, tensors, outliers, *of_table = sources[settings.kind](settings)
+    notes, transform = of_table or ({}, None)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     manifest = {
         "source": source,
         "settings": settings.model_dump(exclude={"reference"}),  # no part of the tensors
         "shape": list(tensors["train"].shape[1:]),
         "counts": {split: len(tensors[split]) for split in SPLITS},
+        **notes,
     }
     if outliers:
         manifest["outliers"] = {name: len(tensor) for name, tensor in outliers.items()}
-    return Prepared(tensors, manifest, lambda: outliers)
+    return Prepared(tensors, manifest, lambda: outliers, lambda: transform)
 
 
 def write(prepared: Prepared, folder: Path) -> None:
@@ -96,6 +116,9 @@ def write(prepared: Prepared, folder: Path) -> None:
     if outliers:
         payloads[OUTLIERS] = save(outliers)
         manifest["outliers_sha256"] = hashlib.sha256(payloads[OUTLIERS]).hexdigest()
+    if transform := prepared.transform():
+        payloads[TRANSFORM] = (json.dumps(transform, indent=2) + "\n").encode()
+        manifest["transform_sha256"] = hashlib.sha256(payloads[TRANSFORM]).hexdigest()
     payloads[FILES[1]] = (json.dumps(manifest, indent=2) + "\n").encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,21 +129,26 @@ def write(prepared: Prepared, folder: Path) -> None:
 
 
 def read(folder: Path) -> Prepared:
-    """Read a prepared folder, its outliers when they are asked for; raises EBMError if a file is
-    missing, damaged or not the one described."""
+    """Read a prepared folder, its outliers and transform when they are asked for; raises EBMError
+    if a file is missing, damaged or not the one described."""
     try:
         manifest = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
         expected, outliers = manifest["sha256"], manifest.get("outliers_sha256")
+        transform = manifest.get("transform_sha256")
     except OSError as error:
         raise EBMError(f"{error.filename}: {error.strerror}; {_advice(folder)}") from None
     except (ValueError, KeyError, TypeError):
         raise EBMError(f"{folder / FILES[1]}: not a manifest; {_advice(folder)}") from None
-    lazily = partial(_tensors, folder / OUTLIERS, outliers) if outliers else dict
-    return Prepared(_tensors(folder / FILES[0], expected), manifest, lazily)
+    return Prepared(
+        _tensors(folder / FILES[0], expected),
+        manifest,
+        partial(_tensors, folder / OUTLIERS, outliers) if outliers else dict,
+        lambda: json.loads(_checked(folder / TRANSFORM, transform)) if transform else None,
+    )
 
 
-def _tensors(path: Path, expected: str) -> dict[str, Tensor]:
-    """The tensors in a file whose SHA-256 is known."""
+def _checked(path: Path, expected: str) -> bytes:
+    """The content of a file whose SHA-256 is known."""
     advice = _advice(path.parent)
     try:
         payload = path.read_bytes()
@@ -128,9 +156,15 @@ def _tensors(path: Path, expected: str) -> dict[str, Tensor]:
         raise EBMError(f"{path}: {error.strerror}; {advice}") from None
     if hashlib.sha256(payload).hexdigest() != expected:
         raise EBMError(f"{path}: checksum differs from the manifest's; {advice}")
+    return payload
+
+
+def _tensors(path: Path, expected: str) -> dict[str, Tensor]:
+    """The tensors in a file whose SHA-256 is known."""
     try:
-        return load(payload)
+        return load(_checked(path, expected))
     except SafetensorError as error:
+        advice = _advice(path.parent)
         raise EBMError(f"{path}: not a safetensors file ({error}); {advice}") from None
 
 

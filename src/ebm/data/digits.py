@@ -10,19 +10,25 @@ from ebm.schema import DigitsData
 
 def prepare(settings: DigitsData) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
     """What it is, float32 splits [N, 8, 8] in [0, 1] with labels and rows, no outliers."""
+    parts = settings.validation, settings.test
+    source = f"scikit-learn load_digits, 1797 images, binarised: {settings.binarize}"
+    return source, splits(settings.binarize, *parts, settings.seed), {}
+
+
+def splits(binarize: str, validation: int, test: int, seed: int) -> dict[str, Tensor]:
+    """The images, split at random, with labels and rows."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images / 16).float()
     labels = torch.from_numpy(bunch.target).long()
-    if settings.validation + settings.test >= len(images):
-        wanted = f"validation + test = {settings.validation + settings.test}"
+    if validation + test >= len(images):
+        wanted = f"validation + test = {validation + test}"
         raise EBMError(f"digits: {wanted} leaves nothing of {len(images)} images to train on")
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
-    images = _binarised(images, settings.binarize, generator)
-    held_out = [settings.validation, settings.test]
-    parts = order.split([len(order) - sum(held_out), *held_out])
+    images = _binarised(images, binarize, generator)
+    parts = order.split([len(order) - validation - test, validation, test])
     tensors: dict[str, Tensor] = {}
     for split, index in zip(SPLITS, parts, strict=True):
         tensors |= {
@@ -30,7 +36,7 @@ def prepare(settings: DigitsData) -> tuple[str, dict[str, Tensor], dict[str, Ten
             f"{split}_labels": labels[index],
             f"{split}_index": index,
         }
-    return f"scikit-learn load_digits, 1797 images, binarised: {settings.binarize}", tensors, {}
+    return tensors
 
 
 def _binarised(grey: Tensor, how: str, generator: torch.Generator) -> Tensor:

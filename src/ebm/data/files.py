@@ -16,10 +16,12 @@ MIRROR = "EBM_DATA_MIRROR"
 URLS = {
     "cifar10": "https://www.cs.toronto.edu/~kriz",
     "fashion-mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+    "kddcup99/kddcup.data_10_percent.gz": "https://ndownloader.figshare.com/files/5976042",
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist",
     "omniglot": "https://raw.githubusercontent.com/brendenlake/omniglot/master/python",
     "usps": "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/multiclass",
 }
+"""Where the files of a data set are, or one file that has another name there."""
 
 CHECKSUMS = {
     "cifar10/cifar-10-binary.tar.gz": (
@@ -45,6 +47,9 @@ CHECKSUMS = {
     ),
     "fashion-mnist/train-labels-idx1-ubyte.gz": (
         "sha256:a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
+    ),
+    "kddcup99/kddcup.data_10_percent.gz": (
+        "sha256:8045aca0d84e70e622d1148d7df782496f6333bf6eb979a1b0837c42a9fd9561"
     ),
     "mnist/t10k-images-idx3-ubyte.gz": (
         "sha256:8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
@@ -81,7 +86,7 @@ def fetch(name: str) -> Path:
         EBMError: what was found is not the published file.
     """
     dataset, file = name.split("/")
-    return mirrored(name) or _retrieve(f"{URLS[dataset]}/{file}", name)
+    return mirrored(name) or _retrieve(URLS.get(name) or f"{URLS[dataset]}/{file}", name)
 
 
 def mirrored(name: str) -> Path | None:

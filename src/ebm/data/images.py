@@ -18,23 +18,29 @@ def prepare(settings: ImageData) -> tuple[str, dict[str, Tensor], dict[str, Tens
     Train and validation are drawn from the published train part, whose rows their index names;
     test is the published test part in its order.
     """
-    train, test = (published.part(settings.name, which) for which in ("train", "test"))
-    if settings.validation >= len(train.images):
-        wanted = f"validation = {settings.validation}"
+    source, tensors = splits(settings.name, settings.validation, settings.seed)
+    shape = tensors["test"].shape[1:]
+    outliers: dict[str, Tensor] = {name: outlier_set(name, shape) for name in settings.outliers}
+    return source, tensors, outliers
+
+
+def splits(name: str, validation: int, seed: int) -> tuple[str, dict[str, Tensor]]:
+    """What it is, and the images with labels and rows: `validation` of the train part set
+    apart."""
+    train, test = (published.part(name, which) for which in ("train", "test"))
+    if validation >= len(train.images):
+        wanted = f"validation = {validation}"
         raise EBMError(
-            f"{settings.name}: {wanted} leaves nothing of {len(train.images)} images to train on"
+            f"{name}: {wanted} leaves nothing of {len(train.images)} images to train on"
         )
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train.images), generator=generator)
     tensors = (
-        _rows(train, "train", order[settings.validation :])
-        | _rows(train, "validation", order[: settings.validation])
+        _rows(train, "train", order[validation:])
+        | _rows(train, "validation", order[:validation])
         | _rows(test, "test", torch.arange(len(test.images)))
     )
-    outliers: dict[str, Tensor] = {
-        name: outlier_set(name, test.images.shape[1:]) for name in settings.outliers
-    }
-    return f"{settings.name}: {train.source}; {test.source}", tensors, outliers
+    return f"{name}: {train.source}; {test.source}", tensors
 
 
 def _rows(part: Part, split: str, index: Tensor) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
 """A trained model and its samples in; numbers, what to hold them against, and pictures out.
 
-A reference is of one of five kinds: `exact` (the truth, known in closed form), `ceiling` and
-`floor` (what draws of the true distribution itself score: no model can honestly do better),
-`baseline` (a simple model fitted here) and `published`.
+A reference is of one of six kinds: `exact` (the truth, known in closed form), `ceiling` and
+`floor` (what draws of the true distribution itself score, or what the metric allows: no model can
+honestly do better, or score less), `chance` (scores that know nothing), `baseline` (a simple model
+fitted here) and `published`.
 
 Names of metrics, the same in every experiment:
 
-    modes, modes_total      modes with at least one sample within 4 sigma; how many there are
+    modes, modes_total      modes with at least one sample: within 4 sigma in the plane, of that
+                            tuple of classes for stacks; how many there are
     mode_kl                 KL(histogram over the modes || uniform), nats
     high_quality_share      share of samples within 4 sigma of a mode (of the curve, if it is one)
     grid_kl                 KL(true density || learned density) on the cells of a square, nats
@@ -19,15 +21,27 @@ Names of metrics, the same in every experiment:
     kernel_distance         KID: the same by an unbiased estimate of MMD^2
     sample_precision        share of the samples that lie in the manifold of the test split
     sample_recall           share of the test split that lies in the manifold of the samples
+    inception_score         exp of the mean KL(p(y|x) || p(y)) by the reference classifier; of
+                            stacks the mean over their parts
     conditional_accuracy    share of conditional samples that the reference classifier assigns to
                             the class that was asked for
     auroc_<set>             of the energy as score of anomaly, test split against an outlier set
                             (`ebm.outliers`); `auroc_mean` over all sets
     acceptance              mean acceptance probability of the chains that drew the samples
+    precision, recall, f1   of the test rows that are flagged as anomalies (`ebm.evaluation.tables`
+                            has the rule), their areas `auroc` and `auprc` over all thresholds
+    f1_ensemble, auprc_ensemble   the same of the mean energy of all trainings
+    flagged_share           share of the test rows that are flagged, where nobody knows which are
+                            anomalies
+    auprc_<protocol>_<d>    class d as the anomaly, by protocol (`ebm.evaluation.novelty`):
+    auroc_<test>_<d>        `released`, `strict`, `tenth`; `..._mean` over all classes
 
-The suffix `_generator` marks a number of the generator's samples before any MCMC.
+The suffix `_generator` marks a number of the generator's samples before any MCMC, `_gradient` one
+of |grad E|^2 as score of anomaly instead of E. Of several trainings a number is the mean (of the
+snapshots of each first), and the suffix `_std` marks their standard deviation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -35,11 +49,25 @@ from torch import Tensor
 from ebm.data import Prepared
 from ebm.evaluation.density import evaluate_density
 from ebm.evaluation.images import evaluate_images
+from ebm.evaluation.novelty import evaluate_novelty
 from ebm.evaluation.result import Evaluation
+from ebm.evaluation.stacked import evaluate_stacked
+from ebm.evaluation.tables import evaluate_table
 from ebm.reference import Reference
 from ebm.variants.base import EBM
 
 __all__ = ["Evaluation", "evaluate"]
+
+EVALUATORS: dict[str, Callable[..., Evaluation]] = {
+    "density": evaluate_density,
+    "digits": evaluate_images,
+    "images": evaluate_images,
+    "kddcup99": evaluate_table,
+    "novelty": evaluate_novelty,
+    "stacked": evaluate_stacked,
+    "table": evaluate_table,
+}
+"""By the kind of the data."""
 
 
 def evaluate(
@@ -51,6 +79,5 @@ def evaluate(
 ) -> Evaluation:
     """All that can be said of `model` and its `samples`, on the device where they lie, as does the
     network of `reference`."""
-    if prepared.density is None:
-        return evaluate_images(model, samples, prepared, reference, settings)
-    return evaluate_density(model, samples, prepared, prepared.density, settings)
+    kind = prepared.manifest["settings"]["kind"]
+    return EVALUATORS[kind](model, samples, prepared, reference, settings)

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ebm import figures, metrics
+from ebm import EBMError, figures, metrics
 from ebm.data import Prepared
 from ebm.densities import EXTENT, GaussianMixture
 from ebm.evaluation.result import Evaluation
+from ebm.reference import Reference
 from ebm.variants.base import EBM
 
 RADIUS = 4.0
@@ -19,13 +20,15 @@ def evaluate_density(
     model: EBM,
     samples: dict[str, Tensor],
     prepared: Prepared,
-    density: GaussianMixture,
+    reference: Reference,
     settings: dict[str, Any],
 ) -> Evaluation:
     """Coverage, quality and distance of the samples; the learned density on a grid."""
     result = Evaluation()
     test = prepared.points("test").to(samples["samples"].device)
-    density = density.to(test.device)
+    if prepared.density is None:
+        raise EBMError("datasets.density: missing; expected the name of a density")
+    density = prepared.density.to(test.device)
     drawn = samples["samples"]
     result.metrics |= sample_scores(drawn, test, density)
     if "generator" in samples:

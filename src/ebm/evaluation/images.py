@@ -1,5 +1,6 @@
 """Images: how near the samples come to the test split, what the energy tells apart, pictures."""
 
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,11 +35,10 @@ def evaluate_images(
     """Likelihood where log Z can be estimated, distances, anomalies and pictures."""
     result = Evaluation()
     drawn = samples["samples"]
-    if len(drawn) < FEWEST:
-        raise EBMError(f"sample.count = {len(drawn)}: images are measured from {FEWEST} on")
+    enough(drawn)
     train, test = (prepared.points(split).to(drawn.device) for split in ("train", "test"))
     _likelihood(result, model, train, test, settings)
-    _distances(result, drawn, train, reference)
+    measure_samples(result, samples, train, test, reference)
     if "labels" in samples:
         _conditional_accuracy(result, drawn, samples["labels"], reference)
     sets = {"train": train, "test": test, "samples": drawn}
@@ -83,14 +83,45 @@ def _likelihood(
     result.refer("log_likelihood", independent.mean().item(), "baseline", source)
 
 
-def _distances(result: Evaluation, drawn: Tensor, train: Tensor, reference: Reference) -> None:
-    """How near samples come to the test split, beside as many training images."""
-    result.metrics |= image_scores(drawn, reference)
+def enough(drawn: Tensor) -> None:
+    """EBMError if there are too few samples."""
+    if len(drawn) < FEWEST:
+        raise EBMError(f"sample.count = {len(drawn)}: images are measured from {FEWEST} on")
+
+
+def measure_samples(
+    result: Evaluation,
+    samples: dict[str, Tensor],
+    train: Tensor,
+    test: Tensor,
+    reference: Reference,
+) -> None:
+    """How near samples come to the test split, beside as many training images, and how clearly
+    each shows one class of many; the same of a generator's, before MCMC."""
+    drawn = samples["samples"]
+    result.metrics |= image_scores(drawn, reference) | class_scores(drawn, reference)
     real = train[: len(drawn)]
-    source = f"{len(real)} training images, scored alike by {_described(reference)}"
+    source = f"{len(real)} training images, scored alike by {described(reference)}"
     for name, value in image_scores(real, reference).items():
         kind = "floor" if name.endswith(("distance", "extrapolated")) else "ceiling"
         result.refer(name, value, kind, source)
+    source = f"the test split, scored alike by {described(reference)}"
+    for name, value in class_scores(test, reference).items():
+        result.refer(name, value, "ceiling", source)
+    if "generator" in samples:
+        before = samples["generator"]
+        scores = image_scores(before, reference) | class_scores(before, reference)
+        result.metrics |= {f"{name}_generator": value for name, value in scores.items()}
+
+
+def class_scores(x: Tensor, reference: Reference) -> dict[str, float]:
+    """The inception score of images x [N, *] by a classifier, of stacks the mean over the scores
+    of their parts; nothing by what is no classifier."""
+    logits = reference.logits(x)
+    if logits is None:
+        return {}
+    parts = logits.double().softmax(-1).view(len(x), -1, logits.shape[-1]).unbind(1)
+    return {"inception_score": fmean(metrics.inception_score(part) for part in parts)}
 
 
 def image_scores(x: Tensor, reference: Reference) -> dict[str, float]:
@@ -113,10 +144,14 @@ def image_scores(x: Tensor, reference: Reference) -> dict[str, float]:
     }
 
 
-def _described(reference: Reference) -> str:
+def described(reference: Reference) -> str:
     """What measured, for a reader."""
-    kind, accuracy = reference.config["kind"], reference.metrics.get("accuracy")
-    return kind if accuracy is None else f"a {kind}, right on {accuracy:.1%} of the test split"
+    kind, numbers = reference.config["kind"], reference.metrics
+    if "part_accuracy" in numbers:
+        return f"a classifier of single parts, right on {numbers['part_accuracy']:.1%} of them"
+    if "accuracy" in numbers:
+        return f"a {kind}, right on {numbers['accuracy']:.1%} of the test split"
+    return kind
 
 
 def _conditional_accuracy(

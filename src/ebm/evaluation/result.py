@@ -8,11 +8,13 @@ from ebm.figures import Drawing
 
 @dataclass
 class Evaluation:
-    """Numbers by name, references by the number's name, and titled pictures in display order."""
+    """Numbers by name, references by the number's name, titled pictures in display order, and the
+    thresholds by which scores of the model flag rows as anomalies, by the score's name."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     references: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     figures: list[tuple[str, str, str, Drawing]] = field(default_factory=list)
+    thresholds: dict[str, float] = field(default_factory=dict)
 
     def refer(self, metric: str, value: float, kind: str, source: str) -> None:
         """Hold `metric` against `value`."""

@@ -11,12 +11,32 @@ from ebm import EBMError
 if TYPE_CHECKING:
     from ebm.variants.base import EBM
 
-VARIANTS = {"igebm": "IGEBM", "meg": "MEG", "rbm": "RBM"}
+VARIANTS = {
+    "bigan": "BiGAN",
+    "dagmm": "DAGMM",
+    "dsebm": "DSEBM",
+    "igebm": "IGEBM",
+    "kernel_pca": "KernelPCA",
+    "meg": "MEG",
+    "one_class_svm": "OneClassSVM",
+    "rbm": "RBM",
+    "vae": "VAE",
+    "wgan_gp": "WGANGP",
+}
 
 
-def build(variant: str, shape: tuple[int, ...], model: dict[str, Any]) -> "EBM":
-    """A fresh model: `variant` for points of `shape` (no batch axis) with the settings `model`."""
-    return getattr(import_module(f"ebm.variants.{variant}"), VARIANTS[variant])(shape, **model)
+def build(
+    variant: str,
+    shape: tuple[int, ...],
+    model: dict[str, Any],
+    ensemble: dict[str, Any] | None = None,
+) -> "EBM":
+    """A fresh model: `variant` for points of `shape` (no batch axis) with the settings `model`, or
+    an `ensemble` of such models."""
+    from ebm.ensemble import Ensemble
+
+    kind = getattr(import_module(f"ebm.variants.{variant}"), VARIANTS[variant])
+    return Ensemble(lambda: kind(shape, **model), **ensemble) if ensemble else kind(shape, **model)
 
 
 def load(weights: Path, config: Path) -> "EBM":
@@ -29,7 +49,8 @@ def load(weights: Path, config: Path) -> "EBM":
 
     try:
         settings = json.loads(Path(config).read_text(encoding="utf-8"))
-        model = build(settings["variant"], tuple(settings["shape"]), settings["model"])
+        shape, ensemble = tuple(settings["shape"]), settings.get("ensemble")
+        model = build(settings["variant"], shape, settings["model"], ensemble)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EBMError(f"{config}: not a usable model configuration ({error!r})") from None
     try:

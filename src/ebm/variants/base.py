@@ -19,6 +19,11 @@ class EBM(nn.Module):
     classes = 0
     """How many classes the model is conditional on; 0: it knows none and is given no labels."""
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `training_step` is to be given classes."""
+        return self.classes > 0
+
     def energy(self, x: Tensor) -> Tensor:
         """E(x) for x of shape [B, *]: shape [B], in nats, lower = more likely."""
         raise NotImplementedError

@@ -16,6 +16,8 @@ that bounds the mutual information I(G(z); z), which for a deterministic G is it
     -         | entropy, the weight of I_JSD. The released code averages where the formula adds:
               | its weight 1 is 0.5 here.
     z'        | z with its rows shuffled, as released (the text shuffles each dimension)
+    x         | images are points of [0, 1]; of the released code's in [-1, 1] the squared score,
+              | and so the same penalty, is a quarter
 
 Samples: z by MALA on the latent target exp(-beta E(G(z)) - |z|^2 / 2). The released sampler leaves
 out the prior and squares no norm, so its target is another one; this is the corrected one.
@@ -25,27 +27,32 @@ mean |grad E|^2 at data; `information`, the bound I_JSD (at most 0; -2 log 2 = n
 `gradient_norm` and `generator_gradient_norm` of the two steps.
 """
 
-import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
-from ebm.networks import mlp
+from ebm.networks import Joint, Network, decoder, encoder
 from ebm.samplers import MALA, State, run
 from ebm.variants.base import EBM, descend, parameters_of, update_average
 
+SLICE = 4096
+"""So many points are generated at once."""
+
 
 class MEG(EBM):
-    """MEG over points of `shape` with multilayer perceptrons; settings as in
-    `meg_config.Model`."""
+    """MEG over points of `shape`; settings as in `meg_config.Model`."""
 
     def __init__(
         self,
         shape: tuple[int, ...],
-        width: int,
-        depth: int,
+        network: Network,
+        energy: Sequence[int],
+        generator: Sequence[int],
+        statistics: Sequence[int],
         latent: int,
         energy_steps: int,
         score_penalty: float,
@@ -54,15 +61,20 @@ class MEG(EBM):
         generator_learning_rate: float,
         betas: tuple[float, float],
         ema: float,
+        energy_ema: float,
+        precision: str,
     ) -> None:
         super().__init__()
-        self.shape, self.latent, self.ema = shape, latent, ema
+        self.shape, self.latent, self.ema, self.energy_ema = shape, latent, ema, energy_ema
         self.energy_steps, self.score_penalty, self.entropy = energy_steps, score_penalty, entropy
-        data, hidden, leaky = math.prod(shape), [width] * depth, nn.LeakyReLU(0.2)
-        self.energy_network = mlp([data, *hidden, 1], leaky)
-        self.generator = mlp([latent, *hidden, data], nn.ReLU())
-        self.statistics = mlp([data + latent, *hidden, 1], leaky)
+        self.precision = getattr(torch, precision)
+        self.energy_network = encoder(network, shape, energy, 1)
+        self.generator = decoder(network, latent, shape, generator)
+        self.statistics = Joint(network, shape, latent, statistics)
         self.average = deepcopy(self.generator).requires_grad_(False) if ema else None
+        self.energy_average = (
+            deepcopy(self.energy_network).requires_grad_(False) if energy_ema else None
+        )
         self.energy_optimizer = torch.optim.Adam(
             self.energy_network.parameters(), lr=energy_learning_rate, betas=betas
         )
@@ -71,22 +83,26 @@ class MEG(EBM):
         )
 
     def energy(self, x: Tensor) -> Tensor:
-        return self.energy_network(x.flatten(1)).squeeze(1)
+        """E(x), by the moving average where there is one."""
+        return (self.energy_average or self.energy_network)(x).squeeze(1)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        for data in x.flatten(1).chunk(self.energy_steps):
+        for data in x.chunk(self.energy_steps):
             logs = self._energy_step(data)
         return logs | self._generator_step(len(data))
 
     def _energy_step(self, data: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast(data):
             fake = self.generator(self._prior(len(data)))
         data = data.detach().requires_grad_()
-        positive, negative = self.energy(data), self.energy(fake)
+        with self._autocast(data):
+            positive, negative = self.energy_network(data), self.energy_network(fake.to(data))
         (score,) = torch.autograd.grad(positive.sum(), data, create_graph=True)
-        score_norm = score.square().sum(1).mean()
+        score_norm = score.square().flatten(1).sum(1).mean()
         gap = positive.mean() - negative.mean()
         norm = descend(self.energy_optimizer, gap + self.score_penalty * score_norm)
+        if self.energy_average is not None:
+            update_average(self.energy_average, self.energy_network, self.energy_ema)
         return {
             "energy_gap": gap.detach(),
             "score_norm": score_norm.detach(),
@@ -95,22 +111,24 @@ class MEG(EBM):
 
     def _generator_step(self, n: int) -> dict[str, Tensor]:
         z = self._prior(n)
-        x = self.generator(z)
-        information = self.information(x, z, z[torch.randperm(n, device=z.device)])
-        loss = self.energy(x).mean() - self.entropy * information
-        norm = descend(self.generator_optimizer, loss)
+        with self._autocast(z):
+            x = self.generator(z)
+            information = self.information(x, z, z[torch.randperm(n, device=z.device)])
+            energy = self.energy_network(x)
+        norm = descend(self.generator_optimizer, energy.mean() - self.entropy * information)
         if self.average is not None:
             update_average(self.average, self.generator, self.ema)
         return {"information": information.detach(), "generator_gradient_norm": norm}
 
     def information(self, x: Tensor, z: Tensor, shuffled: Tensor) -> Tensor:
         """I_JSD, the Jensen-Shannon bound on I(x; z) up to the constant 2 log 2; a scalar."""
-        joint = self.statistics(torch.cat([x, z], 1))
-        product = self.statistics(torch.cat([x, shuffled], 1))
+        features = self.statistics.features(x)
+        joint = self.statistics.pair(features, z)
+        product = self.statistics.pair(features, shuffled)
         return -softplus(-joint).mean() - softplus(product).mean()
 
     def generate(self, z: Tensor) -> Tensor:
-        """G(z), by the moving average where there is one: [B, latent] -> [B, D]."""
+        """G(z), by the moving average where there is one: [B, latent] -> [B, *]."""
         return (self.average or self.generator)(z)
 
     def latent_energy(self, z: Tensor, inverse_temperature: float) -> Tensor:
@@ -120,8 +138,8 @@ class MEG(EBM):
     def sample(
         self, n: int, steps: int = 0, step_size: float = 0.01, inverse_temperature: float = 1.0
     ) -> dict[str, Tensor]:
-        """`samples` G(z) after `steps` of latent MALA, `generator` G(z) before it, both [n, *],
-        and the mean `acceptance` of every step [steps]."""
+        """`samples` G(z) after `steps` of latent MALA, if there are any `generator` G(z) before it,
+        both [n, *], and the mean `acceptance` of every step [steps]."""
         rates: list[Tensor] = []
 
         def observe(step: int, state: State) -> None:
@@ -130,14 +148,22 @@ class MEG(EBM):
 
         z = self._prior(n)
         kernel = MALA(lambda z: self.latent_energy(z, inverse_temperature), step_size)
-        end = run(kernel, z, steps, observe).x
-        with torch.no_grad():
-            return {
-                "samples": self.generate(end).view(n, *self.shape),
-                "generator": self.generate(z).view(n, *self.shape),
-                "acceptance": torch.stack(rates) if rates else torch.ones(0),
-            }
+        drawn = {"samples": self._generated(z)}
+        if steps:
+            end = run(kernel, z, steps, observe).x
+            drawn = {"samples": self._generated(end), "generator": drawn["samples"]}
+        return drawn | {"acceptance": torch.stack(rates) if rates else torch.ones(0)}
+
+    @torch.no_grad()
+    def _generated(self, z: Tensor) -> Tensor:
+        """G(z), a slice of z at a time."""
+        return torch.cat([self.generate(part) for part in z.split(SLICE)])
 
     def _prior(self, n: int) -> Tensor:
         like = next(self.generator.parameters())
         return torch.randn(n, self.latent, device=like.device, dtype=like.dtype)
+
+    def _autocast(self, like: Tensor) -> AbstractContextManager[None]:
+        """Layers compute in `precision`; energies, losses and weights stay as they are."""
+        reduced = self.precision != torch.float32
+        return torch.autocast(like.device.type, self.precision, enabled=reduced)

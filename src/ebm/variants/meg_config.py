@@ -5,17 +5,21 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ebm import schema
-from ebm.schema import Count, NonNegative, Positive, Section, Share, Size
+from ebm.schema import Count, NonNegative, Positive, Section, Share, Size, Widths
 
 
 class Model(Section):
-    """`width` and `depth` of the hidden layers of all three networks, `latent` dimension of z,
-    `energy_steps` per generator step, weights of the `score_penalty` and of the `entropy` bound,
-    Adam's `learning_rate`s and `betas`, and the decay of the generator's moving average (`ema: 0`
-    keeps none)."""
+    """`network`: `mlp`, or `conv` for images (`ebm.networks.encoder` and `decoder`). Widths of the
+    hidden layers, channels of the convolutions, of the `energy`, the `generator` and the
+    `statistics` network; `latent` dimension of z, `energy_steps` per generator step, weights of
+    the `score_penalty` and of the `entropy` bound, Adam's `learning_rate`s and `betas`, the decay
+    of the moving averages of the generator (`ema`) and of the energy (`energy_ema`; 0 keeps none),
+    the `precision` in which the layers compute in training."""
 
-    width: Count
-    depth: Count
+    network: Literal["mlp", "conv"]
+    energy: Widths
+    generator: Widths
+    statistics: Widths
     latent: Count
     energy_steps: Count
     score_penalty: NonNegative
@@ -24,6 +28,8 @@ class Model(Section):
     generator_learning_rate: Positive
     betas: Annotated[tuple[Share, Share], Field(strict=False)]
     ema: Share
+    energy_ema: Share
+    precision: Literal["float32", "bfloat16"]
 
 
 class Sample(schema.Drawn):
@@ -35,10 +41,11 @@ class Sample(schema.Drawn):
     inverse_temperature: Positive
 
 
-class Evaluate(Section):
-    """`grid`: cells per axis of the square on which the learned density is integrated."""
+class Evaluate(schema.Detection):
+    """`grid`: cells per axis of the square on which exp(-E) is integrated (0 for points that do
+    not lie in the plane)."""
 
-    grid: Count
+    grid: Size
 
 
 class Experiment(schema.Experiment):

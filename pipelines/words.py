@@ -1,0 +1,243 @@
+"""The words of the report's page: what metrics, variants, data and references are called, and
+mean."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a number is presented. `better` is +1 (higher), -1 (lower) or 0 (neither)."""
+
+    label: str
+    better: int
+    meaning: str
+    unit: str = ""
+    overview: bool = True
+
+
+METRICS = {
+    "modes": Metric(
+        "Modes found",
+        +1,
+        "Modes of the data that at least one sample lies near: of stacks of images, tuples of "
+        "classes that the reference network sees in at least one.",
+    ),
+    "high_quality_share": Metric(
+        "High-quality share",
+        +1,
+        "Share of the samples within 4 standard deviations of a mode, or of the data's curve.",
+    ),
+    "mode_kl": Metric(
+        "Mode KL", -1, "KL divergence of the samples' mode histogram from the true one.", "nats"
+    ),
+    "grid_kl": Metric(
+        "Density KL", -1, "KL(true density ‖ learned density), integrated on a grid.", "nats"
+    ),
+    "log_likelihood": Metric(
+        "Log-likelihood",
+        +1,
+        "Mean log p of the test split. Where log Z is estimated, a lower and an upper estimate "
+        "bracket it: they come from annealing towards the model and away from it.",
+        "nats",
+    ),
+    "log_likelihood_train": Metric(
+        "Log-likelihood, training split", 0, "The same of the training split.", "nats", False
+    ),
+    "log_partition": Metric("log Z", 0, "Logarithm of the partition function.", "nats", False),
+    "frechet_distance": Metric(
+        "Fréchet distance",
+        -1,
+        "Squared distance of the Gaussians fitted to samples and to test data: to their "
+        "coordinates in the plane, to the features of a reference network for images.",
+    ),
+    "frechet_distance_extrapolated": Metric(
+        "Fréchet distance, extrapolated",
+        -1,
+        "The same for infinitely many samples, on a line through the values of fewer; an estimate "
+        "that can be negative.",
+        "",
+        False,
+    ),
+    "kernel_distance": Metric(
+        "Kernel distance",
+        -1,
+        "KID: squared maximum mean discrepancy of samples and test data, on the same features, "
+        "estimated without bias; about 0, of either sign, for draws of one distribution.",
+        "",
+        False,
+    ),
+    "sample_precision": Metric(
+        "Sample precision",
+        +1,
+        "Share of the samples within reach of test images: how good they look.",
+        "",
+        False,
+    ),
+    "sample_recall": Metric(
+        "Sample recall",
+        +1,
+        "Share of the test images within reach of samples: how much of the data they cover.",
+        "",
+        False,
+    ),
+    "inception_score": Metric(
+        "Inception score",
+        +1,
+        "How clearly each sample shows one class, and how many classes there are: exp of the mean "
+        "KL(p(class | sample) ‖ p(class)) by the reference network, at most as many as classes.",
+        "",
+        False,
+    ),
+    "conditional_accuracy": Metric(
+        "Conditional accuracy",
+        +1,
+        "Share of conditional samples in which the reference network sees the class asked for.",
+    ),
+    "accuracy": Metric("Accuracy", +1, "Share of the test split classified rightly."),
+    "precision": Metric("Precision", +1, "Share of the flagged that are anomalies."),
+    "recall": Metric("Recall", +1, "Share of the anomalies that are flagged."),
+    "f1": Metric(
+        "F1",
+        +1,
+        "Harmonic mean of precision and recall of the rows that are flagged as anomalies: by the "
+        "threshold of the best F1 on the validation split, or, in the published protocol, the "
+        "fifth of the test rows that scores highest.",
+    ),
+    "f1_ensemble": Metric(
+        "F1, mean energy",
+        +1,
+        "The same of one detector, whose score is the mean energy of all trainings.",
+        "",
+        False,
+    ),
+    "auroc": Metric("AUROC", +1, "Area under the ROC curve of the energy as anomaly score."),
+    "auroc_mean": Metric(
+        "AUROC, mean",
+        +1,
+        "Area under the ROC curve of the energy as anomaly score, the test split against an "
+        "outlier set: the mean over the sets.",
+    ),
+    "auprc": Metric(
+        "AUPRC",
+        +1,
+        "Area under the precision-recall curve of the energy as anomaly score. Scores that know "
+        "nothing have the share of anomalies, not a half.",
+    ),
+    "auprc_ensemble": Metric(
+        "AUPRC, mean energy",
+        +1,
+        "The same of the mean energy of all trainings.",
+        "",
+        False,
+    ),
+    "flagged_share": Metric(
+        "Flagged", 0, "Share of the test rows that the threshold flags, where none has a label."
+    ),
+    "acceptance": Metric(
+        "Acceptance", 0, "Mean acceptance probability of the sampling chains.", "", False
+    ),
+    "seconds": Metric("Training time", -1, "Wall time of the training loop."),
+}
+COMPANIONS = ("_generator", "_gradient", "_total", "_lower", "_upper", "_std")
+"""Suffixes of numbers that are shown in the row of the number they belong to."""
+
+VARIANTS = {
+    "rbm": "Restricted Boltzmann machine",
+    "igebm": "Langevin-trained energy (IGEBM)",
+    "meg": "Maximum entropy generators",
+    "nce": "Noise-contrastive estimation",
+    "fce": "Flow-contrastive estimation",
+    "wgan_gp": "Wasserstein GAN with gradient penalty",
+    "vae": "Variational autoencoder",
+    "bigan": "Bidirectional GAN",
+    "dagmm": "Deep autoencoding Gaussian mixture",
+    "dsebm": "Deep structured energy-based model",
+    "kernel_pca": "Kernel principal components",
+    "one_class_svm": "One-class support vector machine",
+}
+SHORT = {
+    "wgan_gp": "WGAN-GP",
+    "bigan": "BiGAN",
+    "kernel_pca": "Kernel PCA",
+    "one_class_svm": "One-class SVM",
+}
+"""Names of variants where there is little room; others are their own in capitals."""
+
+DATA = {
+    "density": "Densities in the plane",
+    "digits": "Handwritten digits",
+    "images": "Images",
+    "stacked": "Stacks of images",
+    "kddcup99": "Network intrusions, KDD Cup 1999",
+    "table": "Anomalies in tables",
+    "novelty": "Classes never seen in training",
+}
+AREAS = {
+    "auprc_released": "AUPRC, released: the normal images are those of the second split of the "
+    "released code, most of which were trained on",
+    "auprc_strict": "AUPRC, strict: no normal image was trained on",
+    "auprc_tenth": "AUPRC, strict, with the anomalies counted as a tenth of all",
+    "auroc_released": "AUROC, released",
+    "auroc_strict": "AUROC, strict",
+}
+"""What is measured of each class, by what the names begin with; overviews show the AUPRC."""
+
+SAMPLERS = {
+    "error": Metric(
+        "Error",
+        -1,
+        "Root mean square, over chains and known expectations, of the error of a chain's mean, in "
+        "standard deviations.",
+    ),
+    "ess": Metric(
+        "ESS",
+        +1,
+        "Effective sample size of the worst known expectation, per 1000 evaluations of a chain: "
+        "1000 for exact draws. It believes the chains: where R-hat is high, it means nothing.",
+        "per 1000",
+    ),
+    "r_hat": Metric(
+        "R-hat", -1, "Rank-normalised and split; of the worst known expectation. Trust below 1.01."
+    ),
+    "tau": Metric(
+        "Autocorrelation", -1, "Autocorrelation time of the energy, in evaluations.", "evaluations"
+    ),
+    "acceptance": Metric("Acceptance", 0, "Mean acceptance probability of the proposals."),
+    "swaps": Metric("Swaps", 0, "Smallest mean swap acceptance of two neighbours of a ladder."),
+    "round_trips": Metric("Round trips", +1, "From the hot end to the target and back, mean."),
+    "step_size": Metric("Step size", 0, "As adapted before sampling; of Langevin, MALA's."),
+    "cost": Metric("Cost", -1, "Evaluations for one transition, those of all rungs together."),
+}
+ORACLES = {
+    "banana": "Banana",
+    "funnel": "Neal's funnel, 10 dimensions",
+    "8gaussians": "Eight Gaussians",
+    "ising": "Ising lattice, 4 × 4 spins",
+}
+KINDS = {
+    "exact": "the value of a perfect model, known in closed form",
+    "ceiling": "the most a model can honestly get: what real data, exact samples, the true "
+    "density or the best possible ranking score",
+    "floor": "the least a model can honestly get: what real data, exact samples or the worst "
+    "possible ranking score",
+    "chance": "what scores that know nothing get",
+    "published": "as printed in the paper named beside it",
+    "baseline": "a simple model, fitted to the same data here",
+}
+
+
+def metric(name: str) -> Metric:
+    """How `name` is presented: by METRICS, as one of them on another data set (`auroc_noise`), or
+    under its own name."""
+    if name in METRICS:
+        return METRICS[name]
+    for stem, known in METRICS.items():
+        if name.startswith(f"{stem}_"):
+            rest = name.removeprefix(f"{stem}_").replace("_", " ")
+            return Metric(f"{known.label}, {rest}", known.better, "", known.unit, False)
+    return Metric(name.replace("_", " "), 0, "", "", False)
+
+
+def method(variant: str) -> str:
+    """What to call a variant where there is little room."""
+    return SHORT.get(variant, variant.upper())

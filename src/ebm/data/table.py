@@ -1,0 +1,431 @@
+"""Tables as points: numbers are scaled, categories become one column each, by a transform that is
+fitted on training rows and kept with the data and with every model that is trained on them.
+
+    cell                     becomes
+    number, scale `minmax`   (x - low) / (high - low), by the bounds of the training rows and not
+                             clipped beyond them; x - low (so 0 in training) where they are equal
+    number, scale `none`     itself
+    category                 1 in its own column, 0 in those of the others; all 0 if it was never
+                             fitted, which is counted and warned of
+    empty, or NaN            an error, or the whole row is left out if `missing` is `drop`
+
+Categories are compared as text (`0` is not `0.0`). Messages count rows as an editor does: the
+header is row 1 (blank lines do not count).
+"""
+
+import hashlib
+import json
+import logging
+import warnings
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebm import EBMError
+from ebm.data import SPLITS
+from ebm.schema import TableData
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+log = logging.getLogger(__name__)
+
+MISSING = ["", "nan", "NaN"]
+FIRST_ROW = 2
+"""The row, as messages count, of what a frame has at index 0."""
+
+Kind = Literal["numeric", "categorical"]
+Scale = Literal["none", "minmax"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that the model sees: its `categories`, or the bounds of its numbers."""
+
+    name: str
+    kind: Kind
+    categories: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """How many columns it becomes."""
+        return len(self.categories) if self.kind == "categorical" else 1
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Rows of a table to points: see the table in this module's docstring.
+
+    Attributes:
+        columns: what becomes a point, in the order in which it does.
+        scale: `minmax` or `none`, of all numeric columns.
+        missing: what becomes of a row with an empty cell.
+        others: columns that the table may have and the model never sees, such as its label.
+    """
+
+    columns: tuple[Column, ...]
+    scale: Scale
+    missing: Literal["error", "drop"] = "error"
+    others: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Dimension D of a point."""
+        return sum(column.width for column in self.columns)
+
+    @property
+    def numeric(self) -> list[str]:
+        """Names of the numeric columns."""
+        return [column.name for column in self.columns if column.kind == "numeric"]
+
+    def check(self, names: Sequence[str], source: str) -> None:
+        """EBMError if a column is not among `names`, a warning if there are others; both name
+        them."""
+        known = [column.name for column in self.columns]
+        if lacking := [name for name in known if name not in names]:
+            raise EBMError(f"{source}: no column {_listed(lacking)}; it has {_listed(names)}")
+        if extra := [name for name in names if name not in {*known, *self.others}]:
+            log.warning("%s: columns that the model does not know: %s", source, _listed(extra))
+
+    def complete(self, frame: "DataFrame") -> np.ndarray:
+        """Which rows have no empty cell in these columns: bool [N]."""
+        return frame[[column.name for column in self.columns]].notna().all(axis=1).to_numpy()
+
+    def encode(self, frame: "DataFrame", source: str) -> tuple[Tensor, dict[str, int]]:
+        """Points float32 [N, D] of the rows of `frame`, and by column how many of its categories
+        were not fitted.
+
+        Raises EBMError naming `source`, row and column of a cell that is empty or no number.
+        """
+        points = torch.zeros(len(frame), self.width)
+        unseen: dict[str, int] = {}
+        blocks = points.numpy()
+        for column in self.columns:
+            block, blocks = blocks[:, : column.width], blocks[:, column.width :]
+            values = _present(frame[column.name], source)
+            if column.kind == "numeric":
+                block[:, 0] = self._scaled(column, _numbers(values, source))
+                _finite(block[:, 0], values, source)
+            elif unknown := _one_hot(column.categories, values, block):
+                unseen[column.name] = unknown
+        return points, unseen
+
+    def _scaled(self, column: Column, numbers: np.ndarray) -> np.ndarray:
+        if self.scale == "none":
+            return _single(numbers)
+        return _single((numbers - column.low) / ((column.high - column.low) or 1.0))
+
+    def apply(self, frame: "DataFrame", source: str = "table") -> Tensor:
+        """Points float32 [N, D] of a table whose columns are found by their names; unknown
+        columns and categories are warned of. Raises EBMError as `check` and `encode` do."""
+        self.check(list(frame.columns), source)
+        points, unseen = self.encode(frame, source)
+        warn_of_unseen(unseen, source)
+        return points
+
+    def to_json(self) -> dict[str, Any]:
+        """Itself as what JSON knows."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, content: Any, source: str) -> "Transform":
+        """What `to_json` made; EBMError naming `source` if it is something else."""
+        try:
+            columns = [c | {"categories": tuple(c["categories"])} for c in content["columns"]]
+            lists = {"columns": tuple(Column(**c) for c in columns)}
+            return cls(**content | lists | {"others": tuple(content["others"])})
+        except (KeyError, TypeError) as error:
+            raise EBMError(f"{source}: not a transform of a table ({error!r})") from None
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Transform":
+        """Read what `save` wrote; EBMError names the file if it is missing or something else."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EBMError(f"{path}: not a transform of a table ({error})") from None
+        return cls.from_json(content, str(path))
+
+
+def warn_of_unseen(unseen: dict[str, int], source: str) -> None:
+    """A warning for each column with categories that were not fitted."""
+    for name, count in unseen.items():
+        log.warning("%s: column %r: %d rows with a category never fitted", source, name, count)
+
+
+def fit(
+    frame: "DataFrame",
+    categorical: Collection[str],
+    scale: Scale,
+    source: str,
+    missing: Literal["error", "drop"] = "error",
+    others: Collection[str] = (),
+    vocabulary: "DataFrame | None" = None,
+) -> Transform:
+    """The transform of all columns of `frame` but `others`, in their order, with the bounds and
+    the categories (sorted) of its rows, or the categories of another frame, the `vocabulary`."""
+    of = frame if vocabulary is None else vocabulary
+    columns = []
+    for name in (name for name in frame.columns if name not in others):
+        if name in categorical:
+            seen = _present(of[name], source).astype(str).unique()
+            columns.append(Column(name, "categorical", tuple(sorted(seen))))
+        else:
+            values = _present(frame[name], source)
+            numbers = _finite(_numbers(values, source), values, source)
+            columns.append(Column(name, "numeric", (), numbers.min().item(), numbers.max().item()))
+    return Transform(tuple(columns), scale, missing, tuple(others))
+
+
+def _present(values: "Series", source: str) -> "Series":
+    """The cells of a column, if none is empty."""
+    if (empty := values.isna().to_numpy()).any():
+        raise EBMError(f"{_cell(values, empty, source)} is empty")
+    return values
+
+
+def _numbers(values: "Series", source: str) -> np.ndarray:
+    """The cells of a column, none of them empty, as float64 [N]."""
+    import pandas as pd
+
+    if values.dtype.kind in "iuf":
+        return values.to_numpy(np.float64)
+    numbers = pd.to_numeric(values.astype(str), errors="coerce").to_numpy(np.float64)
+    if (text := np.isnan(numbers)).any():
+        cell = f"{_cell(values, text, source)} = {_short(values[text].iloc[0])}"
+        raise EBMError(f"{cell}: not a number; a column of text belongs in categorical or ignore")
+    return numbers
+
+
+def _single(numbers: np.ndarray) -> np.ndarray:
+    """As float32; what is too large for it becomes infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return numbers.astype(np.float32)
+
+
+def _finite(numbers: np.ndarray, values: "Series", source: str) -> np.ndarray:
+    """`numbers`, made of `values`, if all of them are finite."""
+    if (wrong := ~np.isfinite(numbers)).any():
+        cell = f"{_cell(values, wrong, source)} = {_short(values[wrong].iloc[0])}"
+        raise EBMError(f"{cell}: too large for float32, or no finite number")
+    return numbers
+
+
+def _one_hot(categories: tuple[str, ...], values: "Series", block: np.ndarray) -> int:
+    """Set the 1s in `block` [N, len(categories)]; how many values are none of `categories`."""
+    import pandas as pd
+
+    codes = pd.Index(categories, dtype=str).get_indexer(pd.Index(values.astype(str)))
+    rows = np.flatnonzero(codes >= 0)
+    block[rows, codes[rows]] = 1.0
+    return len(values) - len(rows)
+
+
+def _cell(values: "Series", wrong: np.ndarray, source: str) -> str:
+    """Where the first wrong cell of a column is; a row of a frame that counts in another way has
+    the name it has there."""
+    row = values.index[wrong][0]
+    number = row + FIRST_ROW if isinstance(row, int | np.integer) else repr(row)
+    return f"{source}: row {number}, column {values.name!r}"
+
+
+def _listed(names: Sequence[Any], most: int = 8) -> str:
+    shown = ", ".join(repr(str(name)) for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def _short(value: object) -> str:
+    text = repr(str(value))
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def header(path: Path) -> list[str]:
+    """The names of the columns of a CSV file; EBMError if it cannot be read or a name occurs
+    twice. A column without a name has the one that pandas gives it."""
+    import pandas as pd
+
+    if not path.is_file():
+        raise EBMError(f"{path}: no such file")
+    options: dict[str, Any] = {"header": None, "nrows": 1, "dtype": str, "skipinitialspace": True}
+    with _reading(path):
+        first = pd.read_csv(path, **options, keep_default_na=False).iloc[0]
+    names = [name or f"Unnamed: {number}" for number, name in enumerate(first)]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise EBMError(f"{path}: more than one column {_listed(twice)}")
+    return names
+
+
+def chunks(path: Path, text: Collection[str], rows: int | None = None) -> "Iterator[DataFrame]":
+    """The rows of a CSV file, `rows` at a time (all if None), the columns `text` as they are
+    written, the others as numbers wherever they are some; the index counts rows from 0.
+
+    Raises EBMError naming the file if it is no table, or has no rows.
+    """
+    import pandas as pd
+
+    count = 0
+    with _reading(path):
+        reader = pd.read_csv(
+            path,
+            chunksize=rows or 2**62,
+            dtype=dict.fromkeys(text, "str"),
+            keep_default_na=False,
+            na_values=MISSING,
+            skipinitialspace=True,
+            index_col=False,
+            low_memory=False,  # the type of a column is that of a chunk, not of a piece of it
+        )
+    with reader:
+        while True:
+            with _reading(path):
+                frame = next(reader, None)
+            if frame is None or not len(frame):
+                break
+            count += len(frame)
+            yield frame
+    if not count:
+        raise EBMError(f"{path}: no rows below the header")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What can go wrong with a file, in one line."""
+    from pandas.errors import ParserWarning
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ParserWarning)
+            yield
+    except ParserWarning:
+        raise EBMError(f"{path}: not a table: rows have more cells than the header") from None
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise EBMError(f"{path}: cannot be read as a CSV table ({problem})") from None
+
+
+Made = tuple[str, dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]
+"""Of a table: what it is, tensors, no outliers, notes for the manifest, the transform."""
+
+
+def prepare(settings: TableData) -> Made:
+    """A user's table, split at random by `seed`, each class (if there is a label) in the same
+    shares. Only rows that count as normal are trained on; the anomalies of the rest are not used.
+
+    The notes: rows that were `dropped` for an empty cell, `anomalies` by split, and those that are
+    `unused`; of a table without label only the first.
+    """
+    import pandas as pd
+
+    path = Path(settings.path)
+    _check_names(settings, header(path))
+    others = [*settings.ignore, *([settings.label] if settings.label else [])]
+    frame = pd.concat(chunks(path, [*settings.categorical, *others]))
+    frame, dropped = _checked(frame, settings, str(path))
+    anomaly = _anomalies(frame, settings)
+    index = split(anomaly, settings)
+    train = frame.iloc[index["train"].numpy()]
+    categorical, missing = settings.categorical, settings.missing
+    transform = fit(train, categorical, "minmax", str(path), missing, others)
+    points, unseen = transform.encode(frame, str(path))
+    warn_of_unseen(unseen, str(path))
+    rows = torch.from_numpy(frame.index.to_numpy(copy=True))
+    tensors = {name: points[which] for name, which in index.items()}
+    tensors |= {f"{name}_index": rows[which] for name, which in index.items()}
+    notes: dict[str, Any] = {"dropped": dropped}
+    if settings.label:
+        tensors |= labels(anomaly, index)
+        notes |= counts(anomaly, index)
+    return f"{path}, sha256 {_digest(path)}", tensors, {}, notes, transform.to_json()
+
+
+def _check_names(settings: TableData, names: list[str]) -> None:
+    """EBMError if the file lacks a column that the settings name, or a column lacks a name."""
+    label = [settings.label] if settings.label else []
+    wanted = {"label": label, "categorical": settings.categorical, "ignore": settings.ignore}
+    for key, columns in wanted.items():
+        if lacking := [name for name in columns if name not in names]:
+            has = _listed(names)
+            raise EBMError(f"{settings.path}: {key}: no column {_listed(lacking)}; it has {has}")
+    nameless = [name for name in names if name.startswith("Unnamed: ")]
+    if left := [name for name in nameless if name not in settings.ignore]:
+        advice = f"give it one, or ignore it as {left[0]!r}"
+        raise EBMError(f"{settings.path}: a column has no name; {advice}")
+    if not set(names) - {*settings.ignore, *label}:
+        raise EBMError(f"{settings.path}: no column is left for the model to see")
+
+
+def _checked(frame: "DataFrame", settings: TableData, source: str) -> tuple["DataFrame", int]:
+    """The rows that are kept, their numbers as such, and how many rows are not: those with an
+    empty cell, if they may be. EBMError names the first cell that cannot be used."""
+    used = frame.drop(columns=settings.ignore)
+    complete = used.notna().all(axis=1)
+    dropped = int((~complete).sum())
+    if settings.missing == "drop" and dropped:
+        log.warning("%s: %d rows with an empty cell are left out", source, dropped)
+        used = used[complete]
+    columns = {str(name): _present(used[name], source) for name in used}
+    numeric = set(columns) - {*settings.categorical, settings.label}
+    numbers = {name: _numbers(columns[name], source) for name in columns if name in numeric}
+    return used.assign(**numbers), dropped
+
+
+def _anomalies(frame: "DataFrame", settings: TableData) -> Tensor:
+    """Which rows do not count as normal: bool [N]; none where there is no label."""
+    if settings.label is None:
+        return torch.zeros(len(frame), dtype=torch.bool)
+    values = _present(frame[settings.label], settings.path)
+    found = list(values.unique())
+    if absent := [name for name in settings.normal if name not in found]:
+        where = f"{settings.path}: column {settings.label!r}"
+        raise EBMError(f"{where} is never {_listed(absent)} (normal); it is {_listed(found)}")
+    return torch.from_numpy(~values.isin(settings.normal).to_numpy())
+
+
+def split(anomaly: Tensor, settings: TableData) -> dict[str, Tensor]:
+    """Rows of each split, in random order: of each class the shares `validation` and `test`, of
+    what is not `anomaly` [N] the rest to train on. EBMError if a class is too small for that."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(anomaly), generator=generator)
+    part = torch.full((len(anomaly),), -1)
+    for anomalous in (False, True) if settings.label else (False,):
+        rows = order[anomaly[order] == anomalous]
+        sizes = [round(share * len(rows)) for share in (settings.validation, settings.test)]
+        if min(*sizes, anomalous or len(rows) - sum(sizes)) < 1:
+            which = "anomalous" if anomalous else "normal"
+            few = f"{len(rows)} {which} rows are too few for" if settings.label else "too few for"
+            shares = f"validation = {settings.validation}, test = {settings.test}"
+            raise EBMError(f"{settings.path}: {few} {shares}")
+        validation, test, rest = rows.split([*sizes, len(rows) - sum(sizes)])
+        part[validation], part[test] = 1, 2
+        if not anomalous:
+            part[rest] = 0
+    return {name: order[part[order] == number] for number, name in enumerate(SPLITS)}
+
+
+def labels(anomaly: Tensor, index: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`<split>_labels`, 1 for an anomaly, of the splits that hold some."""
+    return {f"{s}_labels": anomaly[index[s]].long() for s in ("validation", "test")}
+
+
+def counts(anomaly: Tensor, index: dict[str, Tensor]) -> dict[str, Any]:
+    """How many anomalies are in which split, and in none."""
+    found = {s: int(anomaly[index[s]].sum()) for s in ("validation", "test")}
+    return {"anomalies": found, "unused": int(anomaly.sum()) - sum(found.values())}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

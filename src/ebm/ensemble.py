@@ -1,0 +1,103 @@
+"""Several models of one variant, trained side by side in one run, and how each was lately.
+
+What one training says can be luck, so tables give a mean over several. `snapshots` are the last
+states of every member, taken every so many steps: the released code of MEG averages the scores of
+its last ten epochs, because those of a critic that still moves are a matter of the moment.
+`without` names a class for each member that it never sees: a detector of that class.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ebm.variants.base import EBM
+
+
+class Ensemble(EBM):
+    """`members` models that `make` builds, each with a part of every batch, noise and initial
+    weights of its own; its energy is the mean of theirs. Logs are means over the members."""
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        make: Callable[[], EBM],
+        members: int,
+        snapshots: int,
+        every: int,
+        without: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.every, self.without = every, list(without)
+        self.members = nn.ModuleList(make() for _ in range(members))
+        self.snapshots = nn.ModuleList(
+            nn.ModuleList(make() for _ in range(snapshots)) for _ in range(members)
+        ).requires_grad_(False)
+        self.register_buffer("steps", torch.tensor(0))
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {
+            f"{number}.{name}": optimizer
+            for number, member in enumerate(self._members())
+            for name, optimizer in member.optimizers.items()
+        }
+
+    @property
+    def needs_labels(self) -> bool:
+        return bool(self.without)
+
+    def energy(self, x: Tensor) -> Tensor:
+        return torch.stack([member.energy(x) for member in self._members()]).mean(0)
+
+    def initialise(self, data: Tensor) -> None:
+        for member in self._members():
+            member.initialise(data)
+
+    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        rows = torch.arange(len(x), device=x.device).tensor_split(len(self.members))
+        logs = [self._step(m, x, y, part) for m, part in enumerate(rows)]
+        self.steps += 1
+        if self.steps % self.every == 0:
+            self._take_snapshots()
+        return {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
+
+    def _step(self, m: int, x: Tensor, y: Tensor | None, rows: Tensor) -> dict[str, Tensor]:
+        """A step of member `m` on its `rows`, without those of the class that it must not see."""
+        if self.without and y is not None:
+            rows = rows[y[rows] != self.without[m % len(self.without)]]
+        return self._members()[m].training_step(x[rows])
+
+    def _take_snapshots(self) -> None:
+        """The oldest snapshot of every member gives way to its present state."""
+        for member, kept in zip(self.members, self._snapshots(), strict=True):
+            if kept:
+                slot = (int(self.steps) // self.every - 1) % len(kept)
+                kept[slot].load_state_dict(member.state_dict())
+
+    def sample(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws of every member, n in all: those of the first member come first."""
+        counts = [len(part) for part in torch.arange(n).tensor_split(len(self.members))]
+        drawn = [
+            m.sample(c, *args, **kwargs) for m, c in zip(self._members(), counts, strict=True)
+        ]
+        return {name: torch.cat([d[name] for d in drawn]) for name in drawn[0]}
+
+    def histories(self) -> list[list[EBM]]:
+        """For each member its snapshots, or itself where there are none."""
+        pairs = zip(self._snapshots(), self._members(), strict=True)
+        return [kept or [member] for kept, member in pairs]
+
+    def _members(self) -> list[EBM]:
+        return [cast(EBM, member) for member in self.members]
+
+    def _snapshots(self) -> list[list[EBM]]:
+        return [[cast(EBM, s) for s in cast(nn.ModuleList, kept)] for kept in self.snapshots]
+
+
+def histories(model: EBM) -> list[list[EBM]]:
+    """Those of an ensemble; any other model is its own only member."""
+    return model.histories() if isinstance(model, Ensemble) else [[model]]

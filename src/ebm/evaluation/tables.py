@@ -1,0 +1,197 @@
+"""Rows of a table unlike those that a model was trained on."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebm import EBMError, figures, metrics
+from ebm.data import Prepared
+from ebm.ensemble import histories
+from ebm.evaluation.published import KDDCUP99, refer_to_published
+from ebm.evaluation.result import Evaluation
+from ebm.evaluation.scores import SUFFIXES, TITLES, Numbers, scores, summarised
+from ebm.reference import Reference
+from ebm.variants.base import EBM
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a score gets its threshold: by its values on `rows` [R, *], and by the `labels` [R] of
+    these, 1 for an anomaly, where they may be known. It is that of the best F1 where there are
+    labels of both kinds, else the share `flagged` of the rows is flagged."""
+
+    rows: Tensor
+    labels: Tensor | None
+    flagged: float | None
+
+    def threshold(self, score: Tensor) -> float:
+        """The threshold of the `score` [R] of the rows."""
+        if self.labels is not None:
+            anomalous = self.labels == 1
+            if anomalous.any() and not anomalous.all():
+                return metrics.best_f1_threshold(score[~anomalous], score[anomalous])
+        if self.flagged is None:
+            wanted = "the share of rows to flag, as no labels set a threshold"
+            raise EBMError(f"evaluate.flagged: missing; expected {wanted}")
+        return metrics.share_threshold(score, self.flagged)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores by name: of the rows that set a threshold [R] and of the test rows [N]."""
+
+    known: dict[str, Tensor]
+    test: dict[str, Tensor]
+
+
+def evaluate_table(
+    model: EBM,
+    samples: dict[str, Tensor],
+    prepared: Prepared,
+    reference: Reference,
+    settings: dict[str, Any],
+) -> Evaluation:
+    """Every snapshot of every member as a detector of the anomalies among the test rows, and the
+    threshold of the whole model; of a table without labels that threshold and the scores.
+
+    Protocol `paper` flags a share of the test rows, as published; all others choose the threshold
+    on the validation rows.
+    """
+    result = Evaluation()
+    device = samples["samples"].device
+    test, validation = (prepared.points(split).to(device) for split in ("test", "validation"))
+    truth, labels = (prepared.labels(split) for split in ("test", "validation"))
+    paper = prepared.manifest["settings"].get("protocol") == "paper"
+    flagged = settings.get("flagged")
+    if paper:
+        rule = Rule(test, None, flagged)
+    else:
+        rule = Rule(validation, None if labels is None else labels.to(device), flagged)
+    if truth is None:
+        _flag(result, _scored(model, rule, test), rule)
+        return result
+    if truth.unique().numel() != 2:
+        raise EBMError("test_labels: all rows are of one kind; expected normal and anomalous ones")
+    _detect(result, model, rule, test, truth.to(device) == 1)
+    _refer_to_rankings(result, truth == 1, flagged if paper else None)
+    if paper:
+        refer_to_published(result, model, KDDCUP99)
+    return result
+
+
+def _scored(model: EBM, rule: Rule, test: Tensor) -> Scored:
+    found = scores(model, test)
+    return Scored(found if rule.rows is test else scores(model, rule.rows), found)
+
+
+def _flag(result: Evaluation, scored: Scored, rule: Rule) -> None:
+    """What can be said of rows of which nobody knows which are anomalies."""
+    threshold = _set_threshold(result, scored, rule)
+    flagged = scored.test["energy"] >= threshold
+    result.metrics["flagged_share"] = flagged.double().mean().item()
+    source = "the share of the validation split that the threshold flags"
+    result.refer("flagged_share", rule.flagged or 0.0, "exact", source)
+    _draw_scores(result, scored, rule, {"test": torch.ones_like(flagged)}, "Test rows")
+
+
+def _set_threshold(result: Evaluation, scored: Scored, rule: Rule) -> float:
+    """The threshold of the energy, kept if there is one."""
+    threshold = rule.threshold(scored.known["energy"])
+    if math.isfinite(threshold):
+        result.thresholds["energy"] = threshold
+    return threshold
+
+
+def _detect(result: Evaluation, model: EBM, rule: Rule, test: Tensor, truth: Tensor) -> None:
+    """Detection of the rows that are anomalies by `truth` [N]: the trainings one by one, the whole
+    model, pictures of the first training."""
+    members = histories(model)
+    first = members[0][-1]
+    shown = _scored(first, rule, test)
+    numbers = [
+        [
+            _detected(shown if one is first else _scored(one, rule, test), rule, truth)
+            for one in snapshots
+        ]
+        for snapshots in members
+    ]
+    result.metrics |= summarised(numbers)
+    whole = shown if model is first else _scored(model, rule, test)
+    _set_threshold(result, whole, rule)
+    if len(members) > 1:
+        found = _detected(whole, rule, truth)
+        result.metrics |= {f"{name}_ensemble": found[name] for name in ("f1", "auprc")}
+    kinds = {"normal": ~truth, "anomalous": truth}
+    _draw_scores(result, shown, rule, kinds, "Test rows, by a snapshot of the first training")
+    curves = {TITLES[name]: _curves(s[~truth], s[truth]) for name, s in shown.test.items()}
+    caption = "The same scores over all thresholds. Dashed: scores that know nothing."
+    picture = figures.detection_curves(curves, truth.double().mean().item())
+    result.draw("detection", "Detection", caption, picture)
+
+
+def _detected(scored: Scored, rule: Rule, truth: Tensor) -> Numbers:
+    """Each score as a detector, in numbers."""
+    found: Numbers = {}
+    for name, score in scored.test.items():
+        inliers, outliers = score[~truth], score[truth]
+        threshold = rule.threshold(scored.known[name])
+        precision, recall, f1 = metrics.detection(inliers, outliers, threshold)
+        numbers = {
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+            "auroc": metrics.auroc(inliers, outliers),
+            "auprc": metrics.auprc(inliers, outliers),
+        }
+        found |= {key + SUFFIXES[name]: value for key, value in numbers.items()}
+    return found
+
+
+def _refer_to_rankings(result: Evaluation, truth: Tensor, share: float | None) -> None:
+    """What rankings that know nothing, the worst one and the best one score, the last for a rule
+    that flags a fixed `share` of the rows."""
+    outliers = int(truth.sum())
+    p = outliers / len(truth)
+    result.refer("auroc", 0.5, "chance", "scores that know nothing")
+    result.refer("auprc", p, "chance", "the share of anomalies in the test split")
+    lowest = metrics.worst(metrics.auprc, len(truth) - outliers, outliers)
+    result.refer("auprc", lowest, "floor", "the worst possible ranking of the test split")
+    if share is None:
+        result.refer("f1", 2 * p / (1 + p), "chance", "every row is flagged")
+        return
+    rule = f"{share:.0%} of the rows are flagged and {p:.1%} are anomalies"
+    best = {"precision": min(1.0, p / share), "recall": min(1.0, share / p)}
+    for name, ceiling in (best | {"f1": metrics.f1_ceiling(p, share)}).items():
+        result.refer(name, ceiling, "ceiling", f"{rule}; rows that tie could add to it")
+    result.refer("f1", 2 * p * share / (p + share), "chance", f"{rule}, at random")
+
+
+def _draw_scores(
+    result: Evaluation, scored: Scored, rule: Rule, kinds: dict[str, Tensor], rows: str
+) -> None:
+    """The scores of each of several `kinds` of test rows, [N] each; those that are finite."""
+    panels = {
+        TITLES[name]: (
+            {kind: score[which].cpu().numpy() for kind, which in kinds.items()},
+            rule.threshold(scored.known[name]),
+        )
+        for name, score in scored.test.items()
+        if score.isfinite().all()
+    }
+    caption = (
+        f"{rows}. What lies beyond the frame counts in its outermost bins. Dashed: the threshold, "
+        "from which on a row is flagged."
+    )
+    if panels:
+        result.draw("scores", "Scores", caption, figures.score_histograms(panels))
+
+
+def _curves(inliers: Tensor, outliers: Tensor) -> tuple[Any, Any, Any]:
+    """False alarm rates, recalls and precisions [K] from the highest threshold down, as arrays."""
+    _, true, false = metrics.operating_points(inliers, outliers)
+    lines = false / len(inliers), true / len(outliers), true / (true + false)
+    alarm, recall, precision = (line.cpu().numpy() for line in lines)
+    return alarm, recall, precision

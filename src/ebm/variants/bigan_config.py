@@ -1,0 +1,41 @@
+"""Settings of the bidirectional GAN, as they stand in `params.yaml`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ebm import schema
+from ebm.schema import Count, Positive, Section, Share, Size, Widths
+
+
+class Model(Section):
+    """`network`: `mlp`, or `conv` for images (`ebm.networks.encoder`, `decoder` and `Joint`).
+    Widths of the hidden layers, channels of the convolutions, of the `encoder`, the `generator`
+    and the `discriminator`; `latent` dimension of z, the share `mix` of the discriminator's term
+    in the energy, Adam's `learning_rate`s, that of the generator for the encoder too, and `betas`,
+    the decay of the moving averages of all three networks (`ema: 0` keeps none)."""
+
+    network: Literal["mlp", "conv"]
+    encoder: Widths
+    generator: Widths
+    discriminator: Widths
+    latent: Count
+    mix: Share
+    generator_learning_rate: Positive
+    discriminator_learning_rate: Positive
+    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    ema: Share
+
+
+class Evaluate(schema.Detection):
+    """`grid`: cells per axis of the square on which exp(-E) is integrated (0 for points that do
+    not lie in the plane)."""
+
+    grid: Size
+
+
+class Experiment(schema.Experiment):
+    variant: Literal["bigan"]
+    model: Model
+    sample: schema.Drawn
+    evaluate: Evaluate

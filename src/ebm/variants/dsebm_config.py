@@ -1,0 +1,27 @@
+"""Settings of deep structured energy-based models, as they stand in `params.yaml`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ebm import schema
+from ebm.schema import Positive, Section, Share, Widths
+
+
+class Model(Section):
+    """`widths` of the softplus layers; standard deviation of the `noise` that is to be removed
+    from the columns; `standardise`: columns with mean 0 and variance 1 by the training data; Adam's
+    `learning_rate` and `betas`."""
+
+    widths: Widths
+    noise: Positive
+    standardise: bool
+    learning_rate: Positive
+    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+
+
+class Experiment(schema.Experiment):
+    variant: Literal["dsebm"]
+    model: Model
+    sample: schema.NothingDrawn
+    evaluate: schema.Detection

@@ -1,0 +1,82 @@
+r"""One-class support vector machine (Schölkopf, Platt, Shawe-Taylor, Smola & Williamson 2001,
+Neural Computation 13:1443), a baseline.
+
+In the feature space of the Gaussian kernel k, the half-space furthest from the origin that holds
+all but about a share nu of the training points:
+
+    E(x) = rho - sum_i alpha_i k(x_i, x),     0 <= alpha_i <= 1,     sum_i alpha_i = nu l
+
+E is positive outside of the learned region. It is a score: exp(-E) is no density.
+
+    paper    | here
+    ---------|---------------------------------------------------------------------------
+    x_i, l   | rows [points, D], a random part of the training data, as a fit takes l^2 time
+    alpha    | dual [points], nu l times the paper's, as in LIBSVM, whose fit this is
+    rho      | offset, by the same factor
+    k        | `ebm.rbf.kernel`
+
+The fit takes place before the first step, and there are none: `train.steps` is 0. The zeros in
+`dual` are stored too, so that the shapes do not depend on the fit, and left out where E is
+computed.
+
+Logged, should there be steps all the same: `energy_gap`, the mean energy of the batch, as there
+are no samples to hold it against; `gradient_norm` = 0.
+"""
+
+import torch
+from torch import Tensor
+
+from ebm import rbf
+from ebm.scoring import Scorer
+
+
+class OneClassSVM(Scorer):
+    """The machine over points of `shape`; settings as in `one_class_svm_config.Model`."""
+
+    rows: Tensor
+    dual: Tensor
+    offset: Tensor
+    gamma: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        points: int,
+        nu: float,
+        gamma: float | str,
+        standardise: bool,
+    ) -> None:
+        super().__init__(shape, standardise)
+        self.points, self.nu, self.width = points, nu, gamma
+        dimensions = len(self.columns.mean)
+        self.register_buffer("rows", torch.zeros(points, dimensions, dtype=torch.double))
+        self.register_buffer("dual", torch.zeros(points, dtype=torch.double))
+        self.register_buffer("offset", torch.zeros((), dtype=torch.double))
+        self.register_buffer("gamma", torch.ones((), dtype=torch.double))
+
+    def initialise(self, data: Tensor) -> None:
+        """Fit the machine to some rows of `data` [N, *]."""
+        from sklearn import svm
+
+        super().initialise(data)
+        self.rows.copy_(self.columns(rbf.some_rows(data, self.points)))
+        self.gamma.fill_(rbf.width(self.width, self.rows))
+        fitted = svm.OneClassSVM(nu=self.nu, gamma=self.gamma.item()).fit(self.rows.cpu().numpy())
+        self.dual[torch.from_numpy(fitted.support_).long()] = self.dual.new_tensor(
+            fitted.dual_coef_[0]
+        )
+        self.offset.fill_(-fitted.intercept_.item())
+
+    def energy(self, x: Tensor) -> Tensor:
+        support = self.dual != 0
+        rows, dual = self.rows[support], self.dual[support]
+
+        def energy(part: Tensor) -> Tensor:
+            return self.offset - rbf.kernel(part, rows, self.gamma) @ dual
+
+        return rbf.in_slices(energy, self.columns(x).double()).to(x.dtype)
+
+    @torch.no_grad()
+    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mean = self.energy(x).mean()
+        return {"energy_gap": mean, "gradient_norm": torch.zeros_like(mean)}

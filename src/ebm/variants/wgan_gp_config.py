@@ -1,0 +1,42 @@
+"""Settings of the Wasserstein GAN with gradient penalty, as they stand in `params.yaml`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ebm import schema
+from ebm.schema import Count, NonNegative, Positive, Section, Share, Size, Widths
+
+
+class Model(Section):
+    """`network`: `mlp`, or `conv` for images (`ebm.networks.encoder` and `decoder`). Widths of the
+    hidden layers, channels of the convolutions, of the `energy`, which is minus the critic, and of
+    the `generator`; `latent` dimension of z, `energy_steps` per generator step, weight of the
+    `gradient_penalty`, Adam's `learning_rate`s and `betas`, the decay of the generator's moving
+    average (`ema: 0` keeps none), the `precision` in which the layers compute in training."""
+
+    network: Literal["mlp", "conv"]
+    energy: Widths
+    generator: Widths
+    latent: Count
+    energy_steps: Count
+    gradient_penalty: NonNegative
+    energy_learning_rate: Positive
+    generator_learning_rate: Positive
+    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    ema: Share
+    precision: Literal["float32", "bfloat16"]
+
+
+class Evaluate(Section):
+    """`grid`: cells per axis of the square on which exp(-E) is integrated (0 for points that do
+    not lie in the plane)."""
+
+    grid: Size
+
+
+class Experiment(schema.Experiment):
+    variant: Literal["wgan_gp"]
+    model: Model
+    sample: schema.Drawn
+    evaluate: Evaluate

@@ -1,0 +1,125 @@
+"""Members are trained apart from each other, see what they may see, and leave snapshots."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ebm import variants
+from ebm.checkpoint import Checkpoints
+from ebm.ensemble import Ensemble, histories
+from ebm.train import Watch, fit
+from ebm.variants.base import EBM, descend
+
+
+class Mean(EBM):
+    """E(x) = |x - m|^2 / 2, whose m a step moves to the mean of its batch, and keeps the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.m = torch.nn.Parameter(torch.randn(1))
+        self.optimizer = torch.optim.SGD([self.m], lr=1.0)
+        self.seen: list[Tensor] = []
+
+    def energy(self, x):
+        return (x - self.m).square().sum(1) / 2
+
+    def training_step(self, x, y=None):
+        self.seen.append(x)
+        norm = descend(self.optimizer, self.energy(x).mean())
+        return {"energy_gap": self.m.detach().squeeze(), "gradient_norm": norm}
+
+    def sample(self, n):
+        return {"samples": self.m.detach().expand(n, 1)}
+
+
+def ensemble(members=3, snapshots=0, every=1, without=()):
+    torch.manual_seed(0)
+    return Ensemble(Mean, members, snapshots, every, without)
+
+
+def test_every_row_of_a_batch_goes_to_one_member():
+    model = ensemble()
+    batch = torch.arange(9.0).view(9, 1)
+    model.training_step(batch)
+    assert torch.equal(torch.cat([member.seen[0] for member in model.members]), batch)
+    assert [member.m.item() for member in model.members] == pytest.approx([1, 4, 7])
+
+
+def test_its_energy_and_logs_are_means_over_members():
+    model, x = ensemble(), torch.randn(5, 1)
+    expected = sum(member.energy(x) for member in model.members) / 3
+    torch.testing.assert_close(model.energy(x), expected)
+    logs = model.training_step(torch.arange(9.0).view(9, 1))
+    assert logs["energy_gap"].item() == pytest.approx(4)
+
+
+def test_a_member_never_sees_the_class_that_it_is_without():
+    model = ensemble(members=4, without=[0, 1])
+    assert model.needs_labels
+    labels = torch.arange(40) % 3
+    model.training_step(labels.float().view(-1, 1), labels)
+    for number, member in enumerate(model.members):
+        seen = set(member.seen[0].flatten().tolist())
+        assert seen == {0.0, 1.0, 2.0} - {number % 2}
+
+
+def test_snapshots_are_the_last_states_one_of_each_period():
+    model = ensemble(members=1, snapshots=3, every=2)
+    for value in range(1, 11):
+        model.training_step(torch.full((2, 1), float(value)))
+    assert sorted(snapshot.m.item() for snapshot in model.histories()[0]) == [6, 8, 10]
+
+
+def test_without_snapshots_the_history_of_a_member_is_itself():
+    model = ensemble()
+    assert [of[0] for of in model.histories()] == list(model.members)
+    single = Mean()
+    assert histories(single) == [[single]]
+
+
+def test_samples_come_from_every_member():
+    model = ensemble()
+    model.training_step(torch.arange(9.0).view(9, 1))
+    assert model.sample(5)["samples"].flatten().tolist() == [1, 1, 4, 4, 7]
+
+
+def test_a_killed_training_goes_on_with_its_members_and_snapshots(tmp_path):
+    options = {"batch_size": 10, "seed": 0, "log_every": 2, "checkpoint_every": 4, "cooldown": 0.5}
+    settings = {
+        "network": "mlp",
+        "encoder": [4],
+        "decoder": [4],
+        "latent": 2,
+        "learning_rate": 1e-3,
+        "betas": (0.9, 0.999),
+    }
+    chosen = {"members": 2, "snapshots": 2, "every": 3, "without": [1]}
+    data, labels = torch.rand(50, 4), torch.arange(50) % 3
+
+    def train(folder, steps_killed=None):
+        torch.manual_seed(1)
+        model = variants.build("vae", (4,), settings, chosen)
+
+        def listener(step, restarts, scalars):
+            if step == steps_killed:
+                raise KeyboardInterrupt
+
+        watch, checkpoints = Watch({}, 0), Checkpoints(tmp_path / folder)
+        fit(
+            model,
+            data,
+            labels,
+            steps=20,
+            watch=watch,
+            checkpoints=checkpoints,
+            listener=listener,
+            **options,
+        )
+        return model.state_dict()
+
+    whole = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("killed", steps_killed=14)
+    resumed = train("killed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

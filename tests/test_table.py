@@ -1,0 +1,608 @@
+"""Tables: the transform is exact, fitted on training rows only and never lost; the KDD Cup's two
+protocols are what they say; whatever is wrong with a file is one line."""
+
+import copy
+import gzip
+import hashlib
+import json
+import logging
+import math
+
+import pandas as pd
+import pytest
+import torch
+from ruamel.yaml import YAML
+from test_data import AS_THEY_ARE, corrupt, density
+from test_images import publish
+from test_params import GOOD, complaint, put, remove
+
+from ebm import EBMError, data, params
+from ebm.data import files, kddcup99, table
+from ebm.schema import KDDCup99Data, TableData
+
+FRAME = pd.DataFrame(
+    {
+        "size": [2.0, 4.0, 10.0],
+        "colour": ["red", "blue", "red"],
+        "always": [7, 7, 7],
+        "port": ["80", "443", "80"],
+    }
+)
+CATEGORICAL = ["colour", "port"]
+POINTS = [  # size, blue, red, always, 443, 80
+    [0.0, 0.0, 1.0, 0.0, 0.0, 1.0],
+    [0.25, 1.0, 0.0, 0.0, 1.0, 0.0],
+    [1.0, 0.0, 1.0, 0.0, 0.0, 1.0],
+]
+
+
+def fitted(scale="minmax", **options):
+    return table.fit(FRAME, CATEGORICAL, scale, "x.csv", **options)
+
+
+def changed(**columns):
+    return FRAME.assign(**columns)
+
+
+def test_numbers_are_scaled_by_their_bounds_and_categories_get_a_column_each():
+    assert fitted().apply(FRAME).tolist() == POINTS
+    assert fitted().width == 6
+    assert fitted().apply(FRAME).dtype == torch.float32
+
+
+def test_without_a_scale_numbers_stay():
+    points = fitted("none").apply(FRAME)
+    assert points[:, 0].tolist() == [2, 4, 10]
+    assert points[:, 3].tolist() == [7, 7, 7]
+
+
+def test_beyond_the_bounds_of_training_nothing_is_clipped():
+    points = fitted().apply(changed(size=[-6.0, 18.0, 2.0], always=[7, 9, 6.5]))
+    assert points[:, 0].tolist() == [-1, 2, 0]
+    assert points[:, 3].tolist() == [0, 2, -0.5]
+
+
+def test_bounds_are_those_of_the_rows_it_was_fitted_on():
+    half = table.fit(FRAME[:2], CATEGORICAL, "minmax", "x.csv")
+    assert (half.columns[0].low, half.columns[0].high) == (2, 4)
+    assert half.apply(FRAME)[2, 0] == 4
+
+
+def test_categories_may_come_from_more_rows_than_bounds_do():
+    half = table.fit(FRAME[:1], CATEGORICAL, "minmax", "x.csv", vocabulary=FRAME)
+    assert half.columns[1].categories == ("blue", "red")
+    assert half.columns[0].high == 2
+
+
+def test_a_transform_survives_its_file_bit_for_bit(tmp_path):
+    third = table.fit(changed(size=[1 / 3, 0.1, 2e7 / 3]), CATEGORICAL, "minmax", "x.csv")
+    third.save(tmp_path / "transform.json")
+    again = table.Transform.load(tmp_path / "transform.json")
+    assert again == third
+    assert torch.equal(again.apply(FRAME), third.apply(FRAME))
+    json.loads((tmp_path / "transform.json").read_text())
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"columns": []}', '{"columns": [1]}'])
+def test_what_is_no_transform_is_named(tmp_path, content):
+    path = tmp_path / "transform.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(EBMError, match=r"transform\.json: not a transform"):
+        table.Transform.load(path)
+
+
+def test_an_unseen_category_is_all_zeros_and_counted(caplog):
+    points = fitted().apply(changed(colour=["green", "blue", "violet"]))
+    assert points[:, 1:3].tolist() == [[0, 0], [1, 0], [0, 0]]
+    assert caplog.messages == ["table: column 'colour': 2 rows with a category never fitted"]
+
+
+def test_a_category_is_compared_as_text():
+    points, unseen = fitted().encode(changed(port=[80, 443, 80]), "x.csv")
+    assert unseen == {}
+    assert points.tolist() == POINTS
+    assert fitted().encode(changed(port=["80.0", "443", "80"]), "x.csv")[1] == {"port": 1}
+
+
+def test_columns_are_found_by_name_and_others_are_warned_of(caplog):
+    shuffled = FRAME.assign(extra=1, more="x")[
+        ["more", "port", "always", "extra", "size", "colour"]
+    ]
+    assert fitted().apply(shuffled).tolist() == POINTS
+    assert caplog.messages == ["table: columns that the model does not know: 'more', 'extra'"]
+
+
+def test_a_label_is_nothing_to_warn_of(caplog):
+    transform = table.fit(FRAME, CATEGORICAL, "minmax", "x.csv", others=["always"])
+    assert transform.width == 5
+    transform.apply(FRAME)
+    assert caplog.messages == []
+
+
+def test_a_lacking_column_is_named():
+    with pytest.raises(EBMError, match="table: no column 'size', 'port'; it has 'colour'"):
+        fitted().apply(FRAME[["colour", "always"]])
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ({"size": [1.0, NAN, NAN]}, "row 3, column 'size' is empty"),
+        ({"colour": ["red", "red", None]}, "row 4, column 'colour' is empty"),
+        ({"size": ["1", "2", "two"]}, "row 4, column 'size' = 'two': not a number"),
+        ({"size": ["1", "2", "2,5"]}, "row 4, column 'size' = '2,5': not a number"),
+        ({"size": ["1", "NA", "2"]}, "row 3, column 'size' = 'NA': not a number"),
+        ({"size": [True, True, False]}, "row 2, column 'size' = 'True': not a number"),
+        ({"size": [1.0, 2.0, math.inf]}, "row 4, column 'size' = 'inf': too large"),
+        ({"size": [1.0, 1e300, 2.0]}, "row 3, column 'size' = '1e+300': too large"),
+    ],
+)
+def test_a_cell_that_cannot_be_used_is_named_by_row_and_column(columns, line):
+    with pytest.raises(EBMError) as caught:
+        fitted().apply(changed(**columns), "x.csv")
+    assert str(caught.value).startswith(f"x.csv: {line}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_frame_that_counts_in_another_way_is_named_in_its_own():
+    with pytest.raises(EBMError, match="row 'b', column 'size' is empty"):
+        fitted().apply(changed(size=[1.0, NAN, 2.0]).set_index(pd.Index(["a", "b", "c"])))
+
+
+def made_up(rows=200, anomalies=0.3):
+    """A table of numbers of very different size, with a label and a column to be ignored."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(rows, 3, generator=generator, dtype=torch.float64)
+    kinds = ["fraud" if draw < anomalies else "fine" for draw in draws[:, 0].tolist()]
+    return pd.DataFrame(
+        {
+            "id": [f"no {row}" for row in range(rows)],
+            "amount": (1e6 * draws[:, 1] - 5e5).tolist(),
+            "colour": [("red", "green", "blue")[int(3 * draw)] for draw in draws[:, 2].tolist()],
+            "kind": kinds,
+        }
+    )
+
+
+def settings(path, **changes):
+    options = {
+        "label": "kind",
+        "normal": ["fine"],
+        "categorical": ["colour"],
+        "ignore": ["id"],
+        "missing": "error",
+        "validation": 0.2,
+        "test": 0.25,
+        "seed": 0,
+    }
+    return TableData(kind="table", path=str(path), reference=AS_THEY_ARE, **options | changes)
+
+
+@pytest.fixture
+def csv(tmp_path, monkeypatch):
+    """What writes a table as `mine.csv` into the current folder, and prepares it."""
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(content, **changes):
+        if isinstance(content, pd.DataFrame):
+            content.to_csv("mine.csv", index=False)
+        else:
+            (tmp_path / "mine.csv").write_bytes(content.encode())
+        return data.prepare(settings("mine.csv", **changes))
+
+    return prepare
+
+
+def test_training_points_really_went_through_the_transform(csv):
+    """Published code fits a scaler and throws its result away."""
+    train = csv(made_up()).points("train")
+    assert made_up()["amount"].abs().max() > 1e5
+    assert train.abs().max() <= 1
+    assert train[:, 0].min() == 0
+    assert train[:, 0].max() == 1
+    assert train.shape[1] == 4
+
+
+def test_bounds_of_a_table_are_those_of_its_training_rows(csv):
+    frame = made_up()
+    frame.loc[frame["kind"] == "fraud", "amount"] *= 10
+    prepared = csv(frame)
+    amount = frame["amount"].iloc[prepared.tensors["train_index"].tolist()]
+    column = prepared.transform()["columns"][0]
+    assert (column["low"], column["high"]) == (amount.min(), amount.max())
+    assert prepared.points("test").abs().max() > 1
+
+
+def test_splits_of_a_table_are_disjoint_and_hold_both_kinds(csv):
+    frame = made_up()
+    prepared = csv(frame)
+    index = {split: prepared.tensors[f"{split}_index"] for split in data.SPLITS}
+    rows = torch.cat(list(index.values()))
+    assert len(rows.unique()) == len(rows)
+    fraud = torch.tensor((frame["kind"] == "fraud").tolist())
+    n, m = int((~fraud).sum()), int(fraud.sum())
+    sizes = {"validation": (round(0.2 * n), round(0.2 * m)), "test": (round(n / 4), round(m / 4))}
+    for split, (normal, anomalous) in sizes.items():
+        assert torch.equal(prepared.labels(split), fraud[index[split]].long())
+        assert prepared.labels(split).bincount().tolist() == [normal, anomalous]
+    assert not fraud[index["train"]].any()
+    assert len(index["train"]) == n - sum(normal for normal, _ in sizes.values())
+    held = [anomalous for _, anomalous in sizes.values()]
+    assert list(prepared.manifest["anomalies"].values()) == held
+    assert prepared.manifest["unused"] == m - sum(held)
+
+
+def test_points_are_those_of_the_rows_that_their_index_names(csv):
+    frame = made_up()
+    prepared = csv(frame)
+    transform = table.Transform.from_json(prepared.transform(), "it")
+    for split in data.SPLITS:
+        rows = frame.iloc[prepared.tensors[f"{split}_index"].tolist()]
+        assert torch.equal(transform.apply(rows), prepared.tensors[split])
+
+
+def test_a_split_mixes_the_kinds(csv):
+    prepared = csv(made_up())
+    assert (prepared.labels("test").diff() != 0).sum() > 5
+    assert (prepared.tensors["test_index"].diff() < 0).sum() > 5
+
+
+def test_without_a_label_every_row_is_trained_on_or_held_out(csv):
+    frame = made_up().drop(columns="kind")
+    prepared = csv(frame, label=None, normal=[])
+    counts = {"train": 110, "validation": 40, "test": 50}
+    assert prepared.manifest["counts"] == counts
+    assert prepared.labels("test") is None
+    assert "anomalies" not in prepared.manifest
+
+
+def test_the_same_seed_splits_alike_and_another_seed_does_not(csv):
+    a, b, c = (csv(made_up(), seed=seed).tensors for seed in (0, 0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["train_index"], c["train_index"])
+
+
+def test_rows_with_an_empty_cell_are_dropped_if_they_may_be(csv, caplog):
+    frame = made_up()
+    frame.loc[[3, 8], "amount"] = None
+    frame.loc[[8, 11], "kind"] = None
+    frame.loc[20, "id"] = None  # ignored, so nothing is lacking
+    prepared = csv(frame, missing="drop")
+    assert prepared.manifest["dropped"] == 3
+    index = torch.cat([prepared.tensors[f"{split}_index"] for split in data.SPLITS])
+    assert not set(index.tolist()) & {3, 8, 11}
+    assert "3 rows with an empty cell are left out" in caplog.text
+    with pytest.raises(EBMError, match=r"mine.csv: row \d+, column '(amount|kind)' is empty"):
+        csv(frame)
+
+
+def test_a_line_of_the_file_is_what_the_message_names(csv):
+    lines = made_up().to_csv(index=False).splitlines()
+    lines[9] = lines[9].replace(lines[9].split(",")[1], "")
+    with pytest.raises(EBMError, match=r"^mine\.csv: row 10, column 'amount' is empty$"):
+        csv("\n".join(lines))
+
+
+HEAD = "id,amount,colour,kind\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("", "cannot be read as a CSV table"),
+        ("\n\n", "cannot be read as a CSV table"),
+        (HEAD, "no rows below the header"),
+        (HEAD + "1,2,red,fine,5\n", "rows have more cells than the header"),
+        (HEAD + "1,2,red,fine\n1,2,red,fine,5\n", "in line 3, saw 5"),
+        (HEAD + '1,2,"red,fine\n', "EOF inside string"),
+        (HEAD + "1,2,red\n", "row 2, column 'kind' is empty"),
+        (HEAD + "1,2,,fine\n" * 9, "column 'colour' is empty"),
+        (HEAD + "1,two,red,fine\n" * 9, "column 'amount' = 'two': not a number"),
+        (HEAD + "1,2,red,bad\n" * 9, "column 'kind' is never 'fine' (normal); it is 'bad'"),
+        (HEAD + "1,2,red,fine\n" * 9, "0 anomalous rows are too few for validation = 0.2"),
+        ("id,amount,colour\n1,2,red\n", "label: no column 'kind'; it has 'id', 'amount'"),
+        ("id,amount,kind\n1,2,fine\n", "categorical: no column 'colour'"),
+        ("amount,colour,kind\n1,2,fine\n", "ignore: no column 'id'"),
+        ("id,id,amount,colour,kind\n", "more than one column 'id'"),
+        (",id,amount,colour,kind\n0,1,2,red,fine\n", "ignore it as 'Unnamed: 0'"),
+        ("id,colour,kind\n1,red,fine\n", "1 normal rows are too few"),
+    ],
+)
+def test_whatever_is_wrong_with_a_table_is_one_line_that_names_the_file(csv, content, line):
+    with pytest.raises(EBMError) as caught:
+        csv(content)
+    assert str(caught.value).startswith("mine.csv: ")
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_without_a_column_for_the_model_is_refused(csv):
+    with pytest.raises(EBMError, match="no column is left"):
+        csv(made_up(), categorical=[], ignore=["id", "amount", "colour"])
+
+
+def test_too_few_rows_are_too_few_without_a_label_too(csv):
+    with pytest.raises(EBMError, match="too few for validation"):
+        csv("a\n1\n2\n", label=None, normal=[], categorical=[], ignore=[])
+
+
+def test_a_file_that_is_missing_or_of_another_kind_is_named(csv, tmp_path):
+    with pytest.raises(EBMError, match=r"other.csv: no such file"):
+        data.prepare(settings("other.csv"))
+    (tmp_path / "utf16.csv").write_bytes(HEAD.encode("utf-16"))
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(HEAD.encode() * 999)[:-12])
+    for name in ("utf16.csv", "cut.csv.gz", "."):
+        with pytest.raises(EBMError, match=name) as caught:
+            data.prepare(settings(name))
+        assert "\n" not in str(caught.value)
+
+
+def test_spaces_behind_commas_and_the_mark_of_utf_8_do_not_count(csv):
+    text = "\ufeffa, b\n" + "1, x\n2, y\n3, x\n4, x\n5, y\n"
+    prepared = csv(text, label=None, normal=[], categorical=["b"], ignore=[])
+    columns = prepared.transform()["columns"]
+    assert [column["name"] for column in columns] == ["a", "b"]
+    assert set(columns[1]["categories"]) <= {"x", "y"}
+
+
+def test_text_that_looks_like_a_number_or_like_nothing_is_text(csv):
+    text = "a\n" + "01\n1\nNA\nNone\nnull\n" * 20
+    prepared = csv(text, label=None, normal=[], categorical=["a"], ignore=[])
+    assert set(prepared.transform()["columns"][0]["categories"]) == {
+        "01",
+        "1",
+        "NA",
+        "None",
+        "null",
+    }
+
+
+def test_the_source_of_a_table_has_its_checksum(csv, tmp_path):
+    source = csv(made_up()).manifest["source"]
+    assert source.endswith(hashlib.sha256((tmp_path / "mine.csv").read_bytes()).hexdigest())
+
+
+def test_the_transform_is_kept_with_the_data_and_read_when_it_is_asked_for(csv, tmp_path):
+    prepared = csv(made_up())
+    data.write(prepared, tmp_path / "mine")
+    again = data.read(tmp_path / "mine")
+    assert again.transform() == prepared.transform()
+    assert all(torch.equal(again.tensors[n], prepared.tensors[n]) for n in prepared.tensors)
+    corrupt(tmp_path / "mine" / data.TRANSFORM, "flip")
+    with pytest.raises(EBMError, match=r"transform.json: checksum"):
+        data.read(tmp_path / "mine").transform()
+    corrupt(tmp_path / "mine" / data.TRANSFORM, "remove")
+    with pytest.raises(EBMError, match=r"transform\.json"):
+        data.read(tmp_path / "mine").transform()
+
+
+def test_other_data_have_no_transform(tmp_path):
+    data.write(density(), tmp_path)
+    assert density().transform() is None
+    assert data.read(tmp_path).transform() is None
+    assert not (tmp_path / data.TRANSFORM).exists()
+
+
+CATEGORIES = {
+    "protocol_type": 3,
+    "service": 66,
+    "flag": 11,
+    "land": 2,
+    "logged_in": 2,
+    "is_host_login": 1,
+    "is_guest_login": 2,
+}
+CONTRADICTORY, REPEATED, ROWS = 500, 510, 700
+
+
+def connections():
+    """Rows like those of the KDD Cup, all categories among them: a quarter is normal, the last are
+    repeated from the first, and one has twins with the other label."""
+    rows = torch.arange(ROWS)
+    columns = {name: (rows % 5).tolist() for name in kddcup99.COLUMNS}
+    columns |= {name: (rows % n).tolist() for name, n in CATEGORIES.items()}
+    columns["src_bytes"] = (1000 * rows).tolist()
+    columns["num_outbound_cmds"] = [0] * ROWS
+    labels = ["normal." if row % 4 == 0 else f"attack{row % 3}." for row in range(ROWS)]
+    frame = pd.DataFrame(columns).assign(label=labels)
+    frame.loc[::4, "src_bytes"] += 1_000_000
+    frame.loc[REPEATED:] = frame.loc[: ROWS - REPEATED - 1].to_numpy()
+    frame.loc[CONTRADICTORY] = frame.loc[CONTRADICTORY + 1].to_numpy()
+    frame.loc[CONTRADICTORY, "label"] = "normal."
+    return frame
+
+
+@pytest.fixture
+def cup(tmp_path, monkeypatch):
+    """What prepares a made-up KDD Cup, which is all that is to be had."""
+    content = gzip.compress(connections().to_csv(index=False, header=False).encode())
+    publish(tmp_path, monkeypatch, kddcup99.FILE, content)
+    monkeypatch.setenv(files.MIRROR, str(tmp_path))
+
+    def prepare(protocol, validation=0.25, seed=0):
+        options = {"protocol": protocol, "validation": validation, "seed": seed}
+        return data.prepare(KDDCup99Data(kind="kddcup99", reference=AS_THEY_ARE, **options))
+
+    return prepare
+
+
+def anomalous(rows):
+    return connections()["label"].iloc[rows.tolist()].eq("normal.").to_numpy()
+
+
+@pytest.mark.parametrize("protocol", ["paper", "strict"])
+def test_the_cup_has_121_columns_and_normal_is_the_anomaly(cup, protocol):
+    prepared = cup(protocol)
+    assert prepared.shape == (121,)
+    transform = table.Transform.from_json(prepared.transform(), "it")
+    assert [column.name for column in transform.columns] == kddcup99.COLUMNS
+    assert {c.name: c.width for c in transform.columns if c.kind != "numeric"} == CATEGORIES
+    assert not anomalous(prepared.tensors["train_index"]).any()
+    frame = connections().astype(dict.fromkeys(CATEGORIES, str))
+    for split in data.SPLITS:
+        rows = prepared.tensors[f"{split}_index"]
+        assert torch.equal(transform.apply(frame.iloc[rows.tolist()]), prepared.points(split))
+        if split != "train":
+            assert prepared.labels(split).tolist() == anomalous(rows).tolist()
+            assert prepared.manifest["anomalies"][split] == anomalous(rows).sum()
+
+
+def test_the_published_protocol_halves_the_rows_and_scales_nothing(cup):
+    prepared = cup("paper")
+    index = {split: set(prepared.tensors[f"{split}_index"].tolist()) for split in data.SPLITS}
+    train, validation, test = index.values()
+    assert len(test) == ROWS // 2
+    assert (train | validation) == set(range(ROWS)) - test
+    shared = train & validation
+    assert len(shared) == round(0.25 * len(train)) == prepared.manifest["validation_rows_in_train"]
+    assert anomalous(torch.tensor(sorted(validation - train))).all()
+    source = kddcup99.COLUMNS.index("src_bytes")
+    column = sum(CATEGORIES.get(name, 1) for name in kddcup99.COLUMNS[:source])
+    expected = connections()["src_bytes"].iloc[prepared.tensors["train_index"].tolist()]
+    assert prepared.points("train")[:, column].tolist() == expected.tolist()
+
+
+def test_the_strict_protocol_shares_no_row_and_scales_by_train(cup):
+    prepared = cup("strict")
+    index = torch.cat([prepared.tensors[f"{split}_index"] for split in data.SPLITS])
+    assert len(index.unique()) == len(index)
+    rows = connections().iloc[index.tolist()][kddcup99.COLUMNS]
+    assert not rows.duplicated().any()
+    assert not set(index.tolist()) & {CONTRADICTORY, CONTRADICTORY + 1}
+    notes = prepared.manifest
+    assert (notes["repeated"], notes["contradictory"]) == (ROWS - REPEATED, 2)
+    for split in ("validation", "test"):
+        assert prepared.labels(split).double().mean() == 0.2
+    train = prepared.points("train")
+    assert train.amin() == 0
+    assert train.amax() == 1
+    kept = set(range(REPEATED)) - {CONTRADICTORY, CONTRADICTORY + 1}
+    transform = table.Transform.from_json(prepared.transform(), "it")
+    source = transform.columns[kddcup99.COLUMNS.index("src_bytes")]
+    bytes_ = connections()["src_bytes"].iloc[prepared.tensors["train_index"].tolist()]
+    assert (source.low, source.high) == (bytes_.min(), bytes_.max())
+    assert prepared.points("test").abs().max() > 1  # normal connections are larger
+    attacks = len(kept) - anomalous(torch.tensor(sorted(kept))).sum()
+    assert len(train) == attacks // 2
+    used = sum((prepared.labels(split) == 0).sum() for split in ("validation", "test"))
+    assert len(train) + used + notes["unused"]["attacks"] == attacks
+    assert abs(len(prepared.labels("validation")) * 0.8 - 0.25 * (attacks - len(train))) < 4
+
+
+@pytest.mark.parametrize("protocol", ["paper", "strict"])
+def test_the_same_seed_gives_the_same_cup(cup, protocol):
+    a, b, c = (cup(protocol, seed=seed).tensors for seed in (0, 0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["test_index"], c["test_index"])
+
+
+def test_a_share_that_leaves_a_split_empty_is_one_line(cup):
+    with pytest.raises(EBMError, match=r"kddcup99: validation = 0\.001 does not split"):
+        cup("strict", validation=0.001)
+
+
+def test_another_file_is_not_the_cup(cup, tmp_path):
+    (tmp_path / kddcup99.FILE).write_bytes(b"another")
+    with pytest.raises(EBMError, match="not the published file"):
+        cup("strict")
+
+
+def test_a_file_may_have_an_address_of_its_own(monkeypatch):
+    monkeypatch.delenv(files.MIRROR, raising=False)
+    monkeypatch.setattr(files, "_retrieve", lambda url, name: url)
+    assert files.fetch(kddcup99.FILE) == "https://ndownloader.figshare.com/files/5976042"
+    assert files.fetch("mnist/train-images-idx3-ubyte.gz").endswith("train-images-idx3-ubyte.gz")
+
+
+TABLES = {
+    "datasets": {
+        "mine": settings("mine.csv").model_dump(),
+        "cup": {
+            "kind": "kddcup99",
+            "protocol": "strict",
+            "validation": 0.2,
+            "seed": 0,
+            "reference": {"kind": "coordinates"},
+        },
+    },
+    "experiments": {"rbm": GOOD["experiments"]["rbm-digits"] | {"dataset": "mine"}},
+}
+MINE, CUP = "datasets.mine", "datasets.cup"
+NAMED = [
+    (f"{MINE}.path", remove),
+    (f"{MINE}.normal", remove),
+    (f"{MINE}.reference", remove),
+    (f"{CUP}.protocol", remove),
+    *[
+        (path, value)
+        for path, values in {
+            f"{MINE}.kind": ["tabel"],
+            f"{MINE}.lable": ["kind"],
+            f"{MINE}.reference.width": [3],
+            f"{MINE}.reference.kind": ["classifier"],
+            f"{MINE}.path": ["", 3],
+            f"{MINE}.label": ["", 3],
+            f"{MINE}.normal": [[], "fine", [0]],
+            f"{MINE}.categorical": ["colour", ["kind"], ["colour", "colour"]],
+            f"{MINE}.ignore": [["colour"], ["kind"], ["id", "id"]],
+            f"{MINE}.missing": ["skip"],
+            f"{MINE}.validation": [0.0, 1.0, 20],
+            f"{MINE}.test": [0.0, 0.8],
+            f"{CUP}.protocol": ["stirct"],
+            f"{CUP}.validation": [0.0, 1.0],
+            f"{CUP}.seed": [-1],
+            f"{CUP}.outliers": [[]],
+        }.items()
+        for value in values
+    ],
+]
+
+
+def altered(path, value):
+    content = copy.deepcopy(TABLES)
+    (remove(path) if value is remove else put(path, value))(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), NAMED, ids=[f"{i}-{p}" for i, (p, _) in enumerate(NAMED)]
+)
+def test_a_wrong_table_in_the_parameters_is_one_line_that_names_the_key(tmp_path, path, value):
+    line = complaint(tmp_path, altered(path, value))
+    assert line.startswith(f"params.yaml: {path}")
+    assert "\n" not in line
+
+
+def test_a_table_with_or_without_label_is_right_in_the_parameters(tmp_path):
+    content = altered(f"{MINE}.label", None)
+    assert "be empty where the label is null" in complaint(tmp_path, content)
+    put(f"{MINE}.normal", [])(content)
+    put(f"{CUP}", {**TABLES["datasets"]["cup"], "protocol": "paper", "validation": 1})(content)
+    for right in (content, TABLES):
+        YAML().dump(right, tmp_path / "params.yaml")
+        assert set(params.load(tmp_path / "params.yaml").datasets) == {"mine", "cup"}
+
+
+def test_a_typo_in_a_table_gets_a_suggestion(tmp_path):
+    assert "did you mean 'label'" in complaint(tmp_path, altered(f"{MINE}.lable", "kind"))
+    assert "did you mean 'table'" in complaint(tmp_path, altered(f"{MINE}.kind", "tabel"))
+    assert "did you mean 'strict'" in complaint(tmp_path, altered(f"{CUP}.protocol", "stirct"))
+
+
+def test_a_chunk_knows_which_rows_it_holds(tmp_path):
+    (tmp_path / "x.csv").write_text("a\n" + "".join(f"{row}\n" for row in range(10)))
+    for size in (1, 3, 10, None):
+        frames = list(table.chunks(tmp_path / "x.csv", [], size))
+        assert max(map(len, frames)) == (size or 10)
+        whole = pd.concat(frames)
+        assert whole.index.tolist() == whole["a"].tolist() == list(range(10))
+
+
+def test_nothing_is_logged_of_what_is_right(csv, caplog):
+    with caplog.at_level(logging.DEBUG, logger="ebm"):
+        csv(made_up())
+    assert caplog.messages == []
