@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from benchmarks import meg as benchmark
 from ebm.samplers import MALA, run
 from ebm.variants.meg import MEG
 
@@ -203,3 +204,18 @@ def test_it_learns_a_gaussian_that_is_not_its_prior():
     drawn = meg.sample(2000)["samples"].detach()
     assert drawn.mean(0).tolist() == pytest.approx([0.5, -0.5], abs=0.12)
     assert drawn.std(0).tolist() == pytest.approx([0.3, 0.3], abs=0.15)
+
+
+@pytest.mark.parametrize("case", benchmark.CASES, ids=lambda case: case.title)
+def test_an_iteration_is_the_published_update(case, capsys):
+    """Written down term by term as released, but for the norm of the penalty."""
+    benchmark.check_update(case)
+    assert "float64" in capsys.readouterr().out
+
+
+def test_the_benchmark_runs(capsys):
+    threads = str(torch.get_num_threads())
+    benchmark.main(["--threads", threads, "--rounds", "1", "--seconds", "0", "--small"])
+    lines = capsys.readouterr().out
+    assert "published update" in lines
+    assert "stacked" in lines

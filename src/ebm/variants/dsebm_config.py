@@ -10,8 +10,8 @@ from ebm.schema import Positive, Section, Share, Widths
 
 class Model(Section):
     """`widths` of the softplus layers; standard deviation of the `noise` that is to be removed
-    from the columns; `standardise`: columns with mean 0 and variance 1 by the training data; Adam's
-    `learning_rate` and `betas`."""
+    from the columns; `standardise`: columns with mean 0 and variance 1 by the training data;
+    Adam's `learning_rate` and `betas`."""
 
     widths: Widths
     noise: Positive
