@@ -43,20 +43,11 @@ def _samples(path: Path) -> "dict[str, Tensor]":
 
 
 def _write(folder: Path, result: "Evaluation") -> None:
-    from ebm import figures
-
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    stage.write_figures(folder, result.figures)
     stage.write_json(folder / "metrics.json", result.metrics)
     stage.write_json(folder / "references.json", result.references)
-    listing = [
-        {"file": f"figures/{name}.png", "title": title, "caption": caption}
-        for name, title, caption, _ in result.figures
-    ]
-    stage.write_json(folder / "figures.json", listing)
     if result.thresholds:
         stage.write_json(folder / "threshold.json", result.thresholds)
-    for name, _, _, figure in result.figures:
-        (folder / "figures" / f"{name}.png").write_bytes(figures.png(figure))
 
 
 def _track(name: str, folder: Path, result: "Evaluation") -> None:

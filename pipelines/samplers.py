@@ -43,18 +43,9 @@ def main() -> None:
 
 
 def _write(result: "Comparison") -> None:
-    from ebm import figures
-
-    (FOLDER / "figures").mkdir(parents=True, exist_ok=True)
+    stage.write_figures(FOLDER, result.figures)
     stage.write_json(FOLDER / "metrics.json", result.metrics)
     stage.write_json(FOLDER / "table.json", result.table)
-    listing = [
-        {"file": f"figures/{name}.png", "title": title, "caption": caption}
-        for name, title, caption, _ in result.figures
-    ]
-    stage.write_json(FOLDER / "figures.json", listing)
-    for name, _, _, figure in result.figures:
-        (FOLDER / "figures" / f"{name}.png").write_bytes(figures.png(figure))
 
 
 def _track(settings: dict[str, Any], result: "Comparison", record: dict[str, Any]) -> None:

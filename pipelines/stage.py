@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from ebm import EBMError
 
 if TYPE_CHECKING:
     import torch
+
+    from ebm.figures import Drawing
 
 PARAMS = Path("params.yaml")
 _RECORDS = (":(top,exclude,glob)**/dvc.lock",)  # what a run itself changes
@@ -77,6 +79,21 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EBMError(f"{path}: unusable ({error}); run stage {stage} again") from None
+
+
+def write_figures(folder: Path, drawn: "Sequence[tuple[str, str, str, Drawing]]") -> None:
+    """Write pictures (name, title, caption, drawing) as `figures/<name>.png` in `folder`, and
+    `figures.json`, which lists them in their order."""
+    from ebm import figures
+
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    listing = [
+        {"file": f"figures/{name}.png", "title": title, "caption": caption}
+        for name, title, caption, _ in drawn
+    ]
+    write_json(folder / "figures.json", listing)
+    for name, _, _, drawing in drawn:
+        (folder / "figures" / f"{name}.png").write_bytes(figures.png(drawing))
 
 
 def git_state() -> dict[str, Any]:
