@@ -255,6 +255,21 @@ def test_every_snapshot_of_every_member_counts_and_so_does_the_whole():
     assert not [name for name in alone[0][0] if name.endswith(("_std", "_ensemble"))]
 
 
+@pytest.mark.parametrize("protocol", ["paper", "strict"])
+def test_the_offset_of_an_energy_moves_its_threshold_and_nothing_else(protocol):
+    """Training leaves it where it happens to be. The rows lie in the plane x_3 = 0, from which a
+    centre at height h differs by the offset h^2 / 2."""
+    prepared = table(protocol=protocol)
+    for split in SHAPE:
+        prepared.tensors[split][:, 2] = 0
+    flat, shifted = (
+        measured(ensemble([[(0.0, 0.0, h)], [(1.0, 0.0, 3 * h)]]), prepared, flagged=0.2)
+        for h in (0.0, 2.0)
+    )
+    assert shifted.metrics == pytest.approx(flat.metrics)
+    assert shifted.thresholds["energy"] == pytest.approx(flat.thresholds["energy"] + 10)
+
+
 def references(found, name):
     return {entry["kind"]: entry["value"] for entry in found.references.get(name, ())}
 

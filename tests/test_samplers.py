@@ -51,6 +51,15 @@ def test_mala_keeps_a_gaussian(step_size, dimensions):
     assert state.x.mean() == pytest.approx(0, abs=3 / math.sqrt(state.x.numel()))
 
 
+@pytest.mark.parametrize(
+    "kernel",
+    [Langevin(gaussian, 0.1), MALA(gaussian, 0.1), DecoupledLangevin(gaussian, 0.1, 0.1, 1.0)],
+)
+def test_no_chain_waits_for_a_number(kernel):
+    """A tensor without content has none to wait for."""
+    assert run(kernel, torch.empty(5, 2, device="meta"), 3).x.shape == (5, 2)
+
+
 def test_mala_converges_to_a_gaussian_from_elsewhere():
     torch.manual_seed(2)
     x = run(MALA(gaussian, 0.3), 5 + torch.randn(20000, 1), 60).x

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from ebm import EBMError, variants
 from ebm.checkpoint import Checkpoints, write_atomically
+from ebm.ensemble import histories
 from ebm.seeds import mix, seed
 from ebm.train import Batches, DivergenceError, Watch, fit
 from ebm.variants.base import EBM, descend
@@ -176,6 +178,17 @@ def test_every_variant_keeps_its_contract(name):
 
 
 @pytest.mark.parametrize("name", sorted(variants.VARIANTS))
+def test_no_training_step_waits_for_a_number(name, monkeypatch):
+    """A tensor without content has none to wait for; autocast knows of no such device."""
+    model = build(name)
+    if not model.optimizers:
+        pytest.skip("is not trained in steps")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    model.initialise(data())
+    model.to("meta").training_step(data().to("meta"))
+
+
+@pytest.mark.parametrize("name", sorted(variants.VARIANTS))
 @pytest.mark.parametrize("at", [1, 9, 10, 11, 25, 39])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, name, at):
     whole = build(name)
@@ -333,6 +346,30 @@ def test_weights_come_back_from_their_files_and_bad_files_are_named(tmp_path):
     config.write_text("{}")
     with pytest.raises(EBMError, match=r"config\.json"):
         variants.load(file, config)
+
+
+@pytest.mark.parametrize(
+    "ensemble", [None, {"members": 2, "snapshots": 1, "every": 1, "without": []}]
+)
+def test_a_model_comes_back_at_rest(tmp_path, ensemble):
+    """In training mode the points of a generator that normalises would depend on each other."""
+    import json
+
+    from safetensors.torch import save_file
+
+    widths = {"energy": [2, 4], "generator": [4, 2], "statistics": [2, 4]}
+    settings = MODELS["meg"] | widths | {"network": "conv"}
+    model = variants.build("meg", (8, 8), settings, ensemble)
+    model.training_step(torch.rand(16, 8, 8))
+    config, file = tmp_path / "config.json", tmp_path / "weights.safetensors"
+    content = {"variant": "meg", "shape": [8, 8], "model": settings, "ensemble": ensemble}
+    config.write_text(json.dumps(content))
+    save_file(weights(model), file)
+    loaded = variants.load(file, config)
+    assert not any(module.training for module in loaded.modules())
+    z = torch.randn(6, settings["latent"])
+    for of in histories(loaded):
+        torch.testing.assert_close(of[0].generate(z)[:2], of[0].generate(z[:2]))
 
 
 def test_sigkill_at_random_moments_leaves_a_folder_to_resume_from(tmp_path):
