@@ -138,8 +138,8 @@ class MEG(EBM):
     def sample(
         self, n: int, steps: int = 0, step_size: float = 0.01, inverse_temperature: float = 1.0
     ) -> dict[str, Tensor]:
-        """`samples` G(z) after `steps` of latent MALA, if there are any `generator` G(z) before it,
-        both [n, *], and the mean `acceptance` of every step [steps]."""
+        """`samples` G(z) after `steps` of latent MALA; if there are any, `generator` G(z) before
+        them, both [n, *]; and the mean `acceptance` of every step [steps]."""
         rates: list[Tensor] = []
 
         def observe(step: int, state: State) -> None:
