@@ -28,7 +28,7 @@ def shrink(params):
     params["samplers"] |= {"chains": 4, "evaluations": 1000, "warmup": 10}
     rbm, meg = (params["experiments"][name] for name in EXPERIMENTS)
     rbm["evaluate"] = {"chains": 20, "temperatures": 50, "burn_in": 50}
-    meg["evaluate"] = {"grid": 50}
+    meg["evaluate"] = {"grid": 50, "flagged": None}
 
 
 def edit(clone, change):
