@@ -1,13 +1,12 @@
 """Laws of implicit generation: the gradient of its objective, its replay buffer, its options."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from test_train import MODELS, train
 
-from ebm import EBMError, metrics, params, tasks
+from ebm import EBMError, metrics, tasks
 from ebm.samplers import value_and_gradient
 from ebm.seeds import seed
 from ebm.train import DivergenceError, Watch
@@ -297,20 +296,6 @@ def test_a_run_that_diverges_once_recovers(tmp_path, caplog):
     assert progress.restarts == 1
     assert "diverged at step" in caplog.text
     assert all(abs(row["energy_gap"]) < 10 for row in progress.history)
-
-
-PUBLISHED = params.load(Path(__file__).parents[1] / "paper" / "params.yaml").experiments
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_experiment_fits_its_data(name):
-    """Its network takes points of its data set, and a step, if a short one."""
-    settings = PUBLISHED[name].model.model_dump() | {"langevin_steps": 1, "buffer": 8}
-    shape = (3, 32, 32) if "cifar" in name else (28, 28)
-    model = build(shape, settings)
-    logs = model.training_step(torch.rand(2, *shape), torch.tensor([0, 9]))
-    assert all(value.isfinite() for value in logs.values())
-    assert model.sample(2, steps=1)["samples"].shape == (2, *shape)
 
 
 def test_the_chain_leaves_the_parameters_as_they_were():

@@ -34,8 +34,10 @@ MODELS = {
     "meg": (
         (2,),
         {
-            "width": 8,
-            "depth": 1,
+            "network": "mlp",
+            "energy": [8],
+            "generator": [8],
+            "statistics": [8],
             "latent": 2,
             "energy_steps": 1,
             "score_penalty": 0.1,
@@ -44,6 +46,8 @@ MODELS = {
             "generator_learning_rate": 1e-3,
             "betas": [0.5, 0.9],
             "ema": 0.0,
+            "energy_ema": 0.0,
+            "precision": "float32",
         },
     ),
 }

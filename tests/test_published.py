@@ -1,0 +1,42 @@
+"""Every experiment of `paper/` fits its data: its networks take points of that shape, and a step,
+if a short one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ebm import params, variants
+
+PUBLISHED = params.load(Path(__file__).parents[1] / "paper" / "params.yaml")
+SHORT = {
+    "igebm": {"langevin_steps": 1, "buffer": 16},
+    "kernel_pca": {"points": 12, "components": 3},
+    "one_class_svm": {"points": 12},
+}
+"""What a step of a variant can do with less of."""
+
+
+def shape(settings):
+    """That of the points of a data set."""
+    if settings.kind == "kddcup99":
+        return (121,)
+    if settings.kind == "stacked":
+        return (settings.parts, 28, 28)
+    return (3, 32, 32) if settings.name == "cifar10" else (28, 28)
+
+
+@pytest.mark.parametrize("name", PUBLISHED.experiments)
+def test_a_published_experiment_fits_its_data(name):
+    experiment = PUBLISHED.experiments[name]
+    of = shape(PUBLISHED.datasets[experiment.dataset])
+    torch.manual_seed(0)
+    settings = experiment.model.model_dump() | SHORT.get(experiment.variant, {})
+    model = variants.build(experiment.variant, of, settings)
+    x = torch.rand(20, *of)
+    model.initialise(x)
+    logs = model.training_step(x[:10], torch.arange(10))
+    assert all(value.isfinite() for value in logs.values())
+    assert model.eval().energy(x).shape == (20,)
+    drawn = model.sample(2, **({"steps": 1} if experiment.variant == "igebm" else {}))["samples"]
+    assert drawn.shape[1:] == of
