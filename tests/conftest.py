@@ -63,3 +63,11 @@ def server(store, monkeypatch):
     with serving() as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
         yield server
+
+
+@pytest.fixture
+def cup(tmp_path, monkeypatch):
+    """What prepares a made-up KDD Cup, which is all that is to be had."""
+    from made_up_tables import publish_cup
+
+    return publish_cup(tmp_path, monkeypatch)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from made_up_tables import connections, made_up, settings
 from test_data import density
-from test_table import connections, cup, made_up, settings  # noqa: F401
 from test_train import MODELS
 
 from ebm import EBMError, data, variants
@@ -305,7 +305,7 @@ def test_a_damaged_model_is_one_line(home, file):
     assert "\n" not in str(caught.value)
 
 
-def test_connections_are_scored_by_their_published_columns(home, cup):  # noqa: F811
+def test_connections_are_scored_by_their_published_columns(home, cup):
     prepared = cup("strict")
     model = saved(home / "models/cup", prepared)
     connections()[kddcup99.COLUMNS[::-1]].to_csv("connections.csv", index=False)

@@ -11,14 +11,21 @@ import math
 import pandas as pd
 import pytest
 import torch
+from made_up_tables import (
+    CATEGORIES,
+    CONTRADICTORY,
+    REPEATED,
+    ROWS,
+    connections,
+    made_up,
+    settings,
+)
 from ruamel.yaml import YAML
-from test_data import AS_THEY_ARE, corrupt, density
-from test_images import publish
+from test_data import corrupt, density
 from test_params import GOOD, complaint, put, remove
 
 from ebm import EBMError, data, params
 from ebm.data import files, kddcup99, table
-from ebm.schema import KDDCup99Data, TableData
 
 FRAME = pd.DataFrame(
     {
@@ -151,35 +158,6 @@ def test_a_cell_that_cannot_be_used_is_named_by_row_and_column(columns, line):
 def test_a_frame_that_counts_in_another_way_is_named_in_its_own():
     with pytest.raises(EBMError, match="row 'b', column 'size' is empty"):
         fitted().apply(changed(size=[1.0, NAN, 2.0]).set_index(pd.Index(["a", "b", "c"])))
-
-
-def made_up(rows=200, anomalies=0.3):
-    """A table of numbers of very different size, with a label and a column to be ignored."""
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.rand(rows, 3, generator=generator, dtype=torch.float64)
-    kinds = ["fraud" if draw < anomalies else "fine" for draw in draws[:, 0].tolist()]
-    return pd.DataFrame(
-        {
-            "id": [f"no {row}" for row in range(rows)],
-            "amount": (1e6 * draws[:, 1] - 5e5).tolist(),
-            "colour": [("red", "green", "blue")[int(3 * draw)] for draw in draws[:, 2].tolist()],
-            "kind": kinds,
-        }
-    )
-
-
-def settings(path, **changes):
-    options = {
-        "label": "kind",
-        "normal": ["fine"],
-        "categorical": ["colour"],
-        "ignore": ["id"],
-        "missing": "error",
-        "validation": 0.2,
-        "test": 0.25,
-        "seed": 0,
-    }
-    return TableData(kind="table", path=str(path), reference=AS_THEY_ARE, **options | changes)
 
 
 @pytest.fixture
@@ -385,49 +363,6 @@ def test_other_data_have_no_transform(tmp_path):
     assert density().transform() is None
     assert data.read(tmp_path).transform() is None
     assert not (tmp_path / data.TRANSFORM).exists()
-
-
-CATEGORIES = {
-    "protocol_type": 3,
-    "service": 66,
-    "flag": 11,
-    "land": 2,
-    "logged_in": 2,
-    "is_host_login": 1,
-    "is_guest_login": 2,
-}
-CONTRADICTORY, REPEATED, ROWS = 500, 510, 700
-
-
-def connections():
-    """Rows like those of the KDD Cup, all categories among them: a quarter is normal, the last are
-    repeated from the first, and one has twins with the other label."""
-    rows = torch.arange(ROWS)
-    columns = {name: (rows % 5).tolist() for name in kddcup99.COLUMNS}
-    columns |= {name: (rows % n).tolist() for name, n in CATEGORIES.items()}
-    columns["src_bytes"] = (1000 * rows).tolist()
-    columns["num_outbound_cmds"] = [0] * ROWS
-    labels = ["normal." if row % 4 == 0 else f"attack{row % 3}." for row in range(ROWS)]
-    frame = pd.DataFrame(columns).assign(label=labels)
-    frame.loc[::4, "src_bytes"] += 1_000_000
-    frame.loc[REPEATED:] = frame.loc[: ROWS - REPEATED - 1].to_numpy()
-    frame.loc[CONTRADICTORY] = frame.loc[CONTRADICTORY + 1].to_numpy()
-    frame.loc[CONTRADICTORY, "label"] = "normal."
-    return frame
-
-
-@pytest.fixture
-def cup(tmp_path, monkeypatch):
-    """What prepares a made-up KDD Cup, which is all that is to be had."""
-    content = gzip.compress(connections().to_csv(index=False, header=False).encode())
-    publish(tmp_path, monkeypatch, kddcup99.FILE, content)
-    monkeypatch.setenv(files.MIRROR, str(tmp_path))
-
-    def prepare(protocol, validation=0.25, seed=0):
-        options = {"protocol": protocol, "validation": validation, "seed": seed}
-        return data.prepare(KDDCup99Data(kind="kddcup99", reference=AS_THEY_ARE, **options))
-
-    return prepare
 
 
 def anomalous(rows):
