@@ -177,12 +177,10 @@ def test_every_variant_keeps_its_contract(name):
     assert all(f"`{key}`" in documented for key in logs)
 
 
-@pytest.mark.parametrize("name", sorted(variants.VARIANTS))
+@pytest.mark.parametrize("name", [v for v in sorted(variants.VARIANTS) if build(v).optimizers])
 def test_no_training_step_waits_for_a_number(name, monkeypatch):
     """A tensor without content has none to wait for; autocast knows of no such device."""
     model = build(name)
-    if not model.optimizers:
-        pytest.skip("is not trained in steps")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     model.initialise(data())
     model.to("meta").training_step(data().to("meta"))
