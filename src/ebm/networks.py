@@ -156,6 +156,22 @@ class Layer(nn.Module):
         return F.silu(self.modulation(self.layer(x), y))
 
 
+class FourierFeatures(nn.Module):
+    """Vectors x [B, D] to [x, sin(x W), cos(x W)] [B, D + 2 count] with a fixed W ~ N(0,
+    bandwidth^2): what lets a network learn sharp functions of few variables (Tancik et al. 2020,
+    arXiv:2006.10739)."""
+
+    frequencies: Tensor
+
+    def __init__(self, dimensions: int, count: int, bandwidth: float) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", bandwidth * torch.randn(dimensions, count))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        phase = x @ self.frequencies
+        return torch.cat([x, phase.sin(), phase.cos()], 1)
+
+
 class Residual(nn.Module):
     """Two 3x3 convolutions beside a skip connection, then halving if `down` (the block of Du &
     Mordatch 2019; its second convolution begins at zero, by its gain)."""
@@ -175,17 +191,23 @@ class Residual(nn.Module):
 
 
 class Scalar(nn.Module):
-    """A number for every point [B, *], of class y [B] where there are classes: shape [B].
+    """A number for every point [B, *], of class y [B] where there are classes: shape [B]; of
+    several `outputs` [B, outputs].
 
     `blocks` take (x, y); the last one's output is summed over the image if `pool`, else flattened,
     and mapped linearly to the number. `images`: points are [B, C, H, W], not vectors.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], features: int, images: bool, pool: bool = False
+        self,
+        blocks: Sequence[nn.Module],
+        features: int,
+        images: bool,
+        pool: bool = False,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
-        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(features, 1)
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(features, outputs)
         self.images, self.pool = images, pool
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -194,26 +216,41 @@ class Scalar(nn.Module):
         return self.head(x.sum((2, 3)) if self.pool else x.flatten(1)).squeeze(1)
 
 
-def scalar(kind: str, shape: tuple[int, ...], width: int, depth: int, classes: int) -> Scalar:
+def scalar(
+    kind: str, shape: tuple[int, ...], width: int, depth: int, classes: int, outputs: int = 1
+) -> Scalar:
     """The `Scalar` of a kind (`mlp`, `conv`, `strided`, `resnet`) for points of `shape`:
     vectors [D], grey images [H, W] or images [C, H, W]."""
     if kind == "mlp":
-        return scalar_mlp(math.prod(shape), width, depth, classes)
+        return scalar_mlp(math.prod(shape), width, depth, classes, outputs)
     if len(shape) < 2 or min(shape[-2:]) >> depth == 0:
         raise EBMError(f"network {kind!r} of depth {depth} does not fit points of shape {shape}")
     channels, height, breadth = (1, *shape) if len(shape) == 2 else shape
     make = {"conv": scalar_conv, "strided": scalar_strided, "resnet": scalar_resnet}[kind]
-    return make((channels, height, breadth), width, depth, classes)
+    return make((channels, height, breadth), width, depth, classes, outputs)
 
 
-def scalar_mlp(dimensions: int, width: int, depth: int, classes: int) -> Scalar:
+def scalar_mlp(
+    dimensions: int, width: int, depth: int, classes: int, outputs: int = 1
+) -> Scalar:
     """`depth` hidden layers of `width` units over vectors [B, dimensions]."""
     sizes = [dimensions, *[width] * depth]
     layers = [Layer(nn.Linear(i, o, bias=False), o, classes) for i, o in pairwise(sizes)]
-    return Scalar(layers, width, images=False)
+    return Scalar(layers, width, images=False, outputs=outputs)
 
 
-def scalar_conv(shape: tuple[int, int, int], width: int, depth: int, classes: int) -> Scalar:
+def scalar_fourier(
+    dimensions: int, width: int, depth: int, frequencies: int, bandwidth: float, outputs: int
+) -> Scalar:
+    """The same over so many `FourierFeatures`."""
+    features = FourierFeatures(dimensions, frequencies, bandwidth)
+    mlp = scalar_mlp(dimensions + 2 * frequencies, width, depth, 0, outputs)
+    return Scalar([features, *mlp.blocks], width, images=False, outputs=outputs)
+
+
+def scalar_conv(
+    shape: tuple[int, int, int], width: int, depth: int, classes: int, outputs: int = 1
+) -> Scalar:
     """Over images [B, C, H, W]: a 3x3 convolution to `width` channels, then `depth` 4x4
     convolutions of stride 2, all but the first doubling the channels. Width 64 and depth 3 are
     the MNIST network of the IGEBM code, but for its hidden layer."""
@@ -222,10 +259,13 @@ def scalar_conv(shape: tuple[int, int, int], width: int, depth: int, classes: in
     sizes = [width, *(width * 2**k for k in range(depth))]
     for i, o in pairwise(sizes):
         layers.append(Layer(nn.Conv2d(i, o, 4, stride=2, padding=1, bias=False), o, classes))
-    return Scalar(layers, sizes[-1] * (height >> depth) * (breadth >> depth), images=True)
+    features = sizes[-1] * (height >> depth) * (breadth >> depth)
+    return Scalar(layers, features, images=True, outputs=outputs)
 
 
-def scalar_strided(shape: tuple[int, int, int], width: int, depth: int, classes: int) -> Scalar:
+def scalar_strided(
+    shape: tuple[int, int, int], width: int, depth: int, classes: int, outputs: int = 1
+) -> Scalar:
     """Over images [B, C, H, W]: `depth` convolutions of stride 2, the first 5x5 to `width`
     channels, the others 3x3, each doubling the channels. A third of the arithmetic of
     `scalar_conv`, and nothing large to keep: the network for 28x28 images on a CPU."""
@@ -237,10 +277,12 @@ def scalar_strided(shape: tuple[int, int, int], width: int, depth: int, classes:
         layer = nn.Conv2d(i, o, kernel, stride=2, padding=kernel // 2, bias=False)
         layers.append(Layer(layer, o, classes))
         height, breadth = (height + 1) // 2, (breadth + 1) // 2
-    return Scalar(layers, sizes[-1] * height * breadth, images=True)
+    return Scalar(layers, sizes[-1] * height * breadth, images=True, outputs=outputs)
 
 
-def scalar_resnet(shape: tuple[int, int, int], width: int, depth: int, classes: int) -> Scalar:
+def scalar_resnet(
+    shape: tuple[int, int, int], width: int, depth: int, classes: int, outputs: int = 1
+) -> Scalar:
     """Over images [B, C, H, W]: a stem, then `depth` stages of two residual blocks, the first of
     which halves the image and, after the first stage, doubles the channels. Width 128 and depth 3
     are the CIFAR-10 network of the IGEBM code."""
@@ -250,7 +292,7 @@ def scalar_resnet(shape: tuple[int, int, int], width: int, depth: int, classes: 
     sizes = [width, *(min(width * 2**k, 2 * width) for k in range(depth))]
     for i, o in pairwise(sizes):
         blocks += [Residual(i, o, classes, down=True), Residual(o, o, classes, down=False)]
-    return Scalar(blocks, sizes[-1], images=True, pool=True)
+    return Scalar(blocks, sizes[-1], images=True, pool=True, outputs=outputs)
 
 
 def normalise_spectrally(network: Scalar) -> Scalar:

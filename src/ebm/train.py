@@ -104,7 +104,7 @@ def fit(
     """
     rates = [group["lr"] for o in model.optimizers.values() for group in o.param_groups]
     batches = Batches(len(data), batch_size, seed, data.device)
-    progress = _resume(model, checkpoints) or _begin(model, data, checkpoints)
+    progress = _resume(model, checkpoints) or _begin(model, data, labels, checkpoints)
     model.train()
     window: list[dict[str, Tensor]] = []
     started = time.monotonic() - progress.seconds
@@ -137,9 +137,13 @@ def fit(
     return progress
 
 
-def _begin(model: EBM, data: Tensor, checkpoints: Checkpoints) -> Progress:
+def _begin(
+    model: EBM, data: Tensor, labels: Tensor | None, checkpoints: Checkpoints
+) -> Progress:
     started = time.monotonic()
     model.initialise(unit(data))
+    if labels is not None:
+        model.initialise_labels(unit(data), labels)
     progress = Progress(seconds=time.monotonic() - started)
     _save(model, checkpoints, progress)
     return progress

@@ -21,7 +21,7 @@ from ebm.samplers.kernel import (
     value_and_gradient,
 )
 from ebm.samplers.langevin import MALA, DecoupledLangevin, Langevin, polynomial_decay
-from ebm.samplers.metropolis import Metropolis, RandomWalk, SpinFlip
+from ebm.samplers.metropolis import Independence, Metropolis, RandomWalk, SpinFlip
 from ebm.samplers.tempering import ParallelTempering, Tempered
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "BlockGibbs",
     "DecoupledLangevin",
     "Energy",
+    "Independence",
     "Kernel",
     "Langevin",
     "Metropolis",

@@ -1,11 +1,14 @@
-"""Metropolis' algorithm with symmetric proposals: all that it asks of an energy is its value.
+"""Metropolis' algorithm with symmetric proposals, and with proposals that look at no chain: all that
+it asks of an energy is its value.
 
 paper  | here
 -------|---------------------------------------------------------------------------------
 q(y|x) | propose(x) draws y; q(y|x) = q(x|y), so it cancels from the ratio
 sigma  | step_size of `RandomWalk`: y = x + sigma N(0, I)
+q(y)   | draw() of `Independence`, with its log density
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,3 +62,29 @@ class SpinFlip(Metropolis):
         flat = x.flatten(1)
         site = torch.randint(flat.shape[1], (len(x), 1), device=x.device)
         return flat.scatter(1, site, -flat.gather(1, site)).view_as(x)
+
+
+@dataclass(frozen=True)
+class Independence:
+    """Proposals y ~ q from a density that is known, wherever the chain is, accepted with
+    probability min(1, w(y) / w(x)), w = p / q (Hastings 1970; Tierney 1994). `draw(n)` gives n
+    proposals and their log q. The `energy` of a state is -log w at x; chains start at proposals
+    of their own, so `init` takes their number only, from x [n, *]."""
+
+    energy: Energy
+    draw: Callable[[int], tuple[Tensor, Tensor]]
+
+    def init(self, x: Tensor) -> State:
+        with torch.no_grad():
+            y, log_q = self.draw(len(x))
+            return State(y, self.energy(y) + log_q)
+
+    def step(self, state: State) -> State:
+        proposal = self.init(state.x)._replace(steps=state.steps + 1)
+        return metropolise(state, proposal, self.log_accept(state, proposal))
+
+    def log_accept(self, s: State, t: State) -> Tensor:
+        """log of w(t) / w(s), shape [B]; draws nothing."""
+        assert s.energy is not None
+        assert t.energy is not None
+        return s.energy - t.energy

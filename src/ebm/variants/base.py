@@ -19,6 +19,9 @@ class EBM(nn.Module):
     classes = 0
     """How many classes the model is conditional on; 0: it knows none and is given no labels."""
 
+    normalised = False
+    """Whether `energy` is -log p(x) by the model's own account, with log Z in it."""
+
     @property
     def needs_labels(self) -> bool:
         """Whether `training_step` is to be given classes."""
@@ -40,12 +43,20 @@ class EBM(nn.Module):
     def initialise(self, data: Tensor) -> None:
         """Set what depends on the training data [N, *] once, before the first step."""
 
+    def initialise_labels(self, data: Tensor, labels: Tensor) -> None:
+        """The same for what depends on the classes [N] too, of a model that needs them."""
+
     def portraits(self) -> dict[str, Tensor]:
         """Parameters worth looking at, by name: images [n, height, width]."""
         return {}
 
     def log_partition(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
         """log Z from below and from above; None where the variant has no estimator of its own."""
+        return None
+
+    def proposal(self, x: Tensor) -> Tensor | None:
+        """-log q(x) for x [B, *], normalised, of the density q that the model starts its draws
+        from: [B]; None where there is none, or it is not known."""
         return None
 
     @property

@@ -1,0 +1,264 @@
+r"""Contrastive estimation: to learn a density by telling its draws from those of a known one.
+
+A logistic regression with the logit r(x) = log p(x) - log q(x), nu draws of the noise q for each
+point of data, has its optimum where p is the density of the data, normalised (Gutmann & Hyvarinen
+2010, 2012). The value of that game is what it ascends, per point of data:
+
+    V(p, q)  = E_data[log sigmoid(r - log nu)] + nu E_noise[log sigmoid(log nu - r)]
+    V*       = -log(1 + nu) - nu log(1 + 1 / nu)      where p = q = data: -log 4 for nu = 1
+
+    paper                   | here
+    ------------------------|----------------------------------------------------------
+    nu                      | ratio
+    G(u; theta), r          | log_ratio = log p - log q
+    h(u; theta)             | sigmoid(log_ratio - log nu): that u is data
+    c                       | -log_partition
+    J_T                     | value
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from torch.optim import AdamW, Optimizer
+
+from ebm import EBMError
+from ebm.flows import Defended, Density, Flow, Gaussian, Space
+from ebm.networks import Scalar, scalar, scalar_fourier
+from ebm.samplers import Independence, State, run
+from ebm.variants.base import EBM, descend
+
+
+def value(data: Tensor, noise: Tensor, ratio: float = 1.0) -> Tensor:
+    """V of the logits r = log p - log q at data [N] and at draws of the noise [M]; a scalar, in
+    nats per point of data."""
+    shift = math.log(ratio)
+    return logsigmoid(data - shift).mean() + ratio * logsigmoid(shift - noise).mean()
+
+
+def equilibrium(ratio: float = 1.0) -> float:
+    """V where nothing is left to tell: p = q."""
+    return -math.log1p(ratio) - ratio * math.log1p(1 / ratio)
+
+
+def accuracy(data: Tensor, noise: Tensor, ratio: float = 1.0) -> Tensor:
+    """Mean of the shares of data [N] and of noise [M] that the classifier knows for what they
+    are: 1/2 where nothing is left to tell; a scalar."""
+    shift = math.log(ratio)
+    return ((data > shift).float().mean() + (noise < shift).float().mean()) / 2
+
+
+def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
+    """log Z of an unnormalised density p, of which only that is unknown, from the log ratios
+    log p - log q at its own draws [N] and at those of the noise [ratio N], both float64: the c
+    that maximises V(log p - c), which is the root of a function that falls with c.
+
+    Raises EBMError where the noise never meets the data, so that V has no maximum.
+    """
+    shift = math.log(ratio)
+
+    def excess(c: float) -> Tensor:
+        missed = torch.sigmoid(shift + c - data).sum()
+        return missed - torch.sigmoid(noise - shift - c).sum()
+
+    low, high = _bracket(data, noise)
+    if not excess(low) <= 0 <= excess(high):
+        raise EBMError("contrastive estimation: the noise does not meet the data")
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
+def _bracket(data: Tensor, noise: Tensor) -> tuple[float, float]:
+    everywhere = torch.cat([data, noise]).clamp(-1e6, 1e6)
+    return everywhere.min().item() - 50, everywhere.max().item() + 50
+
+
+def log_partition_variance(log_p: Tensor, log_q: Tensor, ratio: float, cell: float) -> float:
+    """N times the asymptotic variance of `log_partition` from N points of data (Gutmann &
+    Hyvarinen 2012, theorem 3, for the one parameter c):
+
+        1 / I - (1 + 1 / nu),   I = integral of p(u) P(u) du,   P = nu q / (p + nu q)
+
+    by the midpoint rule, from log p and log q [cells], both normalised, and the size of a `cell`.
+    """
+    share = torch.sigmoid(math.log(ratio) + log_q - log_p)
+    information = (log_p.exp() * share).sum() * cell
+    return (1 / information - (1 + 1 / ratio)).item()
+
+
+def importance_log_partition(energy: Tensor, log_q: Tensor) -> Tensor:
+    """log of the mean of exp(-E) / q over draws of q: importance sampling's log Z, from E [N, *]
+    and log q [N] at the draws; [*]."""
+    weight = -energy - log_q.view(-1, *[1] * (energy.dim() - 1))
+    return weight.logsumexp(0) - math.log(len(weight))
+
+
+STARTING = 4096
+"""So many draws of the noise say where the constants start."""
+
+LOGGED = ("value", "accuracy", "log_z", "noise_loss", "energy_gap", "gradient_norm")
+
+
+class Contrasted(EBM):
+    """An energy f over the space of a density q, the `noise`, and constants c = log Z that are
+    learned: log p(v) = -f(v) - c. Of several `outputs` f_k, c_k the density is the mixture of
+    equal parts; they share all layers but the last.
+
+    `network` are the settings of f (a kind of `ebm.networks.scalar`, or `fourier`); `noise`,
+    `levels` and `margin` those of a `flows.Density`.
+    """
+
+    steps: Tensor
+    logged: tuple[str, ...] = LOGGED
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        network: Mapping[str, Any],
+        noise: Mapping[str, Any],
+        defence: float,
+        levels: int,
+        margin: float,
+        outputs: int = 1,
+    ) -> None:
+        super().__init__()
+        self.normalised, self.shape, self.outputs = True, shape, outputs
+        self.network = _network(shape, outputs, **network)
+        nn.init.zeros_(self.network.head.bias).requires_grad_(False)  # the constant is `log_z`
+        self.log_z = nn.Parameter(torch.zeros(outputs))
+        self.noise = Density(shape, noise, levels, margin)
+        self.defence = defence
+        self.broad = Gaussian(math.prod(shape)) if defence else None
+        self.register_buffer("steps", torch.tensor(0))
+
+    def initialise(self, data: Tensor) -> None:
+        self.noise.initialise(data)
+        if self.broad is not None:
+            self.broad.initialise(self.space.enter(data))
+        self.start_constants()
+
+    @property
+    def space(self) -> Space:
+        return self.noise.space
+
+    @property
+    def flow(self) -> Flow:
+        return self.noise.flow
+
+    @property
+    def contrast(self) -> Flow | Defended:
+        """q: the flow, with the defence that it was given."""
+        return self.flow if self.broad is None else Defended(self.flow, self.broad, self.defence)
+
+    def unnormalised(self, v: Tensor) -> Tensor:
+        """f_k(v) for points v [B, *] of the space: [B, outputs]."""
+        return outputs_of(self.network, v, self.shape)
+
+    def log_density(self, v: Tensor) -> Tensor:
+        """log p(v), of the mixture of all outputs: [B]."""
+        return mixture(-self.unnormalised(v) - self.log_z)
+
+    def log_ratio(self, v: Tensor) -> Tensor:
+        """log p(v) - log q(v): [B]."""
+        return self.log_density(v) - self.contrast.log_prob(v)
+
+    def energy(self, x: Tensor) -> Tensor:
+        """-log p(x), of images that of their grey levels; normalised as far as c is right: [B]."""
+        v = self.space.centre(x)
+        return -self.log_density(v) - self.space.log_det(v)
+
+    def proposal(self, x: Tensor) -> Tensor:
+        return -self.noise.log_prob(x)
+
+    def energy_optimizer_with(
+        self,
+        learning_rate: float,
+        constant_learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> Optimizer:
+        """Adam for the energy, whose weights decay, and for its constants, which do not."""
+        weights = [p for p in self.network.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": weights, "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": [self.log_z], "lr": constant_learning_rate, "weight_decay": 0.0},
+        ]
+        return AdamW(groups, betas=betas)
+
+    def noise_optimizer_with(
+        self, learning_rate: float, betas: tuple[float, float], weight_decay: float
+    ) -> Optimizer | None:
+        """Adam for the flow; None if it has nothing to train."""
+        weights = list(self.noise.parameters())
+        return AdamW(weights, learning_rate, betas, weight_decay=weight_decay) if weights else None
+
+    def warm_up(self, data: Tensor, optimizer: Optimizer | None, steps: int, clip: float) -> bool:
+        """One of the first `steps`, in which the flow follows the likelihood of `data`, points of
+        the space, with a learning rate that falls to 0 over the second half of them; whether there
+        is still such a step to take."""
+        left = steps - int(self.steps)
+        self.steps += 1
+        if left <= 0 or optimizer is None:
+            return False
+        for group in optimizer.param_groups:
+            group["lr"] *= min(1.0, 2 * left / steps)
+        descend(optimizer, -self.flow.log_prob(data).mean(), clip)
+        return True
+
+    @torch.no_grad()
+    def start_constants(self) -> None:
+        """c as importance sampling from the noise has it."""
+        v, log_q = self.contrast.draw_with_log_prob(STARTING)
+        self.log_z.copy_(importance_log_partition(self.unnormalised(v), log_q))
+
+    def logs(self, **known: Tensor) -> dict[str, Tensor]:
+        """What is `known` of a step under all names that are `logged`; what is not is 0."""
+        nothing = torch.zeros_like(self.log_z[0])
+        known = {"log_z": self.log_z.mean(), **known}
+        return {name: known.get(name, nothing).detach() for name in self.logged}
+
+    def sample(self, n: int, steps: int = 100) -> dict[str, Tensor]:
+        """`generator` [n, *], draws of the noise; `samples` [n, *], after `steps` of Metropolis'
+        algorithm that proposes such draws; the mean `acceptance` of every step [steps]."""
+        rates: list[Tensor] = []
+        first: list[Tensor] = []
+
+        def observe(step: int, state: State) -> None:
+            if state.acceptance is None:
+                first.append(state.x)
+            else:
+                rates.append(state.acceptance.mean())
+
+        kernel = Independence(lambda v: -self.log_density(v), self.contrast.draw_with_log_prob)
+        end = run(kernel, self.log_z.new_empty(n), steps, observe)
+        leave = self.space.leave
+        return {
+            "samples": leave(end.x),
+            "generator": leave(first[0]),
+            "acceptance": torch.stack(rates) if rates else torch.ones(0),
+        }
+
+
+def _network(shape: tuple[int, ...], outputs: int, kind: str, **sizes: Any) -> Scalar:
+    if kind != "fourier":
+        return scalar(kind, shape, classes=0, outputs=outputs, **sizes)
+    if len(shape) != 1:
+        raise EBMError(f"network 'fourier' does not fit points of shape {shape}; use 'conv'")
+    return scalar_fourier(*shape, outputs=outputs, **sizes)
+
+
+def mixture(log_densities: Tensor) -> Tensor:
+    """log of the mixture of equal parts, from the logs of its parts [B, K]: [B]."""
+    return log_densities.logsumexp(1) - math.log(log_densities.shape[1])
+
+
+def outputs_of(network: Scalar, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What a network says of points [B, *shape]: [B, outputs]."""
+    if network.images:
+        x = x.view(len(x), -1, *shape[-2:]).contiguous(memory_format=torch.channels_last)
+    return network(x).view(len(x), -1)

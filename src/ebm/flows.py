@@ -1,0 +1,231 @@
+r"""Normalising flows: densities that are exact, draw in one pass and differentiate both ways; and
+the space in which densities of data are learned.
+
+    x = g(v),  v = h(u),  u ~ N(0, I):    log p(x) = log N(u) + log|du / dv| + log|dv / dx|
+
+The flow is h; g leads from the space of the flow to that of the data, and is fixed before the
+first step:
+
+    vectors   v = (x - mean) / deviation, of each column in the training split
+    images    y = ((L - 1) x + n) / L,  n ~ U[0, 1)^D          (L grey levels, made continuous)
+              v = logit(a + (1 - 2 a) y)                        (Dinh, Sohl-Dickstein & Bengio 2017)
+
+Of an image, log p is that of its grey levels, a lower bound by one draw of the noise n (Theis, van
+den Oord & Bethge 2016): log p(x) >= E_n[log p(y)] - D log L; in bits per dimension, its negative
+over D log 2.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+
+from ebm import EBMError
+
+
+class Flow(Protocol):
+    """What a flow over points [B, *] can do; all of it differentiable in its parameters."""
+
+    def initialise(self, v: Tensor) -> None:
+        """Set what depends on data [N, *] once, before the first step."""
+
+    def log_prob(self, v: Tensor) -> Tensor:
+        """log density [B] of points [B, *]."""
+        ...
+
+    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
+        """Draws [n, *], differentiable in the parameters, and their log density [n]."""
+        ...
+
+
+def flow(shape: tuple[int, ...], kind: str, **settings: Any) -> "Flow":
+    """The flow of a `kind` over points of `shape`; settings as in `schema.Flow`."""
+    if kind == "glow":
+        from ebm.glow import Glow
+
+        return Glow(shape, **settings)
+    if len(shape) != 1:
+        raise EBMError(f"flow {kind!r} does not fit points of shape {shape}; use 'glow'")
+    return {"gaussian": Gaussian, "spline": Spline, "coupling": Coupling}[kind](*shape, **settings)
+
+
+class Gaussian(nn.Module):
+    """N(mean, covariance) of the data: what is known of it at no cost. Nothing is trained."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dimensions))
+        self.register_buffer("scale", torch.eye(dimensions))
+
+    def initialise(self, v: Tensor) -> None:
+        self.mean.copy_(v.mean(0))
+        jitter = 1e-6 * torch.eye(len(self.mean), device=v.device)
+        self.scale.copy_(torch.linalg.cholesky(v.T.cov() + jitter))
+
+    def log_prob(self, v: Tensor) -> Tensor:
+        return self._normal().log_prob(v)
+
+    def draw(self, n: int) -> Tensor:
+        """n draws [n, D]."""
+        return self._normal().rsample((n,))
+
+    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
+        v = self.draw(n)
+        return v, self.log_prob(v)
+
+    def _normal(self) -> MultivariateNormal:
+        return MultivariateNormal(self.mean, scale_tril=self.scale, validate_args=False)
+
+
+@dataclass(frozen=True)
+class Defended:
+    """The mixture (1 - share) q + share N of a flow and a broad Gaussian: a defensive mixture
+    (Hesterberg 1995), which has draws wherever data might be however narrow the flow becomes, so
+    that a density told from them is low where nothing lies. The Gaussian has its `share` of every
+    batch of draws, rounded."""
+
+    flow: Flow
+    broad: Gaussian
+    share: float
+
+    def log_prob(self, v: Tensor) -> Tensor:
+        log_q, log_n = self.flow.log_prob(v), self.broad.log_prob(v)
+        return torch.logaddexp(math.log1p(-self.share) + log_q, math.log(self.share) + log_n)
+
+    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
+        broad = round(self.share * n)
+        v = torch.cat([self.flow.draw_with_log_prob(n - broad)[0], self.broad.draw(broad)])
+        v = v[torch.randperm(n, device=v.device)]
+        return v, self.log_prob(v)
+
+
+class _Zuko(nn.Module):
+    """A flow of the library zuko over vectors."""
+
+    def __init__(self, lazy: nn.Module) -> None:
+        super().__init__()
+        self.lazy = lazy
+
+    def initialise(self, v: Tensor) -> None:
+        """Nothing here depends on data."""
+
+    def log_prob(self, v: Tensor) -> Tensor:
+        return self.lazy().log_prob(v)
+
+    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
+        return self.lazy().rsample_and_log_prob((n,))
+
+
+class Spline(_Zuko):
+    """Neural spline flow (Durkan et al. 2019, arXiv:1906.04032): `transforms` rational-quadratic
+    splines of so many `bins`, each coordinate's given by the others' through two hidden layers of
+    `width`, in two passes (coupling). The splines end at +-5, beyond which points pass as they
+    are; data are stretched by `STRETCH` to make use of them."""
+
+    STRETCH = 2.0
+
+    def __init__(self, dimensions: int, transforms: int, bins: int, width: int) -> None:
+        from zuko.flows import NSF
+
+        sizes = {"bins": bins, "hidden_features": (width, width), "passes": 2}
+        super().__init__(NSF(dimensions, transforms=transforms, **sizes))
+        self.log_stretch = dimensions * math.log(self.STRETCH)
+
+    def log_prob(self, v: Tensor) -> Tensor:
+        return super().log_prob(self.STRETCH * v) + self.log_stretch
+
+    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
+        v, log_prob = super().draw_with_log_prob(n)
+        return v / self.STRETCH, log_prob + self.log_stretch
+
+
+class Coupling(_Zuko):
+    """Affine couplings (RealNVP, Dinh, Sohl-Dickstein & Bengio 2017, arXiv:1605.08803), each by
+    two hidden layers of `width`."""
+
+    def __init__(self, dimensions: int, transforms: int, width: int) -> None:
+        from zuko.flows import RealNVP
+
+        sizes = {"hidden_features": (width, width)}
+        super().__init__(RealNVP(dimensions, transforms=transforms, **sizes))
+
+
+class Space(nn.Module):
+    """From data to the space of a flow, and back. `levels`: of the grey of images, 0 for vectors;
+    `margin`: a, how far from 0 and 1 the greys are kept."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: tuple[int, ...], levels: int, margin: float) -> None:
+        super().__init__()
+        if (len(shape) > 1) != (levels > 0):
+            raise EBMError(f"model.levels = {levels}: expected 0 for vectors, else the grey levels")
+        self.levels, self.margin, self.dimensions = levels, margin, math.prod(shape)
+        sizes = () if levels else shape
+        self.register_buffer("shift", torch.zeros(sizes))
+        self.register_buffer("scale", torch.ones(sizes))
+
+    def initialise(self, data: Tensor) -> None:
+        """Fit what is fitted to the data [N, *]."""
+        if not self.levels:
+            self.shift.copy_(data.mean(0))
+            deviation = data.std(0)
+            self.scale.copy_(torch.where(deviation > 0, deviation, 1))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Data [B, *] as points of the space, greys with fresh noise within their level."""
+        return self._enter(x, torch.rand_like(x)) if self.levels else self._enter(x, x)
+
+    def centre(self, x: Tensor) -> Tensor:
+        """The same, but greys go to the middle of their level, always."""
+        return self._enter(x, torch.full_like(x, 0.5))
+
+    def _enter(self, x: Tensor, noise: Tensor) -> Tensor:
+        if not self.levels:
+            return (x - self.shift) / self.scale
+        y = ((self.levels - 1) * x + noise) / self.levels
+        return torch.logit(self.margin + (1 - 2 * self.margin) * y)
+
+    def leave(self, v: Tensor) -> Tensor:
+        """Points of the space as data [B, *], greys as one of their levels."""
+        if not self.levels:
+            return self.shift + self.scale * v
+        y = (v.sigmoid() - self.margin) / (1 - 2 * self.margin)
+        return (self.levels * y).floor().clamp(0, self.levels - 1) / (self.levels - 1)
+
+    def log_det(self, v: Tensor) -> Tensor:
+        """log|dv / dx| at points [B, *]: [B]; of images less D log L, so that log p(v) + this is
+        the log probability of their levels."""
+        if not self.levels:
+            return -self.scale.log().sum().expand(len(v))
+        softplus = nn.functional.softplus
+        slope = (softplus(v) + softplus(-v)).flatten(1).sum(1)  # -log(w (1 - w)), w = sigmoid(v)
+        return slope + self.dimensions * math.log((1 - 2 * self.margin) / self.levels)
+
+
+class Density(nn.Module):
+    """A flow over data [B, *]: `log_prob` in nats, of images of their grey levels."""
+
+    def __init__(
+        self, shape: tuple[int, ...], settings: Mapping[str, Any], levels: int, margin: float
+    ) -> None:
+        super().__init__()
+        self.space, self.flow = Space(shape, levels, margin), flow(shape, **settings)
+
+    def initialise(self, data: Tensor) -> None:
+        """Fit the space to the data [N, *], then the flow as far as it goes without training."""
+        self.space.initialise(data)
+        self.flow.initialise(self.space.enter(data))
+
+    def log_prob(self, x: Tensor, v: Tensor | None = None) -> Tensor:
+        """log p [B] of data [B, *]; by its points `v` of the space, or the middle of its levels."""
+        v = self.space.centre(x) if v is None else v
+        return self.flow.log_prob(v) + self.space.log_det(v)

@@ -1,0 +1,212 @@
+r"""Flow-contrastive estimation (Gao, Nijkamp, Kingma, Xu, Dai & Wu 2020, arXiv:1912.00589).
+
+Noise-contrastive estimation whose noise is a flow that learns to be mistaken for the data: a game
+over one value, which the energy ascends and the flow descends.
+
+    V(theta, alpha) = E_data[log p / (p + q)] + E_u[log q(g(u)) / (p(g(u)) + q(g(u)))]
+    log p(v) = -f_theta(v) - c,    q = q_alpha, the density of g_alpha(u), u ~ N(0, I)
+
+    paper           | here
+    ----------------|---------------------------------------------------------------------
+    f_theta, c      | network, log_z, which starts where importance sampling from the flow has it
+    q_alpha, g      | flow; the first `warmup` steps train it alone, by maximum likelihood
+    alternation     | the flow's turn follows a step in which the classifier's accuracy was over
+                    | `threshold`, the energy's any other
+    flow's gradient | through both halves of V: log q, and the draws g(u) themselves
+    f_k, c_k        | outputs of the network, which share all layers but the last; the mixture
+                    | of equal parts is p
+    labelled points | `labelled` of each class, the first of the training split; at most as many as
+                    | the batch join every turn of the energy, by `supervision` times the cross
+                    | entropy of p(k | v) = p_k(v) / sum_j p_j(v)
+
+Beside a semi-supervised energy a twin of its network learns from the same labels alone: what the
+unlabelled points are worth is the difference (`baseline`).
+
+Samples: Metropolis' algorithm that proposes draws of the flow (`ebm.samplers.Independence`).
+
+Logged: `value` = V, at equilibrium -log 4; `accuracy` of the classifier, at equilibrium 1/2;
+`flow_turns`, the share of steps that were the flow's; `log_z`; `noise_loss`, the mean of -log q over
+data; `energy_gap` = E_data[-log p] - E_q[-log p]; `gradient_norm`; `cross_entropy` of the labelled
+points. What a step does not compute is 0.
+"""
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+
+from ebm import EBMError
+from ebm.contrastive import LOGGED, Contrasted, accuracy, outputs_of, value
+from ebm.flows import Flow
+from ebm.variants.base import descend
+
+
+TINY = 0.1
+"""Share of the radius within which the worst direction is looked for."""
+
+
+class FCE(Contrasted):
+    """FCE over points of `shape`; settings as in `fce_config.Model`."""
+
+    logged = (*LOGGED, "flow_turns", "cross_entropy", "roughness")
+    last_accuracy: Tensor
+    points: Tensor
+    labels: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        network: Mapping[str, Any],
+        flow: Mapping[str, Any],
+        defence: float,
+        levels: int,
+        margin: float,
+        warmup: int,
+        warmup_learning_rate: float,
+        threshold: float,
+        learning_rate: float,
+        constant_learning_rate: float,
+        flow_learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        clip: float | None,
+        classes: int,
+        labelled: int,
+        supervision: float,
+        smoothness: float,
+        radius: float,
+    ) -> None:
+        super().__init__(shape, network, flow, defence, levels, margin, max(classes, 1))
+        self.warmup, self.threshold, self.clip = warmup, threshold, clip or math.inf
+        self.labelled_classes, self.supervision = classes, supervision
+        self.smoothness, self.radius = smoothness, radius
+        self.energy_optimizer = self.energy_optimizer_with(
+            learning_rate, constant_learning_rate, betas, weight_decay
+        )
+        self.warmup_optimizer = self.noise_optimizer_with(
+            warmup_learning_rate, betas, weight_decay
+        )
+        self.flow_optimizer = self.noise_optimizer_with(flow_learning_rate, betas, weight_decay)
+        self.register_buffer("last_accuracy", torch.zeros(()))
+        self.register_buffer("points", torch.zeros(classes * labelled, *shape))
+        self.register_buffer("labels", torch.zeros(classes * labelled, dtype=torch.long))
+        if classes:
+            self.twin = deepcopy(self.network)
+            self.twin.head.bias.requires_grad_(True)
+            self.twin_optimizer = AdamW(
+                self.twin.parameters(), learning_rate, betas, weight_decay=weight_decay
+            )
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.labelled_classes > 0
+
+    def initialise_labels(self, data: Tensor, labels: Tensor) -> None:
+        """Keep the first labelled points of each class; all other labels go unseen."""
+        wanted = len(self.labels) // self.labelled_classes
+        for k in range(self.labelled_classes):
+            rows = (labels == k).nonzero().flatten()[:wanted]
+            if len(rows) < wanted:
+                raise EBMError(f"model.labelled = {wanted}: class {k} has {len(rows)} points")
+            here = slice(k * wanted, (k + 1) * wanted)
+            self.points[here], self.labels[here] = data[rows], k
+
+    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        data = self.space.enter(x)
+        warming = self.warm_up(data, self.warmup_optimizer, self.warmup, self.clip)
+        flow_turn = not warming and self.last_accuracy > self.threshold
+        noise = self.broad if warming and self.broad is not None else self.contrast
+        logs = self._flow_turn(data) if flow_turn else self._energy_turn(data, noise)
+        self.last_accuracy.copy_(logs["accuracy"])
+        return self.logs(**logs)
+
+    def _energy_turn(self, data: Tensor, noise: Flow) -> dict[str, Tensor]:
+        with torch.no_grad():
+            draws, log_q_draws = noise.draw_with_log_prob(len(data))
+            log_q = noise.log_prob(data)
+        v, logs = self._play(data, draws, log_q, log_q_draws)
+        loss = -v
+        if len(self.labels):
+            points, classes = self._labelled(len(data))
+            logs["cross_entropy"] = cross_entropy(-self.unnormalised(points) - self.log_z, classes)
+            loss = loss + self.supervision * logs["cross_entropy"]
+            if self.smoothness:
+                logs["roughness"] = self.roughness(data)
+                loss = loss + self.smoothness * logs["roughness"]
+            descend(self.twin_optimizer, cross_entropy(self._twin(points), classes), self.clip)
+        return logs | {"gradient_norm": descend(self.energy_optimizer, loss, self.clip)}
+
+    def _flow_turn(self, data: Tensor) -> dict[str, Tensor]:
+        draws, log_q_draws = self.contrast.draw_with_log_prob(len(data))
+        v, logs = self._play(data, draws, self.contrast.log_prob(data), log_q_draws)
+        assert self.flow_optimizer is not None
+        norm = descend(self.flow_optimizer, v, self.clip)
+        return logs | {"gradient_norm": norm, "flow_turns": torch.ones_like(v)}
+
+    def _play(
+        self, data: Tensor, draws: Tensor, log_q: Tensor, log_q_draws: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """V on points [B, *] and draws [B, *] with their log q, and what is logged of it."""
+        log_p, log_p_draws = self.log_density(torch.cat([data, draws])).split(len(data))
+        r, r_draws = log_p - log_q, log_p_draws - log_q_draws
+        v = value(r, r_draws)
+        return v, {
+            "value": v,
+            "accuracy": accuracy(r, r_draws),
+            "noise_loss": -log_q.mean(),
+            "energy_gap": log_p_draws.mean() - log_p.mean(),
+        }
+
+    def _labelled(self, most: int) -> tuple[Tensor, Tensor]:
+        """Labelled points of the space, at most so many, and their classes."""
+        rows = torch.randperm(len(self.labels), device=self.labels.device)[:most]
+        return self.space.enter(self.points[rows]), self.labels[rows]
+
+    def roughness(self, v: Tensor) -> Tensor:
+        """How far p(k | v) moves, as KL, when v [B, *] moves by `radius` where it moves it most:
+        the local distributional smoothness of virtual adversarial training (Miyato et al. 2018),
+        by one power iteration; a scalar."""
+        with torch.no_grad():
+            before = self._log_posterior(v)
+        small = TINY * self.radius * direction(torch.randn_like(v))
+        small.requires_grad_()
+        (gradient,) = torch.autograd.grad(divergence(before, self._log_posterior(v + small)), small)
+        far = self.radius * direction(gradient)
+        return divergence(before, self._log_posterior(v + far))
+
+    def _log_posterior(self, v: Tensor) -> Tensor:
+        """log p(k | v), all classes being as frequent: [B, classes]."""
+        return (-self.unnormalised(v) - self.log_z).log_softmax(1)
+
+    def _twin(self, v: Tensor) -> Tensor:
+        return -outputs_of(self.twin, v, self.shape)
+
+    def class_log_densities(self, x: Tensor) -> Tensor:
+        """log p(x | k) for x [B, *]: [B, classes], of images at the middle of their levels."""
+        v = self.space.centre(x)
+        log_det = self.space.log_det(v)
+        return -self.unnormalised(v) - self.log_z + log_det.unsqueeze(1)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """The most likely class of x [B, *], all being as frequent: [B]."""
+        return self.class_log_densities(x).argmax(1)
+
+    def classify_supervised(self, x: Tensor) -> Tensor:
+        """The same by the twin, which knows the labelled points only: [B]."""
+        return self._twin(self.space.centre(x)).argmax(1)
+
+
+def direction(x: Tensor) -> Tensor:
+    """x [B, *] with every point brought to the norm 1."""
+    norm = x.flatten(1).norm(dim=1).clamp(min=1e-30)
+    return x / norm.view(-1, *[1] * (x.dim() - 1))
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Mean KL(p || q) of distributions [B, K] given by their logs; a scalar."""
+    return (log_p.exp() * (log_p - log_q)).sum(1).mean()

@@ -1,0 +1,82 @@
+r"""Noise-contrastive estimation (Gutmann & Hyvarinen 2010; 2012, JMLR 13:307).
+
+An energy f with a constant c = log Z of its own, both learned by telling data from draws of a noise
+q whose density is known:
+
+    log p(v)  = -f(v) - c
+    V         = E_data[log h(v)] + nu E_q[log(1 - h(v))],   h = sigmoid(log p - log q - log nu)
+
+    paper                     | here
+    --------------------------|-----------------------------------------------------------
+    p_m^0(.; alpha), c        | exp(-network), -log_z
+    p_n                       | noise: a Gaussian fitted to the data, or a flow that the first
+                              | `warmup` steps train by maximum likelihood and then keep
+    nu                        | ratio
+    J_T                       | value
+    conjugate gradients       | Adam, on fresh noise at every step, with a learning rate for c
+
+Samples: Metropolis' algorithm that proposes draws of the noise, which is exact whatever its length
+where the noise covers the data (`ebm.samplers.Independence`).
+
+Logged: `value` = V; `accuracy` of the classifier, 1/2 where nothing is left to tell; `log_z`;
+`energy_gap` = E_data[-log p] - E_q[-log p]; `noise_loss`, the mean of -log q over data while the
+noise is trained; `gradient_norm`. What a step does not compute is 0.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebm.contrastive import Contrasted, accuracy, value
+from ebm.variants.base import descend
+
+
+class NCE(Contrasted):
+    """NCE over points of `shape`; settings as in `nce_config.Model`."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        network: Mapping[str, Any],
+        noise: Mapping[str, Any],
+        defence: float,
+        levels: int,
+        margin: float,
+        ratio: float,
+        warmup: int,
+        warmup_learning_rate: float,
+        learning_rate: float,
+        constant_learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        clip: float | None,
+    ) -> None:
+        super().__init__(shape, network, noise, defence, levels, margin)
+        self.ratio, self.warmup, self.clip = ratio, warmup, clip or math.inf
+        self.energy_optimizer = self.energy_optimizer_with(
+            learning_rate, constant_learning_rate, betas, weight_decay
+        )
+        self.noise_optimizer = self.noise_optimizer_with(
+            warmup_learning_rate, betas, weight_decay
+        )
+
+    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        data = self.space.enter(x)
+        self.warm_up(data, self.noise_optimizer, self.warmup, self.clip)
+        with torch.no_grad():
+            noise, log_q_noise = self.contrast.draw_with_log_prob(round(self.ratio * len(data)))
+            log_q = self.contrast.log_prob(data)
+        log_p, log_p_noise = self.log_density(data), self.log_density(noise)
+        r, r_noise = log_p - log_q, log_p_noise - log_q_noise
+        v = value(r, r_noise, self.ratio)
+        norm = descend(self.energy_optimizer, -v, self.clip)
+        return self.logs(
+            value=v,
+            accuracy=accuracy(r, r_noise, self.ratio),
+            noise_loss=-log_q.mean(),
+            energy_gap=log_p_noise.mean() - log_p.mean(),
+            gradient_norm=norm,
+        )

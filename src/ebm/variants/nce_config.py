@@ -1,0 +1,1 @@
+"""Settings of noise-contrastive estimation, as they stand in `params.yaml`."""
