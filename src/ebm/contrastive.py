@@ -18,6 +18,7 @@ point of data, has its optimum where p is the density of the data, normalised (G
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -122,6 +123,7 @@ class Contrasted(EBM):
         network: Mapping[str, Any],
         noise: Mapping[str, Any],
         defence: float,
+        tilted: bool,
         levels: int,
         margin: float,
         outputs: int = 1,
@@ -130,8 +132,11 @@ class Contrasted(EBM):
         self.normalised, self.shape, self.outputs = True, shape, outputs
         self.network = _network(shape, outputs, **network)
         nn.init.zeros_(self.network.head.bias).requires_grad_(False)  # the constant is `log_z`
+        if tilted:
+            nn.init.zeros_(self.network.head.weight)
         self.log_z = nn.Parameter(torch.zeros(outputs))
         self.noise = Density(shape, noise, levels, margin)
+        self.base = deepcopy(self.noise.flow).requires_grad_(False) if tilted else None
         self.defence = defence
         self.broad = Gaussian(math.prod(shape)) if defence else None
         self.register_buffer("steps", torch.tensor(0))
@@ -159,9 +164,15 @@ class Contrasted(EBM):
         """f_k(v) for points v [B, *] of the space: [B, outputs]."""
         return outputs_of(self.network, v, self.shape)
 
+    def log_densities(self, v: Tensor) -> Tensor:
+        """log p_k(v) of every output: [B, outputs]."""
+        tilt = -self.unnormalised(v) - self.log_z
+        return tilt if self.base is None else tilt + self.base.log_prob(v).unsqueeze(1)
+
     def log_density(self, v: Tensor) -> Tensor:
         """log p(v), of the mixture of all outputs: [B]."""
-        return mixture(-self.unnormalised(v) - self.log_z)
+        log_p = self.log_densities(v)
+        return log_p.logsumexp(1) - math.log(log_p.shape[1])
 
     def log_ratio(self, v: Tensor) -> Tensor:
         """log p(v) - log q(v): [B]."""
@@ -200,9 +211,11 @@ class Contrasted(EBM):
     def warm_up(self, data: Tensor, optimizer: Optimizer | None, steps: int, clip: float) -> bool:
         """One of the first `steps`, in which the flow follows the likelihood of `data`, points of
         the space, with a learning rate that falls to 0 over the second half of them; whether there
-        is still such a step to take."""
+        is such a step to take. After the last a tilted energy takes up the flow as its base."""
         left = steps - int(self.steps)
         self.steps += 1
+        if left == 0 and self.base is not None:
+            self.base.load_state_dict(self.flow.state_dict())
         if left <= 0 or optimizer is None:
             return False
         for group in optimizer.param_groups:
@@ -212,9 +225,11 @@ class Contrasted(EBM):
 
     @torch.no_grad()
     def start_constants(self) -> None:
-        """c as importance sampling from the noise has it."""
-        v, log_q = self.contrast.draw_with_log_prob(STARTING)
-        self.log_z.copy_(importance_log_partition(self.unnormalised(v), log_q))
+        """c as importance sampling from the noise has it; of a tilted energy, where p starts as
+        the noise, 0."""
+        if self.base is None:
+            v, log_q = self.contrast.draw_with_log_prob(STARTING)
+            self.log_z.copy_(importance_log_partition(self.unnormalised(v), log_q))
 
     def logs(self, **known: Tensor) -> dict[str, Tensor]:
         """What is `known` of a step under all names that are `logged`; what is not is 0."""
@@ -250,11 +265,6 @@ def _network(shape: tuple[int, ...], outputs: int, kind: str, **sizes: Any) -> S
     if len(shape) != 1:
         raise EBMError(f"network 'fourier' does not fit points of shape {shape}; use 'conv'")
     return scalar_fourier(*shape, outputs=outputs, **sizes)
-
-
-def mixture(log_densities: Tensor) -> Tensor:
-    """log of the mixture of equal parts, from the logs of its parts [B, K]: [B]."""
-    return log_densities.logsumexp(1) - math.log(log_densities.shape[1])
 
 
 def outputs_of(network: Scalar, x: Tensor, shape: tuple[int, ...]) -> Tensor:

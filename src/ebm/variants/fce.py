@@ -64,6 +64,7 @@ class FCE(Contrasted):
         network: Mapping[str, Any],
         flow: Mapping[str, Any],
         defence: float,
+        tilted: bool,
         levels: int,
         margin: float,
         warmup: int,
@@ -81,7 +82,7 @@ class FCE(Contrasted):
         smoothness: float,
         radius: float,
     ) -> None:
-        super().__init__(shape, network, flow, defence, levels, margin, max(classes, 1))
+        super().__init__(shape, network, flow, defence, tilted, levels, margin, max(classes, 1))
         self.warmup, self.threshold, self.clip = warmup, threshold, clip or math.inf
         self.labelled_classes, self.supervision = classes, supervision
         self.smoothness, self.radius = smoothness, radius
@@ -119,8 +120,10 @@ class FCE(Contrasted):
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         data = self.space.enter(x)
         warming = self.warm_up(data, self.warmup_optimizer, self.warmup, self.clip)
-        flow_turn = not warming and self.last_accuracy > self.threshold
+        if warming and self.base is not None:
+            return self.logs()
         noise = self.broad if warming and self.broad is not None else self.contrast
+        flow_turn = not warming and self.last_accuracy > self.threshold
         logs = self._flow_turn(data) if flow_turn else self._energy_turn(data, noise)
         self.last_accuracy.copy_(logs["accuracy"])
         return self.logs(**logs)

@@ -43,6 +43,7 @@ class NCE(Contrasted):
         network: Mapping[str, Any],
         noise: Mapping[str, Any],
         defence: float,
+        tilted: bool,
         levels: int,
         margin: float,
         ratio: float,
@@ -54,7 +55,7 @@ class NCE(Contrasted):
         weight_decay: float,
         clip: float | None,
     ) -> None:
-        super().__init__(shape, network, noise, defence, levels, margin)
+        super().__init__(shape, network, noise, defence, tilted, levels, margin)
         self.ratio, self.warmup, self.clip = ratio, warmup, clip or math.inf
         self.energy_optimizer = self.energy_optimizer_with(
             learning_rate, constant_learning_rate, betas, weight_decay
