@@ -2,8 +2,9 @@
 
 import contextlib
 import json
-import subprocess
-import sys
+import os
+import pkgutil
+import signal
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ from toy_house import House, built
 
 from ebm import EBMError
 from pipelines import dag, run
+from pipelines.supervise import Ended, Launcher
 
 # DVC's dependency pygtrie warns DVC.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
@@ -186,36 +188,52 @@ def test_a_stage_that_somebody_else_runs_is_told(house):
     assert "\n" not in str(error.value)
 
 
+def interruptible():
+    """A launcher's target."""
+    dag.reproducer()
+    return interrupted
+
+
+def interrupted(root, owner, name):
+    """Reproduce `prepare`, and get SIGINT when DVC calls owner.name."""
+    os.chdir(root)
+    place = pkgutil.resolve_name(owner)
+    method = getattr(place, name)
+
+    def call(*args, **kwargs):
+        setattr(place, name, method)
+        os.kill(os.getpid(), signal.SIGINT)
+        return method(*args, **kwargs)
+
+    setattr(place, name, call)
+    return dag.reproduce("prepare", False)
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    house, _ = built(tmp_path_factory.getbasetemp())
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT / 'src'}"}
+    with Launcher("test_dag:interruptible", house.root, environment) as launcher:
+        yield launcher
+
+
 @pytest.mark.parametrize(
-    ("moment", "recorded"),
+    ("owner", "name", "recorded"),
     [
-        ("dvc.rwlock.json.dump", False),
-        ("dvc.stage.Stage.remove_outs", False),
-        ("dvc.stage.Stage.save", True),
-        ("dvc.dvcfile.Lockfile.dump_stages", True),
+        ("dvc.rwlock:json", "dump", False),
+        ("dvc.stage:Stage", "remove_outs", False),
+        ("dvc.stage:Stage", "save", True),
+        ("dvc.dvcfile:Lockfile", "dump_stages", True),
     ],
 )
-def test_sigint_costs_no_result_and_breaks_none_of_dvcs_files(house, moment, recorded):
+def test_sigint_costs_no_result_and_breaks_none_of_dvcs_files(
+    house, launcher, owner, name, recorded
+):
     """DVC overwrites its files in place. Before the command has run, there is nothing to lose."""
     house.edit("params.yaml", "seed: 0", "seed: 1")
-    script = f"""\
-import os, signal, sys, dvc.dvcfile, dvc.rwlock, dvc.stage
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
-from pipelines import dag
-
-def interrupted(*args, method={moment}, **kwargs):
-    {moment} = method
-    os.kill(os.getpid(), signal.SIGINT)
-    return method(*args, **kwargs)
-
-{moment} = interrupted
-try:
-    sys.exit(dag.reproduce("prepare", False))
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
-    process = subprocess.run([sys.executable, "-c", script], cwd=house.root, check=False)
-    assert process.returncode == (0 if recorded else 130)
+    process = launcher.start(str(house.root), owner, name)
+    said = list(process.lines())
+    assert process.wait() == Ended(0 if recorded else 130), said
     assert (house.ran() == ["prepare"]) == recorded
     (prepare,) = dag.plan(["prepare"], house.root).stages
     assert prepare.stale != recorded
@@ -242,9 +260,8 @@ def test_a_truncated_dvc_lock_loses_no_result(house, kept):
 
 def test_metrics_and_plots_are_declared_to_dvc():
     """`dvc metrics show` reads the numbers that stand in git; the curves are its plots."""
-    command = [sys.executable, "-m", "dvc", "metrics", "show", "--json"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    data = json.loads(shown)[""]["data"]
+    with Repo(ROOT) as repo:
+        data = repo.metrics.show()[""]["data"]
     assert data["metrics/rbm-digits.json"]["data"]["log_likelihood"] < 0
     stage = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]["report"]
     assert "reports/curves" in stage["plots"][0]

@@ -35,8 +35,8 @@ def test_a_published_experiment_fits_its_data(name):
     model = variants.build(experiment.variant, of, settings)
     x = torch.rand(20, *of)
     model.initialise(x)
-    logs = model.training_step(x[:10], torch.arange(10))
+    logs = model.training_step(x[:4], torch.tensor([0, 3, 6, 9]))
     assert all(value.isfinite() for value in logs.values())
-    assert model.eval().energy(x).shape == (20,)
+    assert model.eval().energy(x[:4]).shape == (4,)
     drawn = model.sample(2, **({"steps": 1} if experiment.variant == "igebm" else {}))["samples"]
     assert drawn.shape[1:] == of

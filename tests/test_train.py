@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,11 +189,19 @@ def test_no_training_step_waits_for_a_number(name, monkeypatch):
     model.to("meta").training_step(data().to("meta"))
 
 
+@cache
+def uninterrupted(name):
+    """The weights and the history that a run has which nobody kills."""
+    model = build(name)
+    with tempfile.TemporaryDirectory() as folder:
+        progress = train(model, Path(folder))
+    return weights(model), progress.history
+
+
 @pytest.mark.parametrize("name", sorted(variants.VARIANTS))
 @pytest.mark.parametrize("at", [1, 9, 10, 11, 25, 39])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, name, at):
-    whole = build(name)
-    expected = train(whole, tmp_path / "whole")
+    expected, history = uninterrupted(name)
     calls = 0
     victim = build(name)
     step = victim.training_step
@@ -208,8 +219,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, name, at):
     torch.rand(17)  # whatever else draws meanwhile
     resumed = build(name)
     progress = train(resumed, tmp_path / "killed")
-    assert same(weights(whole), weights(resumed))
-    assert progress.history == expected.history
+    assert same(expected, weights(resumed))
+    assert progress.history == history
 
 
 def test_without_steps_a_model_is_what_it_was_initialised_to(tmp_path, monkeypatch):
@@ -235,21 +246,17 @@ def test_another_seed_gives_other_weights(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage, caplog):
-    whole, broken = build("meg"), build("meg")
-    train(whole, tmp_path / "whole")
-    train(broken, tmp_path / "broken", steps=30)
-    newest = Checkpoints(tmp_path / "broken").paths()[-1]
+    broken, again = build("meg"), build("meg")
+    train(broken, tmp_path, steps=30)
+    newest = Checkpoints(tmp_path).paths()[-1]
     raw = bytearray(newest.read_bytes())
     if damage == "flip":
         raw[len(raw) // 2] ^= 1
     newest.write_bytes({"truncate": raw[: len(raw) // 2], "flip": raw, "empty": b""}[damage])
-    resumed = build("meg")
-    train(resumed, tmp_path / "whole2")  # the same from scratch
-    again = build("meg")
-    train(again, tmp_path / "broken")
+    train(again, tmp_path)
     assert newest.name in caplog.text
     assert "damaged" in caplog.text
-    assert same(weights(whole), weights(resumed))
+    assert same(uninterrupted("meg")[0], weights(again))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_loses_nothing(tmp_path):
@@ -371,26 +378,37 @@ def test_a_model_comes_back_at_rest(tmp_path, ensemble):
 
 
 def test_sigkill_at_random_moments_leaves_a_folder_to_resume_from(tmp_path):
-    """A real process, killed while it writes checkpoints as fast as it can."""
+    """A real process, killed while it writes checkpoints as fast as it can. It is forked from one
+    that has imported what takes seconds (with one thread: a fork loses the others), for each line
+    of input, and its end is told."""
     script = textwrap.dedent(f"""
-        import pathlib, sys; sys.path[:0] = {sys.path!r}
+        import os, pathlib, sys; sys.path[:0] = {sys.path!r}
         import test_train as t
-        t.train(t.build("meg"), pathlib.Path(sys.argv[1]), steps=10**6, checkpoint_every=5)
+        for line in sys.stdin:
+            if not (victim := os.fork()):
+                t.train(t.build("meg"), pathlib.Path("run"), steps=10**6, checkpoint_every=5)
+            print(victim, flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]), flush=True)
     """)
-    (tmp_path / "victim.py").write_text(script)
-    for delay in (0.0, 0.05, 0.13):
-        before = [path.name for path in Checkpoints(tmp_path / "run").paths()]
-        victim = subprocess.Popen(
-            [sys.executable, "victim.py", str(tmp_path / "run")],
-            cwd=tmp_path,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if [path.name for path in Checkpoints(tmp_path / "run").paths()] > before:
-                break
-            time.sleep(0.02)
-        time.sleep(delay)
-        os.kill(victim.pid, signal.SIGKILL)
-        victim.wait()
-        assert Checkpoints(tmp_path / "run").newest() is not None
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as template:
+        for delay in (0.0, 0.05, 0.13):
+            before = [path.name for path in Checkpoints(tmp_path / "run").paths()]
+            print(file=template.stdin, flush=True)
+            victim = int(template.stdout.readline())
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                if [path.name for path in Checkpoints(tmp_path / "run").paths()] > before:
+                    break
+                time.sleep(0.02)
+            time.sleep(delay)
+            os.kill(victim, signal.SIGKILL)
+            assert int(template.stdout.readline()) == -signal.SIGKILL
+            assert Checkpoints(tmp_path / "run").newest() is not None

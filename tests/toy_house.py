@@ -183,9 +183,11 @@ class House:
         return process.returncode, output
 
     def status(self) -> dict[str, object]:
-        """What DVC's own command says is changed."""
-        command = [sys.executable, "-m", "dvc", "status", "--json"]
-        return json.loads(subprocess.check_output(command, cwd=self.root))
+        """What DVC itself says is changed."""
+        from dvc.repo import Repo
+
+        with contextlib.chdir(self.root), Repo() as repo:
+            return repo.status()
 
 
 @functools.cache
