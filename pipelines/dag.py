@@ -30,6 +30,9 @@ from pipelines import ROOT
 IN_PLACE = {"dump", "_edit_rwlock"}
 """The functions in which DVC overwrites files of its own."""
 
+DEAF = {"match"}
+"""Compares the names of parameters for DVC (dpath), and swallows whatever is raised meanwhile."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -124,11 +127,12 @@ def _give_up_unless_there_is_a_result(_: int, frame: FrameType | None) -> None:
     """Handle SIGINT while DVC itself is at work; while it waits for the command, it ignores it.
 
     When the command has ended, its result is recorded first, which takes a moment. Files of its
-    own that DVC overwrites in place (`dvc.lock`, its table of locks) are written to the end.
+    own that DVC overwrites in place (`dvc.lock`, its table of locks) are written to the end, and
+    where an exception would be lost none is raised.
     """
     if resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0:  # the command has ended
         return
-    if IN_PLACE & {caller.f_code.co_name for caller, _ in traceback.walk_stack(frame)}:
+    if (IN_PLACE | DEAF) & {caller.f_code.co_name for caller, _ in traceback.walk_stack(frame)}:
         signal.setitimer(signal.ITIMER_REAL, 0.001)  # SIGALRM: again in a moment
         return
     raise KeyboardInterrupt
