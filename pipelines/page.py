@@ -159,6 +159,13 @@ def _spread(value: float) -> str:
     return f"{value:#.2g}".rstrip(".") if 1e-4 <= value < 99.5 else number(value)
 
 
+LIKELIHOODS = {
+    name: METRICS[name]
+    for name in ("log_likelihood", "bits_per_dim", "grid_kl", "log_density_mse", "log_partition")
+}
+"""What says how good a model is as a density."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Experiments on one kind of data: a table of the metrics `columns`, or, where they are
@@ -185,6 +192,10 @@ def groups(results: Sequence[Result], tables: Mapping[str, Mapping[str, Row]]) -
             if any(classes(result) for result in several)
         ]
         yield Group(DATA.get(kind, str(kind).capitalize()), columns, ordered, matrices)
+    known = [result for result in results if tables[result.name].keys() & LIKELIHOODS.keys()]
+    if known:
+        columns = {n: m for n, m in LIKELIHOODS.items() if any(n in tables[r.name] for r in known)}
+        yield Group("Densities of all families", columns, known, [])
 
 
 def by_dataset(results: Sequence[Result]) -> dict[str, list[Result]]:

@@ -37,11 +37,35 @@ METRICS = {
         "Log-likelihood",
         +1,
         "Mean log p of the test split. Where log Z is estimated, a lower and an upper estimate "
-        "bracket it: they come from annealing towards the model and away from it.",
+        "bracket it: they come from annealing towards the model and away from it. In the plane Z "
+        "comes from a grid, unless the model has a constant of its own.",
         "nats",
     ),
     "log_likelihood_train": Metric(
         "Log-likelihood, training split", 0, "The same of the training split.", "nats", False
+    ),
+    "bits_per_dim": Metric(
+        "Bits per dimension",
+        -1,
+        "Mean −log2 p of the test images per pixel, grey levels with uniform noise.",
+        "bits",
+    ),
+    "bits_per_dim_train": Metric(
+        "Bits per dimension, training split", 0, "The same of training images.", "bits", False
+    ),
+    "log_density_mse": Metric(
+        "Log-density error",
+        -1,
+        "Mean squared error of the learned log density at the test points.",
+        "nats²",
+    ),
+    "log_partition_error": Metric(
+        "Error of log Z by the noise",
+        -1,
+        "Absolute error of the true density's log Z, by telling its draws from a hundred times as "
+        "many of the noise.",
+        "nats",
+        False,
     ),
     "log_partition": Metric("log Z", 0, "Logarithm of the partition function.", "nats", False),
     "frechet_distance": Metric(
@@ -94,6 +118,13 @@ METRICS = {
         "Share of conditional samples in which the reference network sees the class asked for.",
     ),
     "accuracy": Metric("Accuracy", +1, "Share of the test split classified rightly."),
+    "accuracy_supervised": Metric(
+        "Accuracy, labels alone",
+        0,
+        "The same of the same network, trained on the labelled points alone.",
+        "",
+        False,
+    ),
     "precision": Metric("Precision", +1, "Share of the flagged that are anomalies."),
     "recall": Metric("Recall", +1, "Share of the anomalies that are flagged."),
     "f1": Metric(
@@ -145,6 +176,7 @@ VARIANTS = {
     "rbm": "Restricted Boltzmann machine",
     "igebm": "Langevin-trained energy (IGEBM)",
     "meg": "Maximum entropy generators",
+    "flow": "Normalising flow",
     "nce": "Noise-contrastive estimation",
     "fce": "Flow-contrastive estimation",
     "wgan_gp": "Wasserstein GAN with gradient penalty",
@@ -156,6 +188,7 @@ VARIANTS = {
     "one_class_svm": "One-class support vector machine",
 }
 SHORT = {
+    "flow": "flow",
     "wgan_gp": "WGAN-GP",
     "bigan": "BiGAN",
     "kernel_pca": "Kernel PCA",

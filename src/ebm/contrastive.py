@@ -19,7 +19,7 @@ point of data, has its optimum where p is the density of the data, normalised (G
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
-from ebm.flows import Defended, Density, Flow, Gaussian, Space
+from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Space
 from ebm.networks import Scalar, scalar, scalar_fourier
 from ebm.samplers import Independence, State, run
 from ebm.variants.base import EBM, descend
@@ -52,6 +52,10 @@ def accuracy(data: Tensor, noise: Tensor, ratio: float = 1.0) -> Tensor:
     return ((data > shift).float().mean() + (noise < shift).float().mean()) / 2
 
 
+BISECTIONS = 40
+"""Of an interval of some hundred nats: to 1e-9."""
+
+
 def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
     """log Z of an unnormalised density p, of which only that is unknown, from the log ratios
     log p - log q at its own draws [N] and at those of the noise [ratio N], both float64: the c
@@ -68,7 +72,7 @@ def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
     low, high = _bracket(data, noise)
     if not excess(low) <= 0 <= excess(high):
         raise EBMError("contrastive estimation: the noise does not meet the data")
-    for _ in range(100):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) < 0 else (low, middle)
     return (low + high) / 2
@@ -136,7 +140,7 @@ class Contrasted(EBM):
             nn.init.zeros_(self.network.head.weight)
         self.log_z = nn.Parameter(torch.zeros(outputs))
         self.noise = Density(shape, noise, levels, margin)
-        self.base = deepcopy(self.noise.flow).requires_grad_(False) if tilted else None
+        self.base = frozen(self.flow) if tilted else None
         self.defence = defence
         self.broad = Gaussian(math.prod(shape)) if defence else None
         self.register_buffer("steps", torch.tensor(0))
@@ -156,7 +160,7 @@ class Contrasted(EBM):
         return self.noise.flow
 
     @property
-    def contrast(self) -> Flow | Defended:
+    def contrast(self) -> Noise:
         """q: the flow, with the defence that it was given."""
         return self.flow if self.broad is None else Defended(self.flow, self.broad, self.defence)
 
@@ -180,11 +184,24 @@ class Contrasted(EBM):
 
     def energy(self, x: Tensor) -> Tensor:
         """-log p(x), of images that of their grey levels; normalised as far as c is right: [B]."""
-        v = self.space.centre(x)
-        return -self.log_density(v) - self.space.log_det(v)
+        return -self._log_prob(self.space.centre(x))
 
-    def proposal(self, x: Tensor) -> Tensor:
-        return -self.noise.log_prob(x)
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """log p(x), of greys the bound by one draw of the noise within their levels: [B]."""
+        return self._log_prob(self.space.enter(x))
+
+    def _log_prob(self, v: Tensor) -> Tensor:
+        return self.log_density(v) + self.space.log_det(v)
+
+    def noise_log_prob(self, x: Tensor) -> Tensor:
+        """log q(x) of what the energy is told from, defence and all: [B]."""
+        v = self.space.centre(x)
+        return self.contrast.log_prob(v) + self.space.log_det(v)
+
+    def classify(self, x: Tensor) -> dict[str, Tensor]:
+        """Classes [B] of data [B, *] by name: `accuracy`, the model's own; nothing of a model
+        that knows none."""
+        return {}
 
     def energy_optimizer_with(
         self,
@@ -201,13 +218,6 @@ class Contrasted(EBM):
         ]
         return AdamW(groups, betas=betas)
 
-    def noise_optimizer_with(
-        self, learning_rate: float, betas: tuple[float, float], weight_decay: float
-    ) -> Optimizer | None:
-        """Adam for the flow; None if it has nothing to train."""
-        weights = list(self.noise.parameters())
-        return AdamW(weights, learning_rate, betas, weight_decay=weight_decay) if weights else None
-
     def warm_up(self, data: Tensor, optimizer: Optimizer | None, steps: int, clip: float) -> bool:
         """One of the first `steps`, in which the flow follows the likelihood of `data`, points of
         the space, with a learning rate that falls to 0 over the second half of them; whether there
@@ -215,7 +225,7 @@ class Contrasted(EBM):
         left = steps - int(self.steps)
         self.steps += 1
         if left == 0 and self.base is not None:
-            self.base.load_state_dict(self.flow.state_dict())
+            cast(nn.Module, self.base).load_state_dict(cast(nn.Module, self.flow).state_dict())
         if left <= 0 or optimizer is None:
             return False
         for group in optimizer.param_groups:
@@ -265,6 +275,13 @@ def _network(shape: tuple[int, ...], outputs: int, kind: str, **sizes: Any) -> S
     if len(shape) != 1:
         raise EBMError(f"network 'fourier' does not fit points of shape {shape}; use 'conv'")
     return scalar_fourier(*shape, outputs=outputs, **sizes)
+
+
+def frozen(flow: Flow) -> Flow:
+    """A copy that is not trained."""
+    copy = deepcopy(flow)
+    cast(nn.Module, copy).requires_grad_(False)
+    return copy
 
 
 def outputs_of(network: Scalar, x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -21,14 +21,15 @@ EXTENT = (-2.0, 2.0)
 
 
 class GaussianMixture(nn.Module):
-    """Equal mixture of N(means_k, sigma^2 I); `means` [K, 2] are its modes if `modal`."""
+    """Equal mixture of N(means_k, sigma^2 I); `means` [K, 2] are its modes if `modal`. Of as many
+    `classes` each has an equal run of the means."""
 
     means: Tensor
 
-    def __init__(self, means: Tensor, sigma: float, modal: bool) -> None:
+    def __init__(self, means: Tensor, sigma: float, modal: bool, classes: int = 1) -> None:
         super().__init__()
         self.register_buffer("means", means)
-        self.sigma, self.modal = sigma, modal
+        self.sigma, self.modal, self.classes = sigma, modal, classes
 
     @property
     def modes(self) -> Tensor | None:
@@ -48,8 +49,13 @@ class GaussianMixture(nn.Module):
 
     def sample(self, n: int) -> Tensor:
         """n independent draws [n, 2]."""
+        return self.sample_with_classes(n)[0]
+
+    def sample_with_classes(self, n: int) -> tuple[Tensor, Tensor]:
+        """n independent draws [n, 2] and the classes that they are of [n]."""
         which = torch.randint(len(self.means), (n,))
-        return self.means[which] + self.sigma * torch.randn(n, 2, dtype=self.means.dtype)
+        x = self.means[which] + self.sigma * torch.randn(n, 2, dtype=self.means.dtype)
+        return x, which * self.classes // len(self.means)
 
 
 def _ring_of_gaussians(count: int, radius: float, sigma: float) -> GaussianMixture:
@@ -63,9 +69,11 @@ def _grid_of_gaussians(side: int, spacing: float, sigma: float) -> GaussianMixtu
     return GaussianMixture(torch.cartesian_prod(axis, axis), sigma, modal=True)
 
 
-def _blurred(curve: Callable[[Tensor], Tensor], nodes: int, sigma: float) -> GaussianMixture:
+def _blurred(
+    curve: Callable[[Tensor], Tensor], nodes: int, sigma: float, classes: int = 1
+) -> GaussianMixture:
     middle = (torch.arange(nodes, dtype=torch.float64) + 0.5) / nodes
-    return GaussianMixture(curve(middle), sigma, modal=False)
+    return GaussianMixture(curve(middle), sigma, modal=False, classes=classes)
 
 
 def _roll(u: Tensor) -> Tensor:
@@ -90,5 +98,5 @@ DENSITIES: dict[str, Callable[[], GaussianMixture]] = {
     "25gaussians": lambda: _grid_of_gaussians(5, spacing=2 / 2.828, sigma=0.05 / 2.828),
     "swissroll": lambda: _blurred(_roll, nodes=2048, sigma=0.25 / 7.5),
     "rings": lambda: _blurred(_rings, nodes=3072, sigma=0.03),
-    "2spirals": lambda: _blurred(_spirals, nodes=2048, sigma=0.03),
+    "2spirals": lambda: _blurred(_spirals, nodes=2048, sigma=0.03, classes=2),
 }

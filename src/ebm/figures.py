@@ -127,6 +127,45 @@ def density_panels(
     return figure
 
 
+@rc_context(STYLE)
+def log_density_fields(fields: Mapping[str, Array], extent: Extent) -> Figure:
+    """A panel for each log density [n, n] in nats, as in `density_panels`, on one scale whose top
+    is the highest value of the first."""
+    figure = Figure(figsize=(2.35 * len(fields) + 0.8, 2.6), layout="constrained")
+    axes = list(figure.subplots(1, len(fields), sharex=True, sharey=True, squeeze=False)[0])
+    top = float(next(iter(fields.values())).max())
+    scale = Normalize(top - NATS_SHOWN, top)
+    for ax, (title, field) in zip(axes, fields.items(), strict=True):
+        ax.imshow(field, DENSITY, scale, origin="lower", extent=extent, **SMOOTH)
+        ax.set_title(title)
+    axes[0].locator_params(nbins=4)
+    bar_ax = axes[-1].inset_axes((1.05, 0, 0.04, 1))
+    bar = figure.colorbar(ScalarMappable(scale, DENSITY), cax=bar_ax, extend="both")
+    bar.set_label("log density (nats)")
+    return figure
+
+
+@rc_context(STYLE)
+def log_lines(
+    measured: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    expected: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+) -> Figure:
+    """What was measured (x [k], y [k]) as points over what is expected as lines, both axes
+    logarithmic."""
+    figure = Figure(figsize=(4.2, 3.0), layout="constrained")
+    ax = figure.subplots()
+    for name, line in expected.items():
+        ax.loglog(*line, color=MUTED, lw=0.9, label=name)
+    for (name, points), colour in zip(measured.items(), cycle(SERIES), strict=False):
+        ax.loglog(*points, "o", color=colour, ms=4, label=name)
+    ax.set(xlabel=x_label, ylabel=y_label)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7.5)
+    return figure
+
+
 def _contour(ax: Axes, field: Array, level: float, extent: Extent) -> None:
     if field.min() < level < field.max():
         line: Any = {"colors": "#aab6c1", "linewidths": 0.7, "linestyles": "solid"}

@@ -8,7 +8,7 @@ first step:
 
     vectors   v = (x - mean) / deviation, of each column in the training split
     images    y = ((L - 1) x + n) / L,  n ~ U[0, 1)^D          (L grey levels, made continuous)
-              v = logit(a + (1 - 2 a) y)                        (Dinh, Sohl-Dickstein & Bengio 2017)
+              v = logit(a + (1 - 2 a) y)                       (Dinh, Sohl-Dickstein & Bengio 2017)
 
 Of an image, log p is that of its grey levels, a lower bound by one draw of the noise n (Theis, van
 den Oord & Bethge 2016): log p(x) >= E_n[log p(y)] - D log L; in bits per dimension, its negative
@@ -23,27 +23,33 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
+from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
+from ebm.variants.base import EBM
 
 
-class Flow(Protocol):
-    """What a flow over points [B, *] can do; all of it differentiable in its parameters."""
-
-    def initialise(self, v: Tensor) -> None:
-        """Set what depends on data [N, *] once, before the first step."""
+class Noise(Protocol):
+    """A density of points [B, *] that is known and can be drawn from."""
 
     def log_prob(self, v: Tensor) -> Tensor:
         """log density [B] of points [B, *]."""
         ...
 
     def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
-        """Draws [n, *], differentiable in the parameters, and their log density [n]."""
+        """Draws [n, *] and their log density [n]."""
         ...
 
 
-def flow(shape: tuple[int, ...], kind: str, **settings: Any) -> "Flow":
-    """The flow of a `kind` over points of `shape`; settings as in `schema.Flow`."""
+class Flow(Noise, Protocol):
+    """A module that is such a density, differentiable in its parameters both ways."""
+
+    def initialise(self, v: Tensor) -> None:
+        """Set what depends on data [N, *] once, before the first step."""
+
+
+def make(shape: tuple[int, ...], kind: str, **settings: Any) -> Flow:
+    """The flow of a `kind` over points of `shape`, a module; settings as in `schema.Flow`."""
     if kind == "glow":
         from ebm.glow import Glow
 
@@ -82,6 +88,14 @@ class Gaussian(nn.Module):
 
     def _normal(self) -> MultivariateNormal:
         return MultivariateNormal(self.mean, scale_tril=self.scale, validate_args=False)
+
+
+def adam(
+    density: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> Optimizer | None:
+    """What trains a density; None where it has nothing to train."""
+    weights = list(density.parameters())
+    return AdamW(weights, learning_rate, betas, weight_decay=weight_decay) if weights else None
 
 
 @dataclass(frozen=True)
@@ -167,7 +181,9 @@ class Space(nn.Module):
     def __init__(self, shape: tuple[int, ...], levels: int, margin: float) -> None:
         super().__init__()
         if (len(shape) > 1) != (levels > 0):
-            raise EBMError(f"model.levels = {levels}: expected 0 for vectors, else the grey levels")
+            raise EBMError(
+                f"model.levels = {levels}: expected 0 for vectors, else the grey levels"
+            )
         self.levels, self.margin, self.dimensions = levels, margin, math.prod(shape)
         sizes = () if levels else shape
         self.register_buffer("shift", torch.zeros(sizes))
@@ -211,21 +227,35 @@ class Space(nn.Module):
         return slope + self.dimensions * math.log((1 - 2 * self.margin) / self.levels)
 
 
-class Density(nn.Module):
-    """A flow over data [B, *]: `log_prob` in nats, of images of their grey levels."""
+class Density(EBM):
+    """A flow over data [B, *] of a shape; `flow` are the settings of `schema.Flow`, the others
+    those of the `Space`. Its energy is -log p(x), of images that of their grey levels."""
+
+    normalised = True
 
     def __init__(
-        self, shape: tuple[int, ...], settings: Mapping[str, Any], levels: int, margin: float
+        self, shape: tuple[int, ...], flow: Mapping[str, Any], levels: int, margin: float
     ) -> None:
         super().__init__()
-        self.space, self.flow = Space(shape, levels, margin), flow(shape, **settings)
+        self.space, self.flow = Space(shape, levels, margin), make(shape, **flow)
 
     def initialise(self, data: Tensor) -> None:
         """Fit the space to the data [N, *], then the flow as far as it goes without training."""
         self.space.initialise(data)
         self.flow.initialise(self.space.enter(data))
 
-    def log_prob(self, x: Tensor, v: Tensor | None = None) -> Tensor:
-        """log p [B] of data [B, *]; by its points `v` of the space, or the middle of its levels."""
-        v = self.space.centre(x) if v is None else v
+    def energy(self, x: Tensor) -> Tensor:
+        """-log p(x) for x [B, *], greys at the middle of their levels: [B], in nats."""
+        return -self._log_prob(self.space.centre(x))
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """log p(x) for x [B, *], of greys the bound by one draw of the noise: [B], in nats."""
+        return self._log_prob(self.space.enter(x))
+
+    def _log_prob(self, v: Tensor) -> Tensor:
         return self.flow.log_prob(v) + self.space.log_det(v)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> dict[str, Tensor]:
+        """`samples` [n, *]: exact draws."""
+        return {"samples": self.space.leave(self.flow.draw_with_log_prob(n)[0])}

@@ -230,9 +230,7 @@ def scalar(
     return make((channels, height, breadth), width, depth, classes, outputs)
 
 
-def scalar_mlp(
-    dimensions: int, width: int, depth: int, classes: int, outputs: int = 1
-) -> Scalar:
+def scalar_mlp(dimensions: int, width: int, depth: int, classes: int, outputs: int = 1) -> Scalar:
     """`depth` hidden layers of `width` units over vectors [B, dimensions]."""
     sizes = [dimensions, *[width] * depth]
     layers = [Layer(nn.Linear(i, o, bias=False), o, classes) for i, o in pairwise(sizes)]

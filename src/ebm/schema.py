@@ -231,6 +231,88 @@ class Train(Section):
     watch: Watch
 
 
+class GaussianFlow(Section):
+    """Mean and covariance of the data; nothing is trained."""
+
+    kind: Literal["gaussian"]
+
+
+class CouplingFlow(Section):
+    """Affine couplings over vectors: so many `transforms`, each of two layers of `width`."""
+
+    kind: Literal["coupling"]
+    transforms: Count
+    width: Count
+
+
+class SplineFlow(Section):
+    """Splines of so many `bins` over vectors, else as couplings."""
+
+    kind: Literal["spline"]
+    transforms: Count
+    bins: Annotated[int, Field(ge=2)]
+    width: Count
+
+
+class GlowFlow(Section):
+    """Over images: `levels`, `depth` steps at each, couplings of `width` channels."""
+
+    kind: Literal["glow"]
+    levels: Count
+    depth: Count
+    width: Count
+
+
+Flow = Annotated[GaussianFlow | CouplingFlow | SplineFlow | GlowFlow, Field(discriminator="kind")]
+
+
+class FourierNetwork(Section):
+    """An energy of vectors: `depth` hidden layers of `width` over so many `frequencies`, drawn
+    with the standard deviation `bandwidth` (`ebm.networks.FourierFeatures`)."""
+
+    kind: Literal["fourier"]
+    width: Count
+    depth: Count
+    frequencies: Count
+    bandwidth: Positive
+
+
+class PlainNetwork(Section):
+    """An energy of vectors (`mlp`) or images (`ebm.networks.scalar`)."""
+
+    kind: Literal["mlp", "conv", "strided", "resnet"]
+    width: Count
+    depth: Count
+
+
+EnergyNetwork = Annotated[FourierNetwork | PlainNetwork, Field(discriminator="kind")]
+Margin = Annotated[float, Field(ge=0, lt=0.5)]
+Levels = Annotated[int, Field(ge=0, le=256)]
+Betas = Annotated[tuple[Share, Share], Field(strict=False)]
+
+
+class Contrasted(Section):
+    """What noise- and flow-contrastive energies share: the `network` of f; a share `defence` of
+    the noise that a Gaussian of the data draws, and whether the energy is `tilted`, a correction
+    of the flow as it is after `warmup` steps of maximum likelihood at `warmup_learning_rate`;
+    grey `levels` of images (0: vectors) and the `margin` of their logit; Adam's
+    `learning_rate`s for f and for its constant, `betas`, `weight_decay`; the norm to which
+    gradients are cut (`clip`, null: none)."""
+
+    network: EnergyNetwork
+    defence: Annotated[float, Field(ge=0, lt=1)]
+    tilted: bool
+    levels: Levels
+    margin: Margin
+    warmup: Size
+    warmup_learning_rate: Positive
+    learning_rate: Positive
+    constant_learning_rate: Positive
+    betas: Betas
+    weight_decay: NonNegative
+    clip: Positive | None
+
+
 class Ensemble(Section):
     """`members` models trained side by side, each on its part of every batch, with `snapshots` of
     each taken `every` so many steps; `without`: the class that each never sees, in turn, as

@@ -137,9 +137,7 @@ def fit(
     return progress
 
 
-def _begin(
-    model: EBM, data: Tensor, labels: Tensor | None, checkpoints: Checkpoints
-) -> Progress:
+def _begin(model: EBM, data: Tensor, labels: Tensor | None, checkpoints: Checkpoints) -> Progress:
     started = time.monotonic()
     model.initialise(unit(data))
     if labels is not None:

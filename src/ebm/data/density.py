@@ -9,9 +9,14 @@ from ebm.schema import DensityData
 
 
 def prepare(settings: DensityData) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """What it is, float32 splits [N, 2], no outliers."""
+    """What it is, float32 splits [N, 2], with classes where the density has any, no outliers."""
     density = DENSITIES[settings.density]()
     torch.manual_seed(settings.seed)
     counts = {split: getattr(settings, split) for split in SPLITS}
-    tensors = {split: density.sample(count).float() for split, count in counts.items()}
+    tensors: dict[str, Tensor] = {}
+    for split, count in counts.items():
+        x, classes = density.sample_with_classes(count)
+        tensors[split] = x.float()
+        if density.classes > 1:
+            tensors[f"{split}_labels"] = classes
     return f"ebm.densities {settings.density}, exact draws", tensors, {}

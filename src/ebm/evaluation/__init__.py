@@ -14,7 +14,13 @@ Names of metrics, the same in every experiment:
     grid_kl                 KL(true density || learned density) on the cells of a square, nats
     log_likelihood          mean log p of the test split, nats; `_lower`, `_upper` bracket it where
                             Z is estimated, `_train` is the same of the training split
-    log_partition           log Z, nats
+    log_partition           log Z, nats; of a model with a constant of its own what is left of it,
+                            by a grid
+    log_partition_error     |error| of log Z of the true density, told from the model's noise
+    log_density_mse         mean squared error of log p at the test points, nats^2
+    bits_per_dim            -log2 p per pixel of grey images; `_train` of the training split
+    accuracy                of the model as a classifier; `_supervised` of the same network without
+                            the unlabelled points
     frechet_distance        between samples and test split: of raw coordinates in the plane, of the
                             features of `ebm.reference` for images, as are the next four
     frechet_distance_extrapolated   the same for infinitely many samples
@@ -36,7 +42,8 @@ Names of metrics, the same in every experiment:
     auprc_<protocol>_<d>    class d as the anomaly, by protocol (`ebm.evaluation.novelty`):
     auroc_<test>_<d>        `released`, `strict`, `tenth`; `..._mean` over all classes
 
-The suffix `_generator` marks a number of the generator's samples before any MCMC, `_gradient` one
+The suffix `_generator` marks a number of the generator's samples before any MCMC, or of the noise
+that an energy was told from, `_gradient` one
 of |grad E|^2 as score of anomaly instead of E. Of several trainings a number is the mean (of the
 snapshots of each first), and the suffix `_std` marks their standard deviation.
 """

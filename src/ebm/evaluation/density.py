@@ -6,8 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from ebm import EBMError, figures, metrics
+from ebm.contrastive import Contrasted
 from ebm.data import Prepared
 from ebm.densities import EXTENT, GaussianMixture
+from ebm.evaluation.contrast import measure_classes, measure_contrast
 from ebm.evaluation.result import Evaluation
 from ebm.reference import Reference
 from ebm.variants.base import EBM
@@ -35,6 +37,8 @@ def evaluate_density(
         before = sample_scores(samples["generator"], test, density)
         before.pop("modes_total", None)
         result.metrics |= {f"{name}_generator": value for name, value in before.items()}
+    if isinstance(model, Contrasted):
+        measure_classes(result, model, prepared)
     if len(samples.get("acceptance", ())):
         result.metrics["acceptance"] = samples["acceptance"].mean().item()
     _refer_to_true_draws(result, prepared, density, len(drawn))
@@ -81,16 +85,20 @@ def _grid_scores(
 ) -> None:
     """Integrate exp(-E) over the square: the learned density as a density, beside the true one."""
     grid = metrics.cell_centres(*EXTENT, cells).to(test.device)
-    energy = metrics.in_batches(model.energy, grid.to(test.dtype))
-    log_z = metrics.grid_log_partition(energy, *EXTENT)
-    learned = -energy.double() - log_z
     true = metrics.in_batches(density.log_prob, grid, 4096)
-    result.metrics["grid_kl"] = metrics.grid_kl(true, learned)
+    true_test = metrics.in_batches(density.log_prob, test.double(), 4096)
+    scores, learned = density_scores(model, grid, test, true, true_test)
+    result.metrics |= scores
     result.refer("grid_kl", 0.0, "exact", "the learned density equals the true one")
-    test_energy = metrics.in_batches(model.energy, test).double()
-    result.metrics["log_likelihood"] = (-test_energy - log_z).mean().item()
-    exact = metrics.in_batches(density.log_prob, test.double(), 4096).mean().item()
+    result.refer("log_density_mse", 0.0, "exact", "the learned density equals the true one")
+    exact = true_test.mean().item()
     result.refer("log_likelihood", exact, "ceiling", "the true density on the same test split")
+    if model.normalised:
+        result.refer("log_partition", 0.0, "exact", "the model's own constant is right")
+    if isinstance(model, Contrasted):
+        scores, of_noise = density_scores(model.noise, grid, test, true, true_test)
+        result.metrics |= {f"{name}_generator": value for name, value in scores.items()}
+        measure_contrast(result, model, density, _square(of_noise), grid)
     picture = figures.density_panels(
         true_log_density=_square(true),
         learned_log_density=_square(learned),
@@ -100,6 +108,24 @@ def _grid_scores(
     )
     caption = "True density, learned density exp(-E)/Z, and samples without and with MCMC."
     result.draw("density", "Density and samples", caption, picture)
+
+
+def density_scores(
+    model: EBM, grid: Tensor, test: Tensor, true: Tensor, true_test: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """How near exp(-E) / Z comes to the true density, whose log is `true` on the `grid` and
+    `true_test` at the test points; and its log on the grid. Z is the integral over the square, but
+    for the likelihood of a model that has a constant of its own."""
+    energy = metrics.in_batches(model.energy, grid.to(test.dtype))
+    log_z = metrics.grid_log_partition(energy, *EXTENT)
+    learned = -energy.double() - log_z
+    log_p = -metrics.in_batches(model.energy, test).double()
+    scores = {
+        "grid_kl": metrics.grid_kl(true, learned),
+        "log_likelihood": (log_p - (0 if model.normalised else log_z)).mean().item(),
+        "log_density_mse": (log_p - log_z - true_test).square().mean().item(),
+    }
+    return scores | ({"log_partition": log_z.item()} if model.normalised else {}), learned
 
 
 def _square(values: Tensor) -> Any:

@@ -1,5 +1,6 @@
 """Images: how near the samples come to the test split, what the energy tells apart, pictures."""
 
+import math
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
@@ -8,8 +9,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ebm import EBMError, figures, metrics
+from ebm.contrastive import Contrasted
 from ebm.data import Prepared
 from ebm.demonstrations import animate, demonstrate
+from ebm.evaluation.contrast import measure_classes
 from ebm.evaluation.result import Evaluation
 from ebm.outliers import outlier_sets
 from ebm.reference import KEPT, Reference
@@ -38,6 +41,10 @@ def evaluate_images(
     enough(drawn)
     train, test = (prepared.points(split).to(drawn.device) for split in ("train", "test"))
     _likelihood(result, model, train, test, settings)
+    _bits(result, model, train, test)
+    if isinstance(model, Contrasted):
+        _bits(result, model.noise, train, test, "_generator")
+        measure_classes(result, model, prepared)
     measure_samples(result, samples, train, test, reference)
     if "labels" in samples:
         _conditional_accuracy(result, drawn, samples["labels"], reference)
@@ -81,6 +88,17 @@ def _likelihood(
     independent = torch.distributions.Bernoulli(rate).log_prob(test).flatten(1).sum(1)
     source = "independent pixels, each with its rate in the training split"
     result.refer("log_likelihood", independent.mean().item(), "baseline", source)
+
+
+def _bits(result: Evaluation, model: EBM, train: Tensor, test: Tensor, suffix: str = "") -> None:
+    """-log2 p per pixel of grey images by a model that knows its density, uniform noise within the
+    grey levels; as many training images as test images."""
+    if not model.normalised:
+        return
+    for name, x in {"bits_per_dim": test, "bits_per_dim_train": train[: len(test)]}.items():
+        log_p = metrics.in_batches(cast(Any, model.log_likelihood), x, 256)
+        bits = -log_p.double().mean().item() / (x[0].numel() * math.log(2))
+        result.metrics[name + suffix] = bits
 
 
 def enough(drawn: Tensor) -> None:

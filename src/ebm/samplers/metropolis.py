@@ -1,5 +1,5 @@
-"""Metropolis' algorithm with symmetric proposals, and with proposals that look at no chain: all that
-it asks of an energy is its value.
+"""Metropolis' algorithm with proposals that are symmetric, or look at no chain: all that it asks
+of an energy is its value.
 
 paper  | here
 -------|---------------------------------------------------------------------------------

@@ -54,10 +54,10 @@ class EBM(nn.Module):
         """log Z from below and from above; None where the variant has no estimator of its own."""
         return None
 
-    def proposal(self, x: Tensor) -> Tensor | None:
-        """-log q(x) for x [B, *], normalised, of the density q that the model starts its draws
-        from: [B]; None where there is none, or it is not known."""
-        return None
+    def log_likelihood(self, x: Tensor) -> Tensor | None:
+        """log p(x) [B] of data [B, *], of grey images of their levels, in nats; None where log Z
+        is not known."""
+        return -self.energy(x) if self.normalised else None
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:

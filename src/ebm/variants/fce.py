@@ -10,8 +10,8 @@ over one value, which the energy ascends and the flow descends.
     ----------------|---------------------------------------------------------------------
     f_theta, c      | network, log_z, which starts where importance sampling from the flow has it
     q_alpha, g      | flow; the first `warmup` steps train it alone, by maximum likelihood
-    alternation     | the flow's turn follows a step in which the classifier's accuracy was over
-                    | `threshold`, the energy's any other
+    alternation     | the flow's turn follows one of the energy in which the classifier's accuracy
+                    | was over `threshold`; all others are the energy's, which so has half at least
     flow's gradient | through both halves of V: log q, and the draws g(u) themselves
     f_k, c_k        | outputs of the network, which share all layers but the last; the mixture
                     | of equal parts is p
@@ -20,14 +20,14 @@ over one value, which the energy ascends and the flow descends.
                     | entropy of p(k | v) = p_k(v) / sum_j p_j(v)
 
 Beside a semi-supervised energy a twin of its network learns from the same labels alone: what the
-unlabelled points are worth is the difference (`baseline`).
+unlabelled points are worth is the difference.
 
 Samples: Metropolis' algorithm that proposes draws of the flow (`ebm.samplers.Independence`).
 
 Logged: `value` = V, at equilibrium -log 4; `accuracy` of the classifier, at equilibrium 1/2;
-`flow_turns`, the share of steps that were the flow's; `log_z`; `noise_loss`, the mean of -log q over
-data; `energy_gap` = E_data[-log p] - E_q[-log p]; `gradient_norm`; `cross_entropy` of the labelled
-points. What a step does not compute is 0.
+`flow_turns`, the share of steps that were the flow's; `log_z`; `noise_loss`, the mean of -log q
+over data; `energy_gap` = E_data[-log p] - E_q[-log p]; `gradient_norm`; `cross_entropy` of the
+labelled points and `roughness` at the others. What a step does not compute is 0.
 """
 
 import math
@@ -42,9 +42,8 @@ from torch.optim import AdamW
 
 from ebm import EBMError
 from ebm.contrastive import LOGGED, Contrasted, accuracy, outputs_of, value
-from ebm.flows import Flow
+from ebm.flows import Noise, adam
 from ebm.variants.base import descend
-
 
 TINY = 0.1
 """Share of the radius within which the worst direction is looked for."""
@@ -89,10 +88,8 @@ class FCE(Contrasted):
         self.energy_optimizer = self.energy_optimizer_with(
             learning_rate, constant_learning_rate, betas, weight_decay
         )
-        self.warmup_optimizer = self.noise_optimizer_with(
-            warmup_learning_rate, betas, weight_decay
-        )
-        self.flow_optimizer = self.noise_optimizer_with(flow_learning_rate, betas, weight_decay)
+        self.warmup_optimizer = adam(self.noise, warmup_learning_rate, betas, weight_decay)
+        self.flow_optimizer = adam(self.noise, flow_learning_rate, betas, weight_decay)
         self.register_buffer("last_accuracy", torch.zeros(()))
         self.register_buffer("points", torch.zeros(classes * labelled, *shape))
         self.register_buffer("labels", torch.zeros(classes * labelled, dtype=torch.long))
@@ -125,10 +122,10 @@ class FCE(Contrasted):
         noise = self.broad if warming and self.broad is not None else self.contrast
         flow_turn = not warming and self.last_accuracy > self.threshold
         logs = self._flow_turn(data) if flow_turn else self._energy_turn(data, noise)
-        self.last_accuracy.copy_(logs["accuracy"])
+        self.last_accuracy.copy_(0 * logs["accuracy"] if flow_turn else logs["accuracy"])
         return self.logs(**logs)
 
-    def _energy_turn(self, data: Tensor, noise: Flow) -> dict[str, Tensor]:
+    def _energy_turn(self, data: Tensor, noise: Noise) -> dict[str, Tensor]:
         with torch.no_grad():
             draws, log_q_draws = noise.draw_with_log_prob(len(data))
             log_q = noise.log_prob(data)
@@ -178,7 +175,9 @@ class FCE(Contrasted):
             before = self._log_posterior(v)
         small = TINY * self.radius * direction(torch.randn_like(v))
         small.requires_grad_()
-        (gradient,) = torch.autograd.grad(divergence(before, self._log_posterior(v + small)), small)
+        (gradient,) = torch.autograd.grad(
+            divergence(before, self._log_posterior(v + small)), small
+        )
         far = self.radius * direction(gradient)
         return divergence(before, self._log_posterior(v + far))
 
@@ -189,19 +188,16 @@ class FCE(Contrasted):
     def _twin(self, v: Tensor) -> Tensor:
         return -outputs_of(self.twin, v, self.shape)
 
-    def class_log_densities(self, x: Tensor) -> Tensor:
-        """log p(x | k) for x [B, *]: [B, classes], of images at the middle of their levels."""
+    def classify(self, x: Tensor) -> dict[str, Tensor]:
+        """The most likely class of x [B, *], all being as frequent: `accuracy`; and by the twin,
+        which knows the labelled points only: `accuracy_supervised`. Both [B]."""
+        if not self.labelled_classes:
+            return {}
         v = self.space.centre(x)
-        log_det = self.space.log_det(v)
-        return -self.unnormalised(v) - self.log_z + log_det.unsqueeze(1)
-
-    def classify(self, x: Tensor) -> Tensor:
-        """The most likely class of x [B, *], all being as frequent: [B]."""
-        return self.class_log_densities(x).argmax(1)
-
-    def classify_supervised(self, x: Tensor) -> Tensor:
-        """The same by the twin, which knows the labelled points only: [B]."""
-        return self._twin(self.space.centre(x)).argmax(1)
+        return {
+            "accuracy": self.log_densities(v).argmax(1),
+            "accuracy_supervised": self._twin(v).argmax(1),
+        }
 
 
 def direction(x: Tensor) -> Tensor:

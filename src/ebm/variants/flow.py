@@ -17,21 +17,19 @@ Logged: `energy_gap`, the mean of -log p(x) over data (a normalised density has 
 `gradient_norm`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ebm.flows import Density
-from ebm.variants.base import EBM, descend
+from ebm.flows import Density, adam
+from ebm.variants.base import descend
 
 
-class NormalisingFlow(EBM):
+class NormalisingFlow(Density):
     """A flow over points of `shape`, vectors or images in [0, 1]; settings as in
     `flow_config.Model`."""
-
-    normalised = True
 
     def __init__(
         self,
@@ -42,33 +40,15 @@ class NormalisingFlow(EBM):
         learning_rate: float,
         betas: tuple[float, float],
         weight_decay: float,
-        clip: float,
+        clip: float | None,
     ) -> None:
-        super().__init__()
-        self.clip = clip
-        self.density = Density(shape, flow, levels, margin)
-        self.optimizer = torch.optim.AdamW(
-            self.density.parameters(), learning_rate, betas, weight_decay=weight_decay
-        )
-
-    def initialise(self, data: Tensor) -> None:
-        self.density.initialise(data)
-
-    def energy(self, x: Tensor) -> Tensor:
-        """-log p(x) for x [B, *]: [B], in nats."""
-        return -self.density.log_prob(x)
+        super().__init__(shape, flow, levels, margin)
+        self.clip = clip or math.inf
+        self.optimizer = adam(self, learning_rate, betas, weight_decay)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        loss = -self.density.log_prob(x, self.density.space.enter(x)).mean()
-        norm = descend(self.optimizer, loss, self.clip)
+        loss = -self.log_likelihood(x).mean()
+        norm = loss.new_zeros(())
+        if self.optimizer is not None:
+            norm = descend(self.optimizer, loss, self.clip)
         return {"energy_gap": loss.detach(), "gradient_norm": norm}
-
-    def log_likelihood(self, x: Tensor) -> Tensor:
-        """log p(x) for x [B, *], of images the bound by one draw of the noise: [B], in nats."""
-        return self.density.log_prob(x, self.density.space.enter(x))
-
-    @torch.no_grad()
-    def sample(self, n: int) -> dict[str, Tensor]:
-        """`samples` [n, *]: exact draws."""
-        v, _ = self.density.flow.draw_with_log_prob(n)
-        return {"samples": self.density.space.leave(v)}

@@ -1,7 +1,7 @@
 r"""Noise-contrastive estimation (Gutmann & Hyvarinen 2010; 2012, JMLR 13:307).
 
-An energy f with a constant c = log Z of its own, both learned by telling data from draws of a noise
-q whose density is known:
+An energy f with a constant c = log Z of its own, both learned by telling data from draws of a
+noise q whose density is known:
 
     log p(v)  = -f(v) - c
     V         = E_data[log h(v)] + nu E_q[log(1 - h(v))],   h = sigmoid(log p - log q - log nu)
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ebm.contrastive import Contrasted, accuracy, value
+from ebm.flows import adam
 from ebm.variants.base import descend
 
 
@@ -60,9 +61,7 @@ class NCE(Contrasted):
         self.energy_optimizer = self.energy_optimizer_with(
             learning_rate, constant_learning_rate, betas, weight_decay
         )
-        self.noise_optimizer = self.noise_optimizer_with(
-            warmup_learning_rate, betas, weight_decay
-        )
+        self.noise_optimizer = adam(self.noise, warmup_learning_rate, betas, weight_decay)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         data = self.space.enter(x)

@@ -1,0 +1,100 @@
+"""Energies that were told from noise: the classes that they know, the pieces of their density, and
+how much of log Z that noise can tell."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebm import figures, metrics
+from ebm.contrastive import Contrasted, log_partition, log_partition_variance
+from ebm.data import Prepared
+from ebm.densities import EXTENT, GaussianMixture
+from ebm.evaluation.result import Evaluation
+
+RATIOS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+"""nu, at which log Z of the true density is estimated,"""
+POINTS = 10_000
+"""from so many of its draws,"""
+TRIALS = 16
+"""so many times."""
+
+
+def measure_classes(result: Evaluation, model: Contrasted, prepared: Prepared) -> None:
+    """Accuracy on the test split, beside a network that saw the labelled points alone."""
+    device = model.log_z.device
+    test, labels = prepared.points("test").to(device), prepared.labels("test")
+    with torch.no_grad():
+        parts = [model.classify(part) for part in test.split(1024)]
+    if labels is None or not parts[0]:
+        return
+    right = {
+        name: (torch.cat([part[name] for part in parts]).cpu() == labels).double().mean().item()
+        for name in parts[0]
+    }
+    result.metrics |= right
+    source = "the same network, trained on the same labels alone"
+    result.refer("accuracy", right["accuracy_supervised"], "baseline", source)
+
+
+def measure_contrast(
+    result: Evaluation, model: Contrasted, density: GaussianMixture, noise: Any, grid: Tensor
+) -> None:
+    """Pictures of the noise, of each class, and of what the noise can tell of log Z."""
+    side = math.isqrt(len(grid))
+    fields = {"Noise": noise}
+    if model.outputs > 1:
+        v = model.space.centre(grid.to(model.log_z.dtype))
+        log_p = metrics.in_batches(model.log_densities, v) + model.space.log_det(v).unsqueeze(1)
+        fields |= {
+            f"Class {k}": log_p[:, k].view(side, side).cpu().numpy() for k in range(model.outputs)
+        }
+    picture = figures.log_density_fields(fields, (*EXTENT, *EXTENT))
+    caption = "The density that the energy was told from" + (
+        ", and the densities of its classes, of which the learned density is the mixture."
+        if model.outputs > 1
+        else "."
+    )
+    result.draw("noise", "Noise and classes" if model.outputs > 1 else "Noise", caption, picture)
+    _theory(result, model, density, grid)
+
+
+def _theory(result: Evaluation, model: Contrasted, density: GaussianMixture, grid: Tensor) -> None:
+    """log Z of the true density by this noise, of which all is known: the error against nu."""
+    cell = (EXTENT[1] - EXTENT[0]) ** 2 / len(grid)
+    log_p = metrics.in_batches(density.log_prob, grid, 4096)
+    log_q = metrics.in_batches(model.noise_log_prob, grid.to(model.log_z.dtype)).double()
+    expected = [
+        math.sqrt(log_partition_variance(log_p, log_q, nu, cell) / POINTS) for nu in RATIOS
+    ]
+    errors = [_errors(model, density, nu) for nu in RATIOS]
+    measured = [error.square().mean().sqrt().item() for error in errors]
+    result.metrics["log_partition_error"] = errors[-1][0].abs().item()
+    source = f"theory: the standard error at nu = {RATIOS[-1]:g} from {POINTS} points"
+    result.refer("log_partition_error", expected[-1], "exact", source)
+    picture = figures.log_lines(
+        {"measured": (RATIOS, measured)}, {"theory": (RATIOS, expected)}, "nu", "error of log Z"
+    )
+    caption = (
+        f"log Z of the true density from {POINTS:,} of its draws and nu times as many of this "
+        f"noise, root mean square error of {TRIALS} trials: what noise can tell, and at what cost."
+    )
+    result.draw("theory", "Noise-contrastive log Z", caption, picture)
+
+
+@torch.no_grad()
+def _errors(model: Contrasted, density: GaussianMixture, nu: float) -> Tensor:
+    """c - log Z of the true density, whose log Z is 0, in every trial."""
+    like = model.log_z
+
+    def log_ratio(x: Tensor) -> Tensor:
+        log_p = metrics.in_batches(density.log_prob, x.double(), 4096)
+        return log_p - metrics.in_batches(model.noise_log_prob, x.to(like)).double()
+
+    def trial() -> float:
+        data = density.sample(POINTS).to(like.device)
+        v, _ = model.contrast.draw_with_log_prob(round(nu * POINTS))
+        return log_partition(log_ratio(data), log_ratio(model.space.leave(v)), nu)
+
+    return torch.tensor([trial() for _ in range(TRIALS)])

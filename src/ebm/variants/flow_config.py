@@ -1,0 +1,34 @@
+"""Settings of normalising flows, as they stand in `params.yaml`."""
+
+from typing import Literal
+
+from ebm import schema
+from ebm.schema import Betas, Flow, Levels, Margin, NonNegative, Positive, Section
+
+
+class Model(Section):
+    """The `flow`; grey `levels` of images (0: vectors) and the `margin` of their logit
+    (`ebm.flows`); Adam's `learning_rate`, `betas` and `weight_decay`; the norm to which gradients
+    are cut (`clip`, null: none)."""
+
+    flow: Flow
+    levels: Levels
+    margin: Margin
+    learning_rate: Positive
+    betas: Betas
+    weight_decay: NonNegative
+    clip: Positive | None
+
+
+class Evaluate(schema.Detection):
+    """`grid`: cells per axis of the square on which the density is integrated (0 for points that
+    do not lie in the plane)."""
+
+    grid: schema.Size
+
+
+class Experiment(schema.Experiment):
+    variant: Literal["flow"]
+    model: Model
+    sample: schema.Drawn
+    evaluate: Evaluate
