@@ -216,7 +216,7 @@ class Contrasted(EBM):
             {"params": weights, "lr": learning_rate, "weight_decay": weight_decay},
             {"params": [self.log_z], "lr": constant_learning_rate, "weight_decay": 0.0},
         ]
-        return AdamW(groups, betas=betas)
+        return AdamW(groups, betas=betas, fused=True)
 
     def warm_up(self, data: Tensor, optimizer: Optimizer | None, steps: int, clip: float) -> bool:
         """One of the first `steps`, in which the flow follows the likelihood of `data`, points of

@@ -95,7 +95,9 @@ def adam(
 ) -> Optimizer | None:
     """What trains a density; None where it has nothing to train."""
     weights = list(density.parameters())
-    return AdamW(weights, learning_rate, betas, weight_decay=weight_decay) if weights else None
+    if not weights:
+        return None
+    return AdamW(weights, learning_rate, betas, weight_decay=weight_decay, fused=True)
 
 
 @dataclass(frozen=True)
