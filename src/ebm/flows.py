@@ -182,10 +182,12 @@ class Space(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], levels: int, margin: float) -> None:
         super().__init__()
-        if (len(shape) > 1) != (levels > 0):
+        if levels < 2 if len(shape) > 1 else levels:
             raise EBMError(
                 f"model.levels = {levels}: expected 0 for vectors, else the grey levels"
             )
+        if levels and not margin:
+            raise EBMError("model.margin = 0: expected more for images, whose logit is infinite")
         self.levels, self.margin, self.dimensions = levels, margin, math.prod(shape)
         sizes = () if levels else shape
         self.register_buffer("shift", torch.zeros(sizes))
