@@ -1,13 +1,14 @@
-"""Laws of random-walk Metropolis and of the search for a step size."""
+"""Laws of random-walk and independence Metropolis and of the search for a step size."""
 
 import math
 from functools import partial
 
 import pytest
 import torch
+from torch.distributions import Normal
 
 from ebm.oracles import Banana
-from ebm.samplers import HMC, MALA, RandomWalk, State, adapt, run
+from ebm.samplers import HMC, MALA, Independence, RandomWalk, State, adapt, run
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -68,6 +69,93 @@ def test_a_planted_bug_breaks_detailed_balance(fault):
 
     forth = flow(Faulty(double_well, 0.7))
     assert (forth - forth.T).abs().max() > 0.01 * forth.max()
+
+
+class Proposals:
+    """Draws of N(0.5, 1.5^2) along every axis, with their log density."""
+
+    def __init__(self, dimensions):
+        self.q, self.dimensions, self.asked = Normal(0.5, 1.5), dimensions, 0
+
+    def log_prob(self, x):
+        return self.q.log_prob(x).sum(1)
+
+    def __call__(self, n):
+        self.asked += n
+        x = self.q.sample((n, self.dimensions))
+        return x, self.log_prob(x)
+
+
+class Weighted(Independence):
+    """Accepts by `fault` of the energies E and log q of two states instead of by w."""
+
+    fault = staticmethod(lambda s, t, log_q_s, log_q_t: s + log_q_s - t - log_q_t)
+
+    def log_accept(self, s, t):
+        q, energy = self.draw.log_prob, self.energy
+        return self.fault(energy(s.x), energy(t.x), q(s.x), q(t.x))
+
+
+def independent_flow(kernel, points=301):
+    """p(x) T(x, y) off the diagonal of a fine line, for proposals y ~ q, and p(x)."""
+    line = torch.linspace(-4.0, 5.0, points)[:, None]
+    log_q = kernel.draw.log_prob(line)
+    states = State(line, kernel.energy(line) + log_q)
+    accept = [kernel.log_accept(pick(states, i), states).clamp(max=0).exp() for i in range(points)]
+    p = (-kernel.energy(line)).softmax(0)
+    return p[:, None] * log_q.softmax(0) * torch.stack(accept), p
+
+
+@pytest.mark.parametrize("energy", [gaussian, double_well])
+@pytest.mark.parametrize("kind", [Independence, Weighted])
+def test_independent_proposals_are_in_detailed_balance_on_a_discretised_line(energy, kind):
+    forth, p = independent_flow(kind(energy, Proposals(1)))
+    torch.testing.assert_close(forth, forth.T)
+    stay = p - forth.sum(1)
+    assert stay.min() > -1e-12
+    torch.testing.assert_close(forth.sum(0) + stay, p)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda s, t, log_q_s, log_q_t: s - t,
+        lambda s, t, log_q_s, log_q_t: s - log_q_s - t + log_q_t,
+        lambda s, t, log_q_s, log_q_t: log_q_s - log_q_t,
+        lambda s, t, log_q_s, log_q_t: t + log_q_t - s - log_q_s,
+    ],
+    ids=["without q", "q upside down", "without p", "sign flipped"],
+)
+def test_a_bug_planted_in_the_weights_breaks_detailed_balance(fault):
+    class Faulty(Weighted):
+        pass
+
+    Faulty.fault = staticmethod(fault)
+    forth, _ = independent_flow(Faulty(double_well, Proposals(1)))
+    assert (forth - forth.T).abs().max() > 0.01 * forth.max()
+
+
+def test_a_gaussian_has_its_moments_from_wider_proposals():
+    torch.manual_seed(4)
+    draw, n = Proposals(2), 20000
+    state = run(Independence(gaussian, draw), torch.empty(n), 25)
+    assert draw.asked == 26 * n
+    assert state.x.shape == (n, 2)
+    assert state.x.mean(0).abs().max() < 4 / math.sqrt(n)
+    assert (state.x.var(0) - 1).abs().max() < 4 * math.sqrt(2 / n)
+    weight = gaussian(state.x) + draw.log_prob(state.x)
+    torch.testing.assert_close(state.energy, weight)
+
+
+def test_independent_proposals_are_all_accepted_where_they_are_of_the_target():
+    draw = Proposals(3)
+    kernel = Independence(lambda x: 7 - draw.log_prob(x), draw)
+    state = kernel.init(torch.empty(50))
+    torch.testing.assert_close(state.energy, torch.full((50,), 7.0))
+    for _ in range(3):
+        before, state = state.x, kernel.step(state)
+        torch.testing.assert_close(state.acceptance, torch.ones(50))
+        assert (before != state.x).any()
 
 
 def test_the_proposal_is_as_wide_as_it_says_and_symmetric():

@@ -70,7 +70,7 @@ def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
         return missed - torch.sigmoid(noise - shift - c).sum()
 
     low, high = _bracket(data, noise)
-    if not excess(low) <= 0 <= excess(high):
+    if not excess(low) < 0 < excess(high):
         raise EBMError("contrastive estimation: the noise does not meet the data")
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

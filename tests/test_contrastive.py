@@ -1,0 +1,261 @@
+"""Laws of contrastive estimation: its value, the constant that it finds and how well, with
+densities of which all is known."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from test_train import MODELS
+from torch.distributions import MultivariateNormal, Normal
+
+from ebm import EBMError
+from ebm.contrastive import (
+    accuracy,
+    equilibrium,
+    importance_log_partition,
+    log_partition,
+    log_partition_variance,
+    value,
+)
+from ebm.densities import DENSITIES
+from ebm.flows import Defended, Gaussian
+from ebm.metrics import cell_centres
+from ebm.variants.nce import NCE
+
+pytestmark = pytest.mark.usefixtures("double")
+
+RATIOS = [0.2, 1.0, 3.0, 100.0]
+P, Q = (Normal(*torch.tensor(pair).double()) for pair in [(0.0, 1.0), (0.5, 1.5)])
+
+
+def exact(density, n):
+    """Points that stand for equal parts of a density on the line: expectations without chance."""
+    return density.icdf((torch.arange(n) + 0.5) / n)
+
+
+def ratios(p=P, q=Q, n=2000, nu=1.0):
+    """log p - log q at points of both."""
+    return [p.log_prob(x) - q.log_prob(x) for x in (exact(p, n), exact(q, round(nu * n)))]
+
+
+@pytest.mark.parametrize("nu", RATIOS)
+def test_the_value_of_two_densities_that_are_one_is_that_of_equilibrium(nu):
+    assert value(torch.zeros(5), torch.zeros(7), nu).item() == pytest.approx(equilibrium(nu))
+    assert equilibrium(1.0) == pytest.approx(-math.log(4))
+
+
+@pytest.mark.parametrize("nu", RATIOS)
+def test_no_other_density_has_a_higher_value_where_data_and_noise_are_alike(nu):
+    x = exact(Q, 4000)
+    for other in (P, Normal(0.6, 1.5), Normal(0.5, 1.4)):
+        r = other.log_prob(x) - Q.log_prob(x)
+        assert value(r, r, nu) < equilibrium(nu)
+
+
+@pytest.mark.parametrize("nu", RATIOS)
+def test_the_value_is_the_likelihood_of_a_logistic_regression(nu):
+    r, r_noise = torch.randn(6), torch.randn(9)
+    h, h_noise = (1 / (1 + nu * (-x).exp()) for x in (r, r_noise))
+    expected = h.log().mean() + nu * (1 - h_noise).log().mean()
+    torch.testing.assert_close(value(r, r_noise, nu), expected)
+    right = (h > 0.5).double().mean() + (h_noise < 0.5).double().mean()
+    assert accuracy(r, r_noise, nu).item() == pytest.approx(right.item() / 2)
+
+
+@pytest.mark.parametrize("nu", [0.5, 1.0, 10.0])
+def test_the_gradient_in_c_vanishes_at_the_true_constant(nu):
+    """And in nothing else that multiplies the noise: a slope along x, here."""
+    data, noise = ratios(nu=nu, n=8000)
+    c = torch.tensor(0.0, requires_grad=True)
+    slope = torch.tensor(0.0, requires_grad=True)
+    x, x_noise = exact(P, 8000), exact(Q, round(nu * 8000))
+    v = value(data - c + slope * x, noise - c + slope * x_noise, nu)
+    gradients = torch.autograd.grad(v, [c, slope])
+    assert max(gradient.abs().item() for gradient in gradients) < 2e-4
+    for wrong in (-0.1, 0.1):
+        c = torch.tensor(wrong, requires_grad=True)
+        (gradient,) = torch.autograd.grad(value(data - c, noise - c, nu), c)
+        assert gradient.item() * wrong < -1e-3
+
+
+@pytest.mark.parametrize("nu", [0.5, 1.0, 10.0])
+def test_the_constant_is_where_the_value_is_highest(nu):
+    data, noise = torch.randn(30) * 3, torch.randn(round(30 * nu)) * 3
+    c = log_partition(data, noise, nu)
+    v = [value(data - c - s, noise - c - s, nu).item() for s in (-0.01, 0.0, 0.01)]
+    assert v[1] > max(v[0], v[2])
+    assert log_partition(data + 5, noise + 5, nu) == pytest.approx(c + 5)
+    assert log_partition(*ratios(nu=nu, n=8000), nu) == pytest.approx(0, abs=1e-3)
+
+
+GAUSSIAN = MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
+EIGHT, GRID = DENSITIES["8gaussians"](), DENSITIES["25gaussians"]()
+ACCEPTANCE = {
+    "unit Gaussian": (GAUSSIAN.log_prob, lambda n: GAUSSIAN.sample((n,))),
+    "8gaussians": (EIGHT.log_prob, EIGHT.sample),
+    "25gaussians": (GRID.log_prob, GRID.sample),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTANCE)
+def test_log_z_is_found_within_a_twentieth(name):
+    """From 10,000 points and 100 draws of a Gaussian with the data's moments for each."""
+    log_prob, sample = ACCEPTANCE[name]
+    torch.manual_seed(0)
+    noise, data = Gaussian(2), sample(10_000)
+    noise.initialise(data)
+    draws, log_q = noise.draw_with_log_prob(1_000_000)
+    log_p = torch.cat([log_prob(part) for part in draws.split(100_000)])
+    log_z = math.log(2 * math.pi)
+    r = log_prob(data) + log_z - noise.log_prob(data)
+    found = log_partition(r, log_p + log_z - log_q, 100.0)
+    assert found == pytest.approx(log_z, abs=0.05)
+    grid = cell_centres(-4, 4, 800)
+    variance = log_partition_variance(log_prob(grid), noise.log_prob(grid), 100.0, 1e-4)
+    assert abs(found - log_z) < 4 * math.sqrt(variance / 10_000)
+
+
+def theory(nu, p=P, q=Q):
+    line = -12 + 24 * (torch.arange(4000) + 0.5) / 4000
+    return log_partition_variance(p.log_prob(line), q.log_prob(line), nu, 24 / 4000)
+
+
+@pytest.mark.parametrize("nu", [0.5, 4.0])
+def test_the_variance_is_that_of_many_trials(nu):
+    torch.manual_seed(1)
+    n, trials = 400, 250
+
+    def trial():
+        x, y = P.sample((n,)), Q.sample((round(nu * n),))
+        return log_partition(P.log_prob(x) - Q.log_prob(x), P.log_prob(y) - Q.log_prob(y), nu)
+
+    errors = torch.tensor([trial() for _ in range(trials)])
+    measured = n * errors.square().mean().item()
+    assert measured == pytest.approx(theory(nu), rel=4 * math.sqrt(2 / trials))
+    assert errors.mean().abs() < 4 * math.sqrt(theory(nu) / n / trials) + 2 / n
+
+
+def test_the_variance_falls_with_nu_to_that_of_importance_sampling():
+    """1 / nu of it, which is chi^2 of p and q: in closed form for Gaussians."""
+    values = [theory(nu) for nu in (0.1, 1.0, 10.0, 100.0, 1e4)]
+    assert values == sorted(values, reverse=True)
+    precision = 2 - 1 / 1.5**2
+    a = -0.5 / 1.5**2
+    exponent = (a**2 / precision + 0.5**2 / 1.5**2) / 2
+    chi = 1.5 / math.sqrt(precision) * math.exp(exponent) - 1
+    assert 1e6 * theory(1e6) == pytest.approx(chi, rel=1e-3)
+    assert theory(1.0, Q, Q) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("data", "noise"), [(1.0, -math.inf), (math.inf, -1.0), (math.inf, -math.inf)]
+)
+def test_noise_that_never_meets_the_data_is_one_line(data, noise):
+    with pytest.raises(EBMError, match="does not meet the data"):
+        log_partition(torch.full((5,), data), torch.full((10,), noise), 2.0)
+
+
+def test_ratios_that_are_no_numbers_are_refused():
+    with pytest.raises(EBMError, match="does not meet the data"):
+        log_partition(torch.tensor([0.0, math.nan]), torch.zeros(4), 2.0)
+
+
+def test_importance_sampling_finds_known_constants():
+    torch.manual_seed(2)
+    x = Q.sample((40_000,))
+    log_q = Q.log_prob(x)
+    precisions = torch.tensor([0.8, 1.0, 2.0])
+    energy = precisions * x.square()[:, None] / 2 - 3
+    found = importance_log_partition(energy, log_q)
+    expected = 0.5 * (2 * math.pi / precisions).log() + 3
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(importance_log_partition(energy[:, 1], log_q), found[1])
+    certain = importance_log_partition(4 - log_q, log_q)
+    torch.testing.assert_close(certain, torch.tensor(-4.0))
+
+
+def small(**changes):
+    """An energy over the plane, and the data that it is fitted to."""
+    torch.manual_seed(3)
+    settings = {"noise": {"kind": "gaussian"}, "defence": 0.0, "warmup": 0}
+    model = NCE((2,), **MODELS["nce"] | settings | changes)
+    data = torch.randn(2000, 2) * torch.tensor([2.0, 0.5]) + 1
+    model.initialise(data)
+    return model, data
+
+
+def test_every_constant_starts_where_its_density_integrates_to_one():
+    """And their mixture: of energies whose integrals are known, pi / a."""
+    model, _ = small(defence=0.1)
+    a = torch.tensor([0.4, 0.6, 1.0])
+    model.unnormalised = lambda v: a * v.square().sum(1, keepdim=True) - 2
+    model.log_z = torch.nn.Parameter(torch.zeros(3))
+    model.start_constants()
+    expected = (math.pi / a).log() + 2
+    torch.testing.assert_close(model.log_z.detach(), expected, rtol=0, atol=0.06)
+    with torch.no_grad():
+        model.log_z.copy_(expected)
+        grid = cell_centres(-7, 7, 200)
+        p = torch.cat([model.log_densities(grid), model.log_density(grid)[:, None]], 1).exp()
+    torch.testing.assert_close(p.sum(0) * (14 / 200) ** 2, torch.ones(4))
+    torch.testing.assert_close(p[:, 3], p[:, :3].mean(1))
+
+
+def test_a_density_carries_over_to_the_data_with_its_scale():
+    """log p(x) = log p(v) + log|dv/dx|, and the same of the noise, defence and all."""
+    model, data = small(defence=0.2)
+    v = model.space.enter(data)
+    scale = data.std(0).log().sum()
+    torch.testing.assert_close(-model.energy(data), model.log_density(v) - scale)
+    torch.testing.assert_close(model.log_likelihood(data), -model.energy(data))
+    assert isinstance(model.contrast, Defended)
+    expected = 0.8 * model.flow.log_prob(v).exp() + 0.2 * model.broad.log_prob(v).exp()
+    torch.testing.assert_close(model.noise_log_prob(data), expected.log() - scale)
+    torch.testing.assert_close(
+        model.log_ratio(v), -model.energy(data) - model.noise_log_prob(data)
+    )
+
+
+def test_samples_are_of_the_density_and_the_generator_of_the_noise():
+    torch.manual_seed(5)
+    model, data = small()
+    target = MultivariateNormal(torch.tensor([0.3, -0.2]), 0.5 * torch.eye(2))
+    model.log_density = target.log_prob
+    drawn = model.sample(8000, steps=25)
+    mean, scale = data.mean(0), data.std(0)
+    v = (drawn["samples"] - mean) / scale
+    assert (v.mean(0) - target.mean).abs().max() < 4 * math.sqrt(0.5 / 8000)
+    assert (v.T.cov() - 0.5 * torch.eye(2)).abs().max() < 4 * math.sqrt(2 / 8000) * 0.5
+    before = (drawn["generator"] - mean) / scale
+    assert before.mean(0).abs().max() < 4 / math.sqrt(8000)
+    assert (before.var(0) - 1).abs().max() < 4 * math.sqrt(2 / 8000)
+    assert drawn["acceptance"].shape == (25,)
+    w = model.log_density(v) - model.flow.log_prob(v)
+    y, log_q = model.contrast.draw_with_log_prob(8000)
+    expected = (model.log_density(y) - log_q - w).clamp(max=0).exp().mean()
+    assert drawn["acceptance"][-1].item() == pytest.approx(expected.item(), abs=0.02)
+
+
+def test_without_steps_samples_are_the_generator_s():
+    drawn = small()[0].sample(6, steps=0)
+    assert torch.equal(drawn["samples"], drawn["generator"])
+    assert len(drawn["acceptance"]) in (0, 6)
+
+
+def test_the_noise_follows_the_likelihood_while_it_warms_up_at_a_rate_that_falls():
+    torch.manual_seed(6)
+    model, data = small(noise={"kind": "coupling", "transforms": 2, "width": 8})
+    (group,) = model.noise_optimizer.param_groups
+    rates, losses, turns = [], [], []
+    for _ in range(12):
+        group["lr"] = 0.02
+        x = model.space.enter(data[:200])
+        losses.append(-model.flow.log_prob(x).mean().item())
+        turns.append(model.warm_up(x, model.noise_optimizer, 10, math.inf))
+        rates.append(group["lr"])
+    assert turns == [True] * 10 + [False] * 2
+    assert rates[:10] == pytest.approx([0.02] * 6 + [0.016, 0.012, 0.008, 0.004])
+    assert losses[9] < losses[0]
+    assert all(a != b for a, b in pairwise(losses[:11]))
+    assert losses[11] == losses[10]
