@@ -147,6 +147,7 @@ class Contrasted(EBM):
 
     def initialise(self, data: Tensor) -> None:
         self.noise.initialise(data)
+        self._take_up_flow()
         if self.broad is not None:
             self.broad.initialise(self.space.enter(data))
         self.start_constants()
@@ -224,14 +225,19 @@ class Contrasted(EBM):
         is such a step to take. After the last a tilted energy takes up the flow as its base."""
         left = steps - int(self.steps)
         self.steps += 1
-        if left == 0 and self.base is not None:
-            cast(nn.Module, self.base).load_state_dict(cast(nn.Module, self.flow).state_dict())
+        if left == 0:
+            self._take_up_flow()
         if left <= 0 or optimizer is None:
             return False
         for group in optimizer.param_groups:
             group["lr"] *= min(1.0, 2 * left / steps)
         descend(optimizer, -self.flow.log_prob(data).mean(), clip)
         return True
+
+    def _take_up_flow(self) -> None:
+        """The base of a tilted energy is the flow as it is now."""
+        if self.base is not None:
+            cast(nn.Module, self.base).load_state_dict(cast(nn.Module, self.flow).state_dict())
 
     @torch.no_grad()
     def start_constants(self) -> None:

@@ -48,7 +48,7 @@ class Ensemble(EBM):
 
     @property
     def needs_labels(self) -> bool:
-        return bool(self.without)
+        return bool(self.without) or any(member.needs_labels for member in self._members())
 
     def energy(self, x: Tensor) -> Tensor:
         return torch.stack([member.energy(x) for member in self._members()]).mean(0)
@@ -56,6 +56,10 @@ class Ensemble(EBM):
     def initialise(self, data: Tensor) -> None:
         for member in self._members():
             member.initialise(data)
+
+    def initialise_labels(self, data: Tensor, labels: Tensor) -> None:
+        for member in self._members():
+            member.initialise_labels(data, labels)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         rows = torch.arange(len(x), device=x.device).tensor_split(len(self.members))

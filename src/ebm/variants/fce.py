@@ -81,6 +81,8 @@ class FCE(Contrasted):
         smoothness: float,
         radius: float,
     ) -> None:
+        if flow["kind"] == "gaussian":
+            raise EBMError("model.flow: a gaussian has nothing to train; the variant nce keeps it")
         super().__init__(shape, network, flow, defence, tilted, levels, margin, max(classes, 1))
         self.warmup, self.threshold, self.clip = warmup, threshold, clip or math.inf
         self.labelled_classes, self.supervision = classes, supervision

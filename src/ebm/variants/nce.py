@@ -65,7 +65,9 @@ class NCE(Contrasted):
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         data = self.space.enter(x)
-        self.warm_up(data, self.noise_optimizer, self.warmup, self.clip)
+        warming = self.warm_up(data, self.noise_optimizer, self.warmup, self.clip)
+        if warming and self.base is not None:
+            return self.logs()
         with torch.no_grad():
             noise, log_q_noise = self.contrast.draw_with_log_prob(round(self.ratio * len(data)))
             log_q = self.contrast.log_prob(data)
