@@ -15,6 +15,7 @@ from pipelines.words import (
     AREAS,
     COMPANIONS,
     DATA,
+    EQUILIBRIA,
     KINDS,
     METRICS,
     ORACLES,
@@ -46,10 +47,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Curve:
-    """A training scalar as a line in a box of WIDTH x HEIGHT; ticks are (position, text)."""
+    """A training scalar as a line in a box of WIDTH x HEIGHT; ticks are (position, text). `level`:
+    where its equilibrium lies, None where it has none."""
 
     name: str
     path: str
+    level: float | None
     ticks: Sequence[tuple[float, str]]
     last: str
     summary: str
@@ -87,7 +90,7 @@ def render(results: Sequence[Result], comparison: Comparison | None = None) -> s
         matrices={
             r.name: matrix(r.record.dataset, [r], list(AREAS)) for r in results if classes(r)
         },
-        curves={result.name: curves(result.history) for result in results},
+        curves={r.name: curves(r.history, EQUILIBRIA.get(r.record.variant)) for r in results},
         settings={result.name: dict(_flat(_settings(result))) for result in results},
         glossary=[metric for name, metric in METRICS.items() if name in shown],
         kinds={kind: text for kind, text in KINDS.items() if kind in kinds},
@@ -370,14 +373,19 @@ def data_uri(picture: Picture) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
 
 
-def curves(history: History) -> list[Curve]:
-    """A line for each scalar over the steps."""
-    return [_curve(name, history["step"], y) for name, y in history.items() if name != "step"]
+def curves(history: History, equilibria: Mapping[str, float] | None = None) -> list[Curve]:
+    """A line for each scalar over the steps, beside its equilibrium where it has one."""
+    levels = equilibria or {}
+    names = [name for name in history if name != "step"]
+    return [_curve(name, history["step"], history[name], levels.get(name)) for name in names]
 
 
-def _curve(name: str, steps: Sequence[float], values: Sequence[float]) -> Curve:
+def _curve(
+    name: str, steps: Sequence[float], values: Sequence[float], level: float | None
+) -> Curve:
     finite = [value for value in values if math.isfinite(value)]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    shown = finite if level is None else [*finite, level]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
     ticks = _ticks(low, high)
     bottom, top = min(low, *ticks), max(high, *ticks)
     first, span = steps[0], (steps[-1] - steps[0]) or 1
@@ -390,10 +398,12 @@ def _curve(name: str, steps: Sequence[float], values: Sequence[float]) -> Curve:
         (round(WIDTH * (step - first) / span, 1), up(value)) if math.isfinite(value) else None
         for step, value in zip(steps, values, strict=True)
     ]
-    summary = f"from {number(low)} to {number(high)}" if finite else "no finite value"
+    summary = (
+        f"from {number(min(finite))} to {number(max(finite))}" if finite else "no finite value"
+    )
     last = number(finite[-1]) if finite else "undefined"
     labels = [(up(tick), f"{tick:g}".replace("-", "−")) for tick in ticks]
-    return Curve(name, _path(points), labels, last, summary)
+    return Curve(name, _path(points), None if level is None else up(level), labels, last, summary)
 
 
 def _path(points: Sequence[tuple[float, float] | None]) -> str:

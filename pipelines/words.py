@@ -1,6 +1,7 @@
 """The words of the report's page: what metrics, variants, data and references are called, and
 mean."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -214,6 +215,9 @@ AREAS = {
     "auroc_strict": "AUROC, strict",
 }
 """What is measured of each class, by what the names begin with; overviews show the AUPRC."""
+
+EQUILIBRIA = {"fce": {"value": -math.log(4), "accuracy": 0.5}}
+"""By variant, where scalars of its training come to rest."""
 
 SAMPLERS = {
     "error": Metric(

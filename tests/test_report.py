@@ -440,6 +440,16 @@ def points(path):
     return [tuple(map(float, pair.split())) for pair in re.split("[ML]", path) if pair]
 
 
+def test_an_equilibrium_lies_within_the_frame_where_the_curve_reaches_it():
+    value, other = page.curves(
+        {"step": [1.0, 2.0], "v": [-3.0, -1.0], "x": [0.0, 1.0]}, {"v": -1.0}
+    )
+    assert value.level == 0  # the curve ends there, at its highest
+    assert other.level is None
+    (below,) = page.curves({"step": [1.0, 2.0], "v": [0.0, 1.0]}, {"v": -1.0})
+    assert below.level == page.HEIGHT
+
+
 def test_a_curve_starts_left_ends_right_and_rises_upwards():
     (curve,) = page.curves({"step": [100.0, 200.0, 400.0], "x": [1.0, 2.0, 5.0]})
     assert points(curve.path) == [(0, page.HEIGHT), (70, 69), (page.WIDTH, 0)]
