@@ -19,8 +19,8 @@ over one value, which the energy ascends and the flow descends.
                     | the batch join every turn of the energy, by `supervision` times the cross
                     | entropy of p(k | v) = p_k(v) / sum_j p_j(v)
 
-Three things stand beside the paper. A share `defence` of the noise is a broad Gaussian of the data,
-and in the warm-up the energy of vectors is told from that Gaussian alone: a flow that is good soon
+Three things stand beside the paper. A share `defence` of the noise is a broad Gaussian of the
+data, and in the warm-up the energy of vectors is told from that alone: a flow that is good soon
 has no draws where nothing lies, and an energy told from it alone is free to be low there. At
 equilibrium V is then above -log 4 by about 0.7 times the share. A `tilted` energy, for images, is
 that of the flow at the end of the warm-up plus f, which begins at 0: log p = log q_0 - f - c. It
