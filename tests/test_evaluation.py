@@ -1,12 +1,14 @@
 """What an evaluation says of models and samples whose truth is known."""
 
+import math
 from typing import get_args
 
 import pytest
 import torch
+from test_train import MODELS
 
-from ebm import EBMError, data, metrics, reference, seeds
-from ebm.evaluation import EVALUATORS, Evaluation, evaluate
+from ebm import EBMError, data, metrics, reference, seeds, variants
+from ebm.evaluation import EVALUATORS, Evaluation, contrast, evaluate
 from ebm.outliers import outlier_sets
 from ebm.reference import Reference
 from ebm.schema import ClassifierReference, Dataset, DensityData, DigitsData
@@ -235,3 +237,84 @@ def test_a_lost_mode_is_seen():
     )
     assert found.metrics["modes"] == 7
     assert found.metrics["mode_kl"] > 0.1
+
+
+def contrasted(name, prepared, **changes):
+    """A contrastive energy fitted to a density, and its evaluation on it."""
+    seeds.seed("model", 0)
+    base = {"defence": 0.0, "warmup": 0, "learning_rate": 1e-2}
+    model = variants.build(name, (2,), MODELS[name] | base | changes)
+    x, y = prepared.points("train"), prepared.tensors.get("train_labels")
+    model.initialise(x)
+    if model.needs_labels:
+        model.initialise_labels(x, y)
+    for start in range(0, 2560, 128):
+        model.training_step(x[start : start + 128])
+    model.eval()
+    samples = model.sample(400, steps=5)
+    measure = Reference(reference.Network(), {"kind": "coordinates"}, {}, {})
+    return model, samples, measured(model, samples, prepared, measure, {"grid": 100})
+
+
+def test_an_energy_told_from_noise_is_measured_beside_that_noise(monkeypatch):
+    monkeypatch.setattr(contrast, "POINTS", 200)
+    monkeypatch.setattr(contrast, "TRIALS", 8)
+    prepared = plane("25gaussians")
+    model, samples, found = contrasted("nce", prepared, noise={"kind": "gaussian"})
+    grid = metrics.cell_centres(-2.0, 2.0, 100).float()
+    test = prepared.points("test")
+    with torch.no_grad():
+        total = (-model.energy(grid).double()).logsumexp(0).item() + 2 * math.log(4 / 100)
+        likelihood = -model.energy(test).mean().item()
+        of_noise = -model.noise.energy(test).mean().item()
+    assert found.metrics["log_partition"] == pytest.approx(total)
+    assert found.references["log_partition"][0]["value"] == 0
+    assert found.metrics["log_likelihood"] == pytest.approx(likelihood, rel=1e-5)
+    assert found.metrics["log_likelihood_generator"] == pytest.approx(of_noise, rel=1e-5)
+    assert found.metrics["log_partition_generator"] < 0  # a part of it lies outside
+    truth = prepared.density.log_prob(metrics.cell_centres(-2.0, 2.0, 100))
+    for kind, of in (("", model), ("_generator", model.noise)):
+        learned = -metrics.in_batches(of.energy, grid).double()
+        learned -= learned.logsumexp(0) + 2 * math.log(4 / 100)
+        kl = metrics.grid_kl(truth, learned)
+        assert found.metrics[f"grid_kl{kind}"] == pytest.approx(kl, rel=1e-4)
+    assert not [name for name in found.metrics if name.startswith("accuracy")]
+    assert found.metrics["acceptance"] == pytest.approx(samples["acceptance"].mean().item())
+    assert {"modes_generator", "frechet_distance_generator"} <= found.metrics.keys()
+    (theory,) = found.references["log_partition_error"]
+    assert 0 < found.metrics["log_partition_error"] < 5 * theory["value"]
+    assert theory["value"] == pytest.approx(math.sqrt(1.3 / 200), rel=0.05)
+    assert [name for name, *_ in found.figures] == ["noise", "theory", "density"]
+    (ax,) = found.figures[1][-1].axes
+    expected, shown = (line.get_ydata() for line in ax.lines)
+    for nu, a, b in zip(contrast.RATIOS, shown, expected, strict=True):
+        assert nu < 1 or 0.3 < a / b < 2.5  # the theory is one of many points
+
+
+def test_a_semi_supervised_energy_is_measured_as_a_classifier():
+    prepared = plane("2spirals")
+    few = {"classes": 2, "labelled": 10, "supervision": 1.0}
+    model, _, found = contrasted("fce", prepared, **few)
+    y = prepared.labels("test")
+    for name, classes in model.classify(prepared.points("test")).items():
+        share = (classes == y).double().mean().item()
+        assert found.metrics[name] == pytest.approx(share)
+        assert share > 0.5
+    assert found.references["accuracy"] == [
+        {
+            "value": found.metrics["accuracy_supervised"],
+            "kind": "baseline",
+            "source": "the same network, trained on the same labels alone",
+        }
+    ]
+    assert "log_partition_error" not in found.metrics  # draws of a flow cost something
+    (_, title, _, picture), *_ = found.figures
+    assert title == "Noise and classes"
+    panels = [ax.get_title() for ax in picture.axes[:3]]
+    assert panels == ["Noise", "Class 0", "Class 1"]
+    classes = [ax.images[0].get_array() for ax in picture.axes[1:3]]
+    with torch.no_grad():
+        grid = metrics.cell_centres(-2.0, 2.0, 100).float()
+        mixed = torch.logaddexp(*(torch.tensor(c) for c in classes)) - math.log(2)
+        expected = -model.energy(grid).view(100, 100)
+    torch.testing.assert_close(mixed.to(expected), expected, rtol=1e-4, atol=1e-4)

@@ -284,6 +284,38 @@ def test_traces_lie_below_each_other_on_common_axes():
     np.testing.assert_array_equal(figure.axes[1].lines[0].get_xydata(), np.stack([t / 2, -t], 1))
 
 
+def test_fields_are_drawn_the_right_way_up_on_the_scale_of_the_first():
+    fields = {"Noise": spot(1, 1), "A": spot(2, 1, -4.0), "B": spot(0, -2, 30.0)}
+    figure = figures.log_density_fields(fields, EXTENT)
+    pixels = drawn(figure)
+    noise, a, b = (titled(figure, title) for title in fields)
+    assert colour_at(pixels, noise, 1, 1).sum() < 120
+    assert (colour_at(pixels, b, 0, -2) == colour_at(pixels, noise, 1, 1)).all()
+    fainter = colour_at(pixels, a, 2, 1).sum()
+    assert 120 < fainter < 750
+    for x, y in [(-2, 1), (2, -1), (1, 2)]:
+        assert colour_at(pixels, a, x, y).sum() > 750
+    assert [ax.get_title() for ax in figure.axes] == ["Noise", "A", "B"]
+    one = figures.log_density_fields({"Noise": spot(1, 1)}, EXTENT)
+    pixels, (ax,) = drawn(one), one.axes
+    assert colour_at(pixels, ax, 1, 1).sum() < 120
+    assert (pixels[:, int(ax.bbox.x1) + 4 :] < 200).any(), "the scale"
+
+
+def test_points_stand_over_the_line_that_is_expected_on_logarithmic_axes():
+    nu = [0.1, 1.0, 10.0]
+    measured, expected = [0.5, 0.04, 0.003], [0.4, 0.05, 0.004]
+    figure = figures.log_lines({"here": (nu, measured)}, {"theory": (nu, expected)}, "nu", "error")
+    pixels, (ax,) = drawn(figure), figure.axes
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("nu", "error")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["theory", "here"]
+    for x, y in zip(nu, measured, strict=True):
+        assert darkness(pixels, ax, x, y) > 100
+    assert darkness(pixels, ax, 0.1**0.5, (0.4 * 0.05) ** 0.5) > 60  # on the line
+    assert darkness(pixels, ax, 0.1**0.5, (0.5 * 0.04) ** 0.5 / 3) == 0
+
+
 def random():
     return np.random.default_rng(0)
 

@@ -89,11 +89,12 @@ def log_partition_variance(log_p: Tensor, log_q: Tensor, ratio: float, cell: flo
 
         1 / I - (1 + 1 / nu),   I = integral of p(u) P(u) du,   P = nu q / (p + nu q)
 
-    by the midpoint rule, from log p and log q [cells], both normalised, and the size of a `cell`.
+    by the midpoint rule, from log p and log q [cells], both normalised, and the size of a `cell`;
+    where that makes it negative, 0.
     """
     share = torch.sigmoid(math.log(ratio) + log_q - log_p)
     information = (log_p.exp() * share).sum() * cell
-    return (1 / information - (1 + 1 / ratio)).item()
+    return max(0.0, (1 / information - (1 + 1 / ratio)).item())
 
 
 def importance_log_partition(energy: Tensor, log_q: Tensor) -> Tensor:
