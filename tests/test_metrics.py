@@ -405,3 +405,20 @@ def test_modes_of_exact_draws_hold_what_theory_says():
     density = DENSITIES["25gaussians"]()
     near = metrics.nearest_mode(density.sample(200000), density.means, 4 * density.sigma)
     assert (near >= 0).double().mean().item() == pytest.approx(1 - math.exp(-8), abs=3e-4)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_draws_of_a_toy_density_are_of_the_class_of_their_run_of_means(name):
+    torch.manual_seed(5)
+    density = DENSITIES[name]()
+    x, y = density.sample_with_classes(2000)
+    assert x.shape == (2000, 2)
+    share = y.bincount(minlength=density.classes) / 2000
+    assert len(share) == density.classes
+    assert (share - 1 / density.classes).abs().max() < 4 * 0.5 / math.sqrt(2000)
+    run = len(density.means) // density.classes
+    distance = torch.stack([torch.cdist(x, m).min(1).values for m in density.means.split(run)], 1)
+    assert distance[torch.arange(2000), y].max() < 5 * density.sigma
+    assert (distance.argmin(1) == y).double().mean() > 0.99
+    torch.manual_seed(5)
+    assert torch.equal(density.sample(2000), x)

@@ -362,6 +362,17 @@ def test_the_overview_shows_numbers_with_their_references(html):
     }
 
 
+def test_what_is_known_as_a_density_stands_in_one_table_whatever_the_data(html):
+    group = html.split("Densities of all families")[1].split("</table>")[0]
+    assert {name for name in (RBM, MEG) if f'href="#{name}"' in group} == {RBM, MEG}
+    shown = set(re.findall('data-label="(.*?)"', group))
+    assert shown == {"Log-likelihood", "Density KL"}
+    rows = re.findall(r"<tr>.*?</tr>", group, re.DOTALL)
+    (meg,) = (row for row in rows if f'href="#{MEG}"' in row)
+    assert re.findall('data-label="Log-likelihood">(.*?)<', meg)[0].strip() in ("", "—")
+    assert "0.2500" in meg
+
+
 def test_a_metric_that_was_not_measured_is_a_dash_and_no_zero(project):
     metrics = project / "models" / MEG / "evaluation" / "metrics.json"
     other = project / "models" / "meg-25gaussians"
