@@ -68,8 +68,10 @@ def _labels(model: "EBM", prepared: "Prepared", name: str, device: "torch.device
     if not model.needs_labels:
         return None
     labels = prepared.tensors.get("train_labels")
-    found = 0 if labels is None else int(labels.max()) + 1
-    if labels is None or model.classes not in (0, found):
+    if labels is None:
+        raise EBMError(f"model.classes: data set {name} has no classes to learn")
+    found = int(labels.max()) + 1
+    if model.classes not in (0, found):
         raise EBMError(f"model.classes = {model.classes}: data set {name} has {found} classes")
     return labels.to(device)
 

@@ -58,7 +58,7 @@ def measure_contrast(
         else "."
     )
     result.draw("noise", "Noise and classes" if model.outputs > 1 else "Noise", caption, picture)
-    if isinstance(model.flow, Gaussian):  # one that is drawn from at no cost
+    if isinstance(model.flow, Gaussian) and density.modal:  # both cost next to nothing
         _theory(result, model, density, grid)
 
 
