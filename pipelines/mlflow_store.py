@@ -1,5 +1,5 @@
-"""MLflow, as a courier uses it: a store of runs. The one room with `import mlflow` (but for
-`pipelines.served`, which MLflow itself runs).
+"""MLflow, as a courier uses it: a store of runs. Nothing else imports mlflow but
+`pipelines.mlflow_registry`, and `pipelines.served`, which MLflow itself runs.
 
 Every call may be repeated after a kill, with the same effect as once: a run is found again by its
 tag `ebm.key`; params, tags, data sets and files replace themselves; MLflow drops a metric of which

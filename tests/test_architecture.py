@@ -13,7 +13,11 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
-MACHINERY = {"mlflow": "courier mlflow_store served", "prefect": "flows", "dvc": "dag"}
+MACHINERY = {
+    "mlflow": "courier mlflow_registry mlflow_store served",
+    "prefect": "flows",
+    "dvc": "dag",
+}
 
 ROUTING = {
     "ebm/__init__.py": "defines the error class",

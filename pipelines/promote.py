@@ -1,0 +1,168 @@
+"""Choose the model of an experiment that is served: the best of its recorded runs.
+
+    python -m pipelines.promote EXPERIMENT --metric NAME    # EXPERIMENT@champion: the best run
+    python -m pipelines.promote EXPERIMENT --rollback       # and back to the version before
+
+Among the finished runs that MLflow has of the experiment (of `dvc exp run`, of other machines) the
+best one by the metric is registered in MLflow's model registry, under the experiment's name, and
+the alias points at it; the versions it pointed at before are kept as a tag of the registered
+model. Nothing changes if the present version is as good. What is still on its way to MLflow is not
+seen: `python -m pipelines.tracking` delivers it.
+
+Metrics are mostly those of the test split, so the best of many runs looks better than it is: quote
+numbers of a run that was not chosen by them.
+"""
+
+import argparse
+import fcntl
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from ebm import EBMError
+from pipelines import stage, words
+from pipelines.courier import SETTINGS
+from pipelines.spool import public, root, tracking_uri
+
+if TYPE_CHECKING:
+    from pipelines.mlflow_registry import Recorded, Registry
+
+
+def promote(experiment: str, metric: str, alias: str, better: int | None) -> str:
+    """Point `alias` at the best run by `metric`, of which `better` is +1 (higher), -1 (lower) or
+    None (as the report has it). What was done, in one line; EBMError if there is nothing to do."""
+    better = better or direction(metric)
+    with _registry() as registry:
+        best = _best(registry.runs(experiment), experiment, metric, better)
+        value, present = best.metrics[metric], registry.present(experiment, alias)
+        before = "the first one"
+        if present:
+            held = registry.metric(present, metric)
+            before = f"before: version {present.number}, {_shown(metric, held)}"
+            if held is not None and better * value <= better * held:
+                raise EBMError(
+                    f"{experiment}@{alias} stays version {present.number}, {_shown(metric, held)}:"
+                    f" the best finished run, {best.id}, has {value:.6g}"
+                )
+        model = registry.model(best.id)
+        if model is None:
+            raise EBMError(f"{experiment}: its best run, {best.id}, has no complete model")
+        number = registry.register(experiment, best.id, model)
+        past = _past(registry, experiment, alias)
+        if present and present.number != number:
+            registry.remember(experiment, alias, [*past, present.number])
+        registry.point(experiment, alias, number)
+    now = f"version {number}, run {best.id}, {_shown(metric, value)}"
+    return f"{experiment}@{alias} is {now} ({before})"
+
+
+def rollback(experiment: str, alias: str) -> str:
+    """Point `alias` at the version that it was before. What was done, in one line."""
+    with _registry() as registry:
+        past = _past(registry, experiment, alias)
+        if not past:
+            raise EBMError(f"{experiment}@{alias} has no earlier version to go back to")
+        registry.point(experiment, alias, past[-1])
+        registry.remember(experiment, alias, past[:-1])
+    return f"{experiment}@{alias} is version {past[-1]} again"
+
+
+def direction(metric: str) -> int:
+    """+1 if a higher `metric` is better, -1 if a lower one, as `pipelines.words` has it."""
+    better = 0 if metric.endswith("_std") else words.metric(metric).better
+    if not better:
+        raise EBMError(f"{metric}: not known whether more is better; say --higher or --lower")
+    return better
+
+
+def check_alias(alias: str) -> None:
+    """EBMError if MLflow has no place for it: names like `latest` and `v1` are its own."""
+    if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"latest|v\d+", alias.lower()):
+        problem = "expected letters, digits, _ and -, and neither latest nor v and a number"
+        raise EBMError(f"--alias {alias}: {problem}")
+
+
+def _best(runs: "list[Recorded]", experiment: str, metric: str, better: int) -> "Recorded":
+    """The best finished run, the oldest of equals. A metric that is NaN is none."""
+    if not runs:
+        raise EBMError(f"{experiment}: no such experiment among the runs at {_where()}")
+    fit = [
+        run for run in runs if run.finished and not math.isnan(run.metrics.get(metric, math.nan))
+    ]
+    if not fit:
+        known = {name for run in runs if run.finished for name in run.metrics}
+        similar = get_close_matches(metric, sorted(known - {metric}))
+        hint = f"; similar: {', '.join(similar)}" if similar else ""
+        raise EBMError(f"{experiment}: no finished run at {_where()} has a {metric}{hint}")
+    return max(fit, key=lambda run: better * run.metrics[metric])
+
+
+def _past(registry: "Registry", experiment: str, alias: str) -> list[str]:
+    """The versions that `alias` was before. Its present one stands last in the list if a process
+    was killed between the two changes that it takes."""
+    past, present = registry.history(experiment, alias), registry.present(experiment, alias)
+    while present and past and past[-1] == present.number:
+        past.pop()
+    return past
+
+
+@contextmanager
+def _registry() -> "Iterator[Registry]":
+    """The registry, which no other process of this checkout changes meanwhile."""
+    from pipelines.mlflow_registry import Registry, plain_errors  # takes seconds
+
+    folder = root() / ".tracking"
+    folder.mkdir(parents=True, exist_ok=True)
+    with plain_errors(tracking_uri()), open(folder / "promote.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Registry(tracking_uri())
+
+
+def _shown(metric: str, value: float | None) -> str:
+    return f"no {metric}" if value is None else f"{metric} {value:.6g}"
+
+
+def _where() -> str:
+    return public(tracking_uri())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+    def act() -> None:
+        check_alias(options.alias)
+        if options.rollback:
+            print(rollback(options.experiment, options.alias))
+        else:
+            print(promote(options.experiment, options.metric, options.alias, options.better))
+
+    stage.guarded(act)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.promote",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiment", help="its name: a key of params.yaml")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--metric", help="by which runs are compared, such as log_likelihood")
+    what.add_argument("--rollback", action="store_true", help="back to the version before")
+    parser.add_argument("--alias", default="champion", help="what to point (default: champion)")
+    way = parser.add_mutually_exclusive_group()
+    for name, sign in (("higher", +1), ("lower", -1)):
+        way.add_argument(
+            f"--{name}", dest="better", action="store_const", const=sign, help=f"{name} is better"
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    main()
