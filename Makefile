@@ -28,6 +28,9 @@ lint: $(BIN)/.synced  ## Check style, format and types
 	ruff format --check .
 	mypy
 
+doctor: $(BIN)/.synced  ## Say what is wrong with this machine, and what to do about it
+	python -m pipelines.doctor
+
 ui: $(BIN)/.synced  ## Open the tracked runs at http://127.0.0.1:5000
 	python -m pipelines.tracking
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
@@ -45,4 +48,4 @@ $(BIN)/.synced: requirements.lock
 	uv pip install -q --require-hashes --python $(BIN)/python -r requirements.lock
 	touch $@
 
-.PHONY: help repro flow test test-slow lint ui benchmark
+.PHONY: help repro flow test test-slow lint doctor ui benchmark

@@ -57,17 +57,18 @@ class State:
 class Spool:
     """One run on disk: a stage appends to events.jsonl and files/, a courier keeps state.json."""
 
-    def __init__(self, key: str) -> None:
-        folder = root() / ".tracking" / key
+    def __init__(self, key: str, home: Path | None = None) -> None:
+        folder = (home or root()) / ".tracking" / key
         self.key = key
         self.events = folder / "events.jsonl"
         self.files = folder / "files"
         self._state = folder / "state.json"
 
     @classmethod
-    def all(cls) -> "list[Spool]":
-        """Every spool of this checkout."""
-        return [cls(path.parent.name) for path in sorted(root().glob(".tracking/*/events.jsonl"))]
+    def all(cls, home: Path | None = None) -> "list[Spool]":
+        """Every spool of this checkout, or of the one at `home`."""
+        found = (home or root()).glob(".tracking/*/events.jsonl")
+        return [cls(path.parent.name, home) for path in sorted(found)]
 
     def open(self) -> int:
         """A descriptor to append events to; who holds it, is seen to be alive. A line that a
