@@ -11,6 +11,7 @@ iteration here.
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -78,7 +79,7 @@ def main() -> None:
         seen = model.space.centre(data) * 2  # as the spline stretches them
         peer = Tutorial(seen, batch)
         agree(model, peer, data[:batch], seen[:batch])
-        runs = {"zuko's tutorial": peer.run, "here": lambda n: train(model, data, batch, n)}  # noqa: B023
+        runs = {"zuko's tutorial": peer.run, "here": partial(train, model, data, batch)}
         times = race(f"Spline flow, batch {batch}", runs, options)
         explain(runs["here"], times["here"], machine)
 
