@@ -110,20 +110,12 @@ def density_panels(
     count = len(densities) + len(points)
     figure = Figure(figsize=(2.35 * count + 0.8, 2.6), layout="constrained")
     axes = list(figure.subplots(1, count, sharex=True, sharey=True))
+    _draw_log_densities(axes, densities, extent)
     reference = next(iter(densities.values()))
-    top = float(reference.max())
-    scale = Normalize(top - NATS_SHOWN, top)
-    for ax, (title, log_density) in zip(axes, densities.items(), strict=False):
-        ax.imshow(log_density, DENSITY, scale, origin="lower", extent=extent, **SMOOTH)
-        ax.set_title(title)
     for ax, (title, x) in zip(axes[len(densities) :], points.items(), strict=True):
-        _contour(ax, reference, top - NATS_OF_FOUR_SIGMA, extent)
+        _contour(ax, reference, float(reference.max()) - NATS_OF_FOUR_SIGMA, extent)
         _scatter(ax, x, extent)
         ax.set_title(title)
-    axes[0].locator_params(nbins=4)
-    bar_ax = axes[-1].inset_axes((1.05, 0, 0.04, 1))
-    bar = figure.colorbar(ScalarMappable(scale, DENSITY), cax=bar_ax, extend="both")
-    bar.set_label("log density (nats)")
     return figure
 
 
@@ -133,16 +125,21 @@ def log_density_fields(fields: Mapping[str, Array], extent: Extent) -> Figure:
     is the highest value of the first."""
     figure = Figure(figsize=(2.35 * len(fields) + 0.8, 2.6), layout="constrained")
     axes = list(figure.subplots(1, len(fields), sharex=True, sharey=True, squeeze=False)[0])
+    _draw_log_densities(axes, fields, extent)
+    return figure
+
+
+def _draw_log_densities(axes: Sequence[Axes], fields: Mapping[str, Array], extent: Extent) -> None:
+    """Fill the first of the `axes` with `fields`, and put their scale beside the last."""
     top = float(next(iter(fields.values())).max())
     scale = Normalize(top - NATS_SHOWN, top)
-    for ax, (title, field) in zip(axes, fields.items(), strict=True):
+    for ax, (title, field) in zip(axes, fields.items(), strict=False):
         ax.imshow(field, DENSITY, scale, origin="lower", extent=extent, **SMOOTH)
         ax.set_title(title)
     axes[0].locator_params(nbins=4)
     bar_ax = axes[-1].inset_axes((1.05, 0, 0.04, 1))
-    bar = figure.colorbar(ScalarMappable(scale, DENSITY), cax=bar_ax, extend="both")
+    bar = axes[-1].figure.colorbar(ScalarMappable(scale, DENSITY), cax=bar_ax, extend="both")
     bar.set_label("log density (nats)")
-    return figure
 
 
 @rc_context(STYLE)

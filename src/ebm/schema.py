@@ -343,6 +343,20 @@ class Detection(Section):
     flagged: Part | None
 
 
+class DensityDetection(Detection):
+    """The same of points that may lie in the plane: `grid`, the cells per axis of the square on
+    which exp(-E) is integrated (0 for points that do not lie in the plane)."""
+
+    grid: Size
+
+
+class Proposed(Drawn):
+    """`count` chains of `steps` of Metropolis' algorithm, which proposes draws of the noise or
+    the flow."""
+
+    steps: Size
+
+
 class Experiment(Section):
     """What every experiment has; `<variant>_config.Experiment` gives the last three their
     types."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ebm import schema
-from ebm.schema import Count, Positive, Section, Share, Size, Widths
+from ebm.schema import Count, Positive, Section, Share, Widths
 
 
 class Model(Section):
@@ -27,15 +27,8 @@ class Model(Section):
     ema: Share
 
 
-class Evaluate(schema.Detection):
-    """`grid`: cells per axis of the square on which exp(-E) is integrated (0 for points that do
-    not lie in the plane)."""
-
-    grid: Size
-
-
 class Experiment(schema.Experiment):
     variant: Literal["bigan"]
     model: Model
     sample: schema.Drawn
-    evaluate: Evaluate
+    evaluate: schema.DensityDetection

@@ -22,21 +22,8 @@ class Model(schema.Contrasted):
     radius: Positive
 
 
-class Sample(schema.Drawn):
-    """`count` chains of `steps` of Metropolis' algorithm, which proposes draws of the flow."""
-
-    steps: Size
-
-
-class Evaluate(schema.Detection):
-    """`grid`: cells per axis of the square on which the density is integrated (0 for points that
-    do not lie in the plane)."""
-
-    grid: Size
-
-
 class Experiment(schema.Experiment):
     variant: Literal["fce"]
     model: Model
-    sample: Sample
-    evaluate: Evaluate
+    sample: schema.Proposed
+    evaluate: schema.DensityDetection

@@ -20,15 +20,8 @@ class Model(Section):
     clip: Positive | None
 
 
-class Evaluate(schema.Detection):
-    """`grid`: cells per axis of the square on which the density is integrated (0 for points that
-    do not lie in the plane)."""
-
-    grid: schema.Size
-
-
 class Experiment(schema.Experiment):
     variant: Literal["flow"]
     model: Model
     sample: schema.Drawn
-    evaluate: Evaluate
+    evaluate: schema.DensityDetection

@@ -41,15 +41,8 @@ class Sample(schema.Drawn):
     inverse_temperature: Positive
 
 
-class Evaluate(schema.Detection):
-    """`grid`: cells per axis of the square on which exp(-E) is integrated (0 for points that do
-    not lie in the plane)."""
-
-    grid: Size
-
-
 class Experiment(schema.Experiment):
     variant: Literal["meg"]
     model: Model
     sample: Sample
-    evaluate: Evaluate
+    evaluate: schema.DensityDetection

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ebm import schema
-from ebm.schema import Flow, Positive, Size
+from ebm.schema import Flow, Positive
 
 
 class Model(schema.Contrasted):
@@ -14,21 +14,8 @@ class Model(schema.Contrasted):
     ratio: Positive
 
 
-class Sample(schema.Drawn):
-    """`count` chains of `steps` of Metropolis' algorithm, which proposes draws of the noise."""
-
-    steps: Size
-
-
-class Evaluate(schema.Detection):
-    """`grid`: cells per axis of the square on which the density is integrated (0 for points that
-    do not lie in the plane)."""
-
-    grid: Size
-
-
 class Experiment(schema.Experiment):
     variant: Literal["nce"]
     model: Model
-    sample: Sample
-    evaluate: Evaluate
+    sample: schema.Proposed
+    evaluate: schema.DensityDetection
