@@ -1,21 +1,23 @@
 """Stage `train@<experiment>`: train one model, resumable at any moment, tracked as one MLflow
-run."""
+run; in several processes where they are asked for (`pipelines.processes`)."""
 
 import platform
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError, params
-from pipelines import stage, tracking
+from pipelines import processes, stage, tracking
 
 if TYPE_CHECKING:
     import torch
 
     from ebm.data import Prepared
-    from ebm.train import Logs
+    from ebm.train import Logs, Progress
     from ebm.variants.base import EBM
 
 SECTIONS = {"dataset", "variant", "seed", "threads", "model", "ensemble", "train"}
@@ -24,38 +26,61 @@ SECTIONS = {"dataset", "variant", "seed", "threads", "model", "ensemble", "train
 
 def train(name: str) -> None:
     experiment, _ = params.experiment(stage.PARAMS, name)
+    if processes.wanted() > 1:
+        processes.start("pipelines.train", name)
+        return
     import torch  # only once the parameters are known to be right
 
     from ebm import data, seeds, variants
-    from ebm.checkpoint import Checkpoints
     from ebm.train import Watch, fit
 
     prepared = data.read(Path("data", experiment.dataset))
-    device = stage.device(experiment.threads)
+    device = stage.device(processes.share(experiment.threads))
     torch.use_deterministic_algorithms(True, warn_only=True)
-    seeds.seed("model", experiment.seed)
-    settings = experiment.model_dump(include=SECTIONS)
-    how = settings["model"], settings["ensemble"]
-    model = variants.build(experiment.variant, prepared.shape, *how).to(device)
+    with processes.joined(device):
+        seeds.seed("model", experiment.seed)
+        settings = experiment.model_dump(include=SECTIONS)
+        how = settings["model"], settings["ensemble"]
+        model = variants.build(experiment.variant, prepared.shape, *how).to(device)
+        options = experiment.train.model_dump()
+        work = partial(
+            fit,
+            model,
+            prepared.tensors["train"].to(device),
+            _labels(model, prepared, experiment.dataset, device),
+            **options | {"watch": Watch(**options["watch"])},
+            seed=experiment.seed,
+        )
+        _recorded(name, settings, prepared, str(device), model, work)
 
+
+def _recorded(
+    name: str,
+    settings: dict[str, Any],
+    prepared: "Prepared",
+    device: str,
+    model: "EBM",
+    work: Callable[..., "Progress"],
+) -> None:
+    """Do the work with checkpoints, and in the first process keep and track what comes of it."""
+    from ebm import parallel
+    from ebm.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(_checkpoint_folder(name, settings, prepared, device))
+    if parallel.rank():
+        work(checkpoints=checkpoints)
+        return
     folder = Path("models", name)
-    checkpoints = Checkpoints(_checkpoint_folder(name, settings, prepared, str(device)))
     with checkpoints.locked():
-        record = _provenance(name, settings, prepared, str(device))
+        record = _provenance(name, settings, prepared, device)
         with _tracked(name, settings, record, prepared, checkpoints.folder / "run") as run:
-            options = experiment.train.model_dump()
-            progress = fit(
-                model,
-                prepared.tensors["train"].to(device),
-                _labels(model, prepared, experiment.dataset, device),
-                **options | {"watch": Watch(**options["watch"])},
-                seed=experiment.seed,
+            progress = work(
                 checkpoints=checkpoints,
                 listener=lambda step, restarts, scalars: run.log(scalars, step, restarts),
             )
             ended = {"seconds": round(progress.seconds, 3), "restarts": progress.restarts}
             _write(folder, model, settings, prepared, progress.history)
-            tensors = Path("data", experiment.dataset, "splits.safetensors")
+            tensors = Path("data", settings["dataset"], "splits.safetensors")
             run.model(folder / "weights.safetensors", folder / "config.json", tensors)
             run.log_final(ended)
             tracked = {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=5)}
@@ -93,10 +118,13 @@ def _provenance(
 ) -> dict[str, Any]:
     import torch
 
+    from ebm import parallel
+
     return {
         "experiment": name,
         **{key: settings[key] for key in ("variant", "dataset", "seed", "threads")},
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "processes": parallel.world(),
         **stage.git_state(),
         "params_sha256": stage.digest(settings),
         "data_sha256": prepared.manifest["sha256"],

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ebm import EBMError
+from ebm.parallel import world
 from ebm.variants.base import EBM
 
 
@@ -31,6 +33,8 @@ class Ensemble(EBM):
         without: Sequence[int],
     ) -> None:
         super().__init__()
+        if without and world() > 1:
+            raise EBMError("ensemble.without: such an ensemble is trained by one process only")
         self.every, self.without = every, list(without)
         self.members = nn.ModuleList(make() for _ in range(members))
         self.snapshots = nn.ModuleList(

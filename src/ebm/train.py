@@ -1,7 +1,8 @@
 """The one training loop: steps, seeds, checkpoints and the divergence watch, for any variant.
 
 Every draw is a function of (seed, restarts, step): the batch, the noise, the chains. A run that is
-killed at any moment and started again therefore ends with the same weights, bit for bit.
+killed at any moment and started again therefore ends with the same weights, bit for bit; and with
+the same but for rounding by however many processes (`ebm.parallel`).
 """
 
 import logging
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ebm import EBMError, seeds
+from ebm import EBMError, parallel, seeds
 from ebm.checkpoint import Checkpoints
 from ebm.data import unit
 from ebm.variants.base import EBM
@@ -101,37 +102,48 @@ def fit(
     the last share `cooldown` of the steps. On divergence (see Watch) training goes back to the
     older of the kept checkpoints, because the newer may already carry the trouble, and on with
     fresh noise. Raises DivergenceError when that has happened more than `watch.restarts` times.
+
+    Processes that train together call this alike, each with all rows; the first of them keeps
+    checkpoints and is the only one to call the listener.
     """
     rates = [group["lr"] for o in model.optimizers.values() for group in o.param_groups]
+    parallel.share(batch_size, "train: batch_size")
     batches = Batches(len(data), batch_size, seed, data.device)
     progress = _resume(model, checkpoints) or _begin(model, data, labels, checkpoints)
     model.train()
     window: list[dict[str, Tensor]] = []
+    first = parallel.rank() == 0
     started = time.monotonic() - progress.seconds
-    with tqdm(total=steps, initial=progress.step, disable=None, dynamic_ncols=True) as bar:
+    hidden = not first or None  # None: where there is no terminal
+    bar = tqdm(total=steps, initial=progress.step, disable=hidden, dynamic_ncols=True)
+    with bar, parallel.shards(model):
         while progress.step < steps:
             seeds.seed("step", seed, progress.restarts, progress.step)
             _set_rates(model, rates, _rate_factor(progress.step, steps, cooldown))
-            rows = batches(progress.step)
+            rows = parallel.mine(batches(progress.step))
             x, y = unit(data[rows]), None if labels is None else labels[rows]
-            window.append(model.training_step(x, y))
+            with parallel.same_draws():
+                window.append(model.training_step(x, y))
             progress.step += 1
             if progress.step % log_every and progress.step < steps:
                 continue
             scalars = _means(window)
             window.clear()
             if complaint := watch.complaint(scalars):
-                progress = _go_back(model, checkpoints, progress, watch, complaint)
+                with parallel.whole(model):
+                    progress = _go_back(model, checkpoints, progress, watch, complaint)
                 bar.reset()
                 bar.update(progress.step)
                 continue
             progress.seconds = time.monotonic() - started
             progress.history.append({"step": progress.step, **scalars})
-            listener(progress.step, progress.restarts, scalars)
+            if first:
+                listener(progress.step, progress.restarts, scalars)
             bar.set_postfix({name: f"{value:.3g}" for name, value in scalars.items()})
             bar.update(progress.step - bar.n)
             if progress.step % checkpoint_every == 0 and progress.step < steps:
-                _save(model, checkpoints, progress)
+                with parallel.whole(model):
+                    _save(model, checkpoints, progress)
                 if bar.disable:
                     log.info("step %d of %d: %s", progress.step, steps, _in_words(scalars))
     return progress
@@ -148,7 +160,7 @@ def _begin(model: EBM, data: Tensor, labels: Tensor | None, checkpoints: Checkpo
 
 
 def _resume(model: EBM, checkpoints: Checkpoints) -> Progress | None:
-    content = checkpoints.newest()
+    content = parallel.from_first(checkpoints.newest)
     if content is None:
         return None
     progress = _restore(model, content)
@@ -164,7 +176,7 @@ def _go_back(
     if restarts > watch.restarts:
         advice = "lower the learning rate, or raise the limit if this is no divergence"
         raise DivergenceError(f"{where}, after {watch.restarts} restarts; {advice}")
-    back = _restore(model, checkpoints.oldest())
+    back = _restore(model, parallel.from_first(checkpoints.oldest))
     back.restarts, back.seconds = restarts, progress.seconds
     log.warning("%s; back to step %d with fresh noise (restart %d)", where, back.step, restarts)
     _save(model, checkpoints, back)
@@ -177,7 +189,8 @@ def _save(model: EBM, checkpoints: Checkpoints, progress: Progress) -> None:
         "model": model.state_dict(),
         "optimizers": {name: o.state_dict() for name, o in model.optimizers.items()},
     }
-    checkpoints.save(progress.step, content)
+    if parallel.rank() == 0:
+        checkpoints.save(progress.step, content)
 
 
 def _restore(model: EBM, content: dict[str, Any]) -> Progress:
@@ -200,8 +213,10 @@ def _rate_factor(step: int, steps: int, cooldown: float) -> float:
 
 
 def _means(window: list[dict[str, Tensor]]) -> Logs:
-    """The mean of every scalar over the window, fetched from the device in one transfer."""
+    """The mean of every scalar over the window and over all processes, fetched from the device in
+    one transfer."""
     table = torch.stack([torch.stack(list(row.values())) for row in window]).double().mean(0)
+    parallel.average([table])
     return dict(zip(window[0], table.tolist(), strict=True))
 
 

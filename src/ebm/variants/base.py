@@ -1,12 +1,12 @@
 """The contract of a variant, and the one place where a gradient becomes a step."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ebm import parallel
 
 
 class EBM(nn.Module):
@@ -21,6 +21,9 @@ class EBM(nn.Module):
 
     normalised = False
     """Whether `energy` is -log p(x) by the model's own account, with log Z in it."""
+
+    sharded: tuple[str, ...] = ()
+    """The buffers whose rows are chains of their own: processes that train together share them."""
 
     @property
     def needs_labels(self) -> bool:
@@ -72,19 +75,12 @@ def descend(optimizer: Optimizer, loss: Tensor, clip: float = float("inf")) -> T
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    _average(gradients)
+    parallel.average(gradients)
     norm = nn.utils.get_total_norm(gradients)
     if clip < float("inf"):
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     optimizer.step()
     return norm
-
-
-def _average(gradients: Iterable[Tensor]) -> None:
-    if dist.is_available() and dist.is_initialized():
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient.div_(dist.get_world_size())
 
 
 def parameters_of(*modules: nn.Module) -> list[nn.Parameter]:

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm.networks import mlp
+from ebm.parallel import averaged
 from ebm.scoring import Scorer
 from ebm.variants.base import descend, parameters_of
 
@@ -142,14 +143,14 @@ class DAGMM(Scorer):
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         x = self.columns(x)
         z, copy = self.features(x)
-        mixture = self.mixture(self.moments_of(z, self.dropout))
+        mixture = self.mixture(averaged(self.moments_of(z, self.dropout)))
         error = (x - copy).square().sum(1).mean()
         energy = mixture_energy(z.double(), mixture).mean()
         penalty = mixture.covariances.diagonal(dim1=1, dim2=2).reciprocal().sum()
         loss = error + self.energy_weight * energy + self.diagonal_penalty * penalty
         norm = descend(self.optimizer, loss)
         with torch.no_grad():
-            self.moments.lerp_(self.moments_of(z.detach(), 0.0), 1 - self.ema)
+            self.moments.lerp_(averaged(self.moments_of(z.detach(), 0.0)), 1 - self.ema)
         return {
             "energy_gap": energy.detach().to(x.dtype),
             "gradient_norm": norm,

@@ -51,6 +51,7 @@ from torch.optim import AdamW
 from ebm import EBMError
 from ebm.contrastive import LOGGED, Contrasted, accuracy, outputs_of, value
 from ebm.flows import Noise, adam
+from ebm.parallel import averaged
 from ebm.variants.base import descend
 
 TINY = 0.1
@@ -132,7 +133,8 @@ class FCE(Contrasted):
         noise = self.broad if warming and self.broad is not None else self.contrast
         flow_turn = not warming and self.last_accuracy > self.threshold
         logs = self._flow_turn(data) if flow_turn else self._energy_turn(data, noise)
-        self.last_accuracy.copy_(0 * logs["accuracy"] if flow_turn else logs["accuracy"])
+        seen = averaged(logs["accuracy"])  # all processes take the same turn
+        self.last_accuracy.copy_(0 * seen if flow_turn else seen)
         return self.logs(**logs)
 
     def _energy_turn(self, data: Tensor, noise: Noise) -> dict[str, Tensor]:

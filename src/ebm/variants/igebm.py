@@ -47,6 +47,7 @@ from torch.nn.utils import parametrize
 
 from ebm import EBMError
 from ebm.networks import Scalar, normalise_spectrally, scalar
+from ebm.parallel import gathered, world
 from ebm.samplers import (
     DecoupledLangevin,
     Energy,
@@ -68,6 +69,7 @@ class IGEBM(EBM):
     replay: Tensor
     replay_label: Tensor
     replay_age: Tensor
+    sharded = ("replay", "replay_label", "replay_age")
 
     def __init__(
         self,
@@ -197,7 +199,7 @@ class IGEBM(EBM):
             raise EBMError(f"model.buffer = {len(self.replay)} is less than the batch of {n}")
         device = self.replay.device
         rows = torch.randperm(len(self.replay), device=device)
-        rows, others = rows[:n], rows[n : n + NEIGHBOURS]
+        rows, others = rows[:n], rows[n : n + NEIGHBOURS // world()]
         reset = torch.rand(n, device=device) < self.fresh
         start, label = self.replay[rows], self.replay_label[rows]
         if self.augment:
@@ -228,7 +230,8 @@ class IGEBM(EBM):
             through = (gradient * x).sum() / len(x)
             kl = value.mean() + through - through.detach()
         if self.entropy:
-            distance = torch.cdist(x.flatten(1), self.replay[others].flatten(1))
+            points = gathered(self.replay[others])
+            distance = torch.cdist(x.flatten(1), points.flatten(1))
             entropy = distance.min(1).values.clamp(min=1e-12).log().mean()
         return kl, entropy
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ebm.networks import Joint, Network, decoder, encoder
+from ebm.parallel import shuffled
 from ebm.samplers import MALA, State, run
 from ebm.variants.base import EBM, descend, parameters_of, update_average
 
@@ -113,7 +114,7 @@ class MEG(EBM):
         z = self._prior(n)
         with self._autocast(z):
             x = self.generator(z)
-            information = self.information(x, z, z[torch.randperm(n, device=z.device)])
+            information = self.information(x, z, shuffled(z))
             energy = self.energy_network(x)
         norm = descend(self.generator_optimizer, energy.mean() - self.entropy * information)
         if self.average is not None:

@@ -41,6 +41,7 @@ class RBM(EBM):
 
     base_rate: Tensor
     chains: Tensor
+    sharded = ("chains",)
 
     def __init__(
         self,
