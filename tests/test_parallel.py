@@ -50,7 +50,7 @@ CASES = {
 OPTIONS = {"batch_size": 8, "seed": 3, "log_every": 4, "checkpoint_every": 8, "cooldown": 0.5}
 STEPS = 20  # the first 12 warm the flows up
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}  # Adam makes much of the rounding of a small gradient
-ROUGH = {"rtol": 1e-4, "atol": 1e-5}
+ROUGH = {"rtol": 1e-2, "atol": 3e-4}
 ROUNDED = {"fce, semi-supervised": ROUGH}  # its roughness is a difference over a tiny distance
 
 

@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from ruamel.yaml import YAML
+from toy_house import wait_for
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,3 +151,65 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bits(clone, expe
         assert checksum(clone, experiment) == expected
     print(f"{experiment}: {killed} of {KILLS // len(EXPERIMENTS)} runs were killed while training")
     assert killed > 0
+
+
+def train_together(clone, experiment, **options):
+    """Start a training in two processes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.train", experiment],
+        cwd=clone,
+        env=os.environ | {"EBM_TRACKING": "0", "EBM_PROCESSES": "2", "DVC_ROOT": str(clone)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def ranks(process):
+    """The processes that train together: first that of rank 0."""
+    commands = [(child, child.cmdline()) for child in psutil.Process(process.pid).children(True)]
+    return [child for child, command in commands if "pipelines.train" in command]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_those_that_train_with_it_and_the_rerun_ends_with_the_same_bits(
+    clone, rank
+):
+    repro(clone, "prepare@digits")
+    with train_together(clone, "rbm-digits") as undisturbed:
+        assert undisturbed.wait(120) == 0, undisturbed.stderr.read()
+    expected = checksum(clone, "rbm-digits")
+    shutil.rmtree(clone / "models/rbm-digits")
+    with train_together(clone, "rbm-digits") as victim:
+        wait_for(lambda: [*clone.glob(".checkpoints/rbm-digits/*/step-*40.ckpt")], 60)
+        together = ranks(victim)
+        together[rank].kill()
+        assert victim.wait(30) == 1
+        told = victim.stderr.read().splitlines()[-1]
+    assert told == f"error: process {rank} of 2 was killed by signal 9; all have ended"
+    assert not any(map(psutil.Process.is_running, together))
+    assert [*clone.glob(".checkpoints/rbm-digits/*/step-*.ckpt")]
+    with train_together(clone, "rbm-digits") as again:
+        assert again.wait(120) == 0
+        assert "resuming at step" in again.stderr.read()
+    assert checksum(clone, "rbm-digits") == expected
+
+
+@pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_training_that_is_ended_leaves_none_of_its_processes(clone, ends):
+    with train_together(clone, "rbm-digits") as victim:
+        wait_for(lambda: [*clone.glob(".checkpoints/rbm-digits/*/step-*40.ckpt")], 60)
+        together = ranks(victim)
+        victim.send_signal(ends)
+        assert victim.wait(30) in (-ends, 128 + ends)
+    wait_for(lambda: not any(map(psutil.Process.is_running, together)), 10)
+
+
+def test_processes_that_cannot_share_a_batch_say_so_once(clone):
+    edit(clone, lambda params: params["experiments"]["rbm-digits"]["train"].update(batch_size=51))
+    with train_together(clone, "rbm-digits") as refused:
+        assert refused.wait(60) == 1
+        told = refused.stderr.read().splitlines()
+    assert told.count("error: train: batch_size = 51 cannot be shared equally by 2 processes") == 1
+    edit(clone, lambda params: params["experiments"]["rbm-digits"]["train"].update(batch_size=128))
