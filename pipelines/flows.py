@@ -23,7 +23,8 @@ from pipelines.dag import Stage
 from pipelines.run import Result, StageFailed
 from pipelines.supervise import Cancelled, Launcher
 
-COLUMNS = ("stage", "outcome", "seconds", "reason")
+COLUMNS = ("stage", "outcome", "restored", "started", "seconds", "worker", "reason")
+RESTORED = "Cached"  # Prefect's own name for the state of a task that did not have to run
 POLL_SECONDS = 2.0
 SETTINGS = {
     "DO_NOT_TRACK": "true",
@@ -113,7 +114,7 @@ class Tasks:
 
     def run(self, stage: Stage) -> Result:
         """Run a stage as a task, in this thread."""
-        started = time.monotonic()
+        begun = run.begin(stage)
         task = _task(
             stage.name,
             lambda: self._reproduce(stage),
@@ -123,22 +124,23 @@ class Tasks:
         upstream = [self._states[name] for name in stage.upstream if name in self._states]
         state = self._context.copy().run(task, return_state=True, wait_for=upstream)
         self._states[stage.name] = state
-        seconds = time.monotonic() - started
         if state.is_completed():
-            return Result(stage.name, "done", seconds)
+            return begun("done", restored=state.name == RESTORED)
         failure = state.result(raise_on_failure=False)
         if isinstance(failure, StageFailed):
-            return Result(stage.name, "failed", seconds, str(failure), failure.lines)
-        return Result(stage.name, "failed", seconds, state.message or "not done")
+            return begun("failed", reason=str(failure), lines=failure.lines)
+        return begun("failed", reason=state.message or "not done")
 
     def _reproduce(self, stage: Stage) -> State | None:
         log, show = run.log_path(stage, self._root), get_run_logger().info
         try:
-            run.reproduce(stage, self._launcher, log, show, self._force)
+            restored = run.reproduce(stage, self._launcher, log, show, self._force)
         except (StageFailed, Cancelled):
             if not self._launcher.cancelled:
                 raise
             return states.Cancelled(message="cancelled with its flow run")
+        if restored:
+            return states.Completed(name=RESTORED, message="DVC had its outputs")
         return None
 
     def mark_skipped(self, result: Result) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections import Counter, deque
@@ -18,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from ebm import EBMError
 from pipelines import ROOT, dag
@@ -40,19 +41,32 @@ class StageFailed(EBMError):
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a stage: after how many seconds, why if not done, and its last lines."""
+    """What became of a stage.
+
+    Attributes:
+        seconds: after how many, all its tries together.
+        reason: why it is not done.
+        lines: the last ones that it wrote, if it failed.
+        started: when, in seconds since 1970; 0 if never.
+        worker: the name of the machine on which it ran.
+        restored: DVC had its outputs, and did not run the command.
+    """
 
     stage: str
     outcome: Literal["done", "failed", "skipped"]
     seconds: float = 0.0
     reason: str = ""
     lines: tuple[str, ...] = ()
+    started: float = 0.0
+    worker: str = ""
+    restored: bool = False
 
     def __str__(self) -> str:
         if self.outcome == "skipped":
             return f"skipped {self.stage}: {self.reason}"
+        note = "restored, not run" if self.restored else self.reason
         return f"{self.outcome} {self.stage} after {self.seconds:.1f} s" + (
-            f": {self.reason}" if self.reason else ""
+            f": {note}" if note else ""
         )
 
 
@@ -98,8 +112,8 @@ def schedule(
 
 def reproduce(
     stage: Stage, launcher: Launcher, log: Path, show: Callable[[str], None], force: bool
-) -> None:
-    """Let DVC run a stage, once; show and keep what it prints.
+) -> bool:
+    """Let DVC run a stage, once; show and keep what it prints. True if DVC restored it instead.
 
     Raises:
         StageFailed: it failed, took too long or was cancelled.
@@ -112,8 +126,9 @@ def reproduce(
             show(line)
             file.write(f"{line}\n")
     ended = process.wait()
-    if ended.code:
+    if ended.code not in (0, dag.RESTORED):
         raise StageFailed(str(ended), tail)
+    return ended.code == dag.RESTORED
 
 
 def log_path(stage: Stage, root: Path) -> Path:
@@ -183,19 +198,31 @@ def run(
 
 def attempt(stage: Stage, launcher: Launcher, log: Path, force: bool) -> Result:
     """Run a stage, again if it fails as often as it allows, and say so."""
-    started = time.monotonic()
+    begun = begin(stage)
     show(f"start {stage.name}")
     retries = stage.retries
     while True:
         try:
-            reproduce(stage, launcher, log, lambda line: show(f"{stage.name} | {line}"), force)
-            return Result(stage.name, "done", time.monotonic() - started)
+            restored = reproduce(
+                stage, launcher, log, lambda line: show(f"{stage.name} | {line}"), force
+            )
+            return begun("done", restored=restored)
         except StageFailed as failure:
             if not retries or launcher.cancelled:
-                seconds = time.monotonic() - started
-                return Result(stage.name, "failed", seconds, str(failure), failure.lines)
+                return begun("failed", reason=str(failure), lines=failure.lines)
             retries -= 1
             show(f"retry {stage.name}: {failure}")
+
+
+def begin(stage: Stage) -> Callable[..., Result]:
+    """Start the clock of a stage; what is returned stops it, and makes its result."""
+    started, clock, here = time.time(), time.monotonic(), socket.gethostname()
+
+    def end(outcome: Literal["done", "failed"], worker: str = here, **fields: Any) -> Result:
+        seconds = time.monotonic() - clock
+        return Result(stage.name, outcome, seconds, started=started, worker=worker, **fields)
+
+    return end
 
 
 def failures(results: Sequence[Result]) -> str:

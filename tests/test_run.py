@@ -3,6 +3,7 @@
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,6 +122,26 @@ def test_a_run_says_what_happens(tmp_path_factory):
     assert lines[-1].startswith("6 done, 0 failed, 0 skipped in ")
     assert "git add" not in output, "DVC's advice after every stage"
     assert "100%" in (house.root / ".checkpoints/logs/train@b.log").read_text().splitlines()
+
+
+def test_what_dvc_restores_from_its_cache_is_said_to_be_restored(house, capsys):
+    assert run.run(["train@a"], root=house.root)
+    (house.root / "out" / "train@a").unlink()
+    house.forget()
+    assert run.run(["evaluate@a"], root=house.root)
+    assert house.ran() == ["evaluate@a"]
+    done = [line for line in capsys.readouterr().out.splitlines() if " done " in line]
+    assert [line.endswith(": restored, not run") for line in done] == [False, True, False]
+
+
+def test_a_result_says_when_and_where_it_began():
+    begun, before = run.begin(stage("a")), time.time()
+    time.sleep(0.05)
+    result = begun("done")
+    assert result.started == pytest.approx(before, abs=0.04)
+    assert result.seconds >= 0.05
+    assert result.worker == socket.gethostname()
+    assert begun("done", worker="elsewhere").worker == "elsewhere"
 
 
 def test_what_is_up_to_date_ends_soon(tmp_path_factory):
