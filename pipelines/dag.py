@@ -48,6 +48,7 @@ class Stage:
         stale: DVC finds it changed, or something upstream of it.
         timeout: seconds within which it has to end, if `meta: {timeout: ...}` limits it.
         retries: how often it is tried again when it fails, from `meta: {retries: ...}`.
+        gpu: it uses a GPU where there is one, says `meta: {gpu: true}`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     stale: bool
     timeout: float | None = None
     retries: int = 0
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,12 +209,14 @@ def _with_upstream(
 def _stage(name: str, stage: Any, upstream: tuple[str, ...], stale: bool) -> Stage:
     cmd = stage.cmd if isinstance(stage.cmd, str) else "\n".join(stage.cmd)
     meta = stage.meta or {}
-    timeout, retries = meta.get("timeout"), meta.get("retries", 0)
+    timeout, retries, gpu = meta.get("timeout"), meta.get("retries", 0), meta.get("gpu", False)
     if not (timeout is None or (isinstance(timeout, int | float) and timeout > 0)):
         raise EBMError(f"dvc.yaml: {name}: meta.timeout: {timeout!r} is not a number of seconds")
     if not (isinstance(retries, int) and retries >= 0):
         raise EBMError(f"dvc.yaml: {name}: meta.retries: {retries!r} is not a number of times")
-    return Stage(name, cmd, upstream, stale, timeout, retries)
+    if not isinstance(gpu, bool):
+        raise EBMError(f"dvc.yaml: {name}: meta.gpu: {gpu!r} is neither true nor false")
+    return Stage(name, cmd, upstream, stale, timeout, retries, gpu)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from pipelines import ROOT, dag, run
+from pipelines import ROOT, dag, gpu, run
 from pipelines.dag import Stage
 from pipelines.run import Result, StageFailed
 from pipelines.supervise import Cancelled, Launcher
@@ -82,7 +82,7 @@ def pipeline(
         watched(UUID(flow_run), launcher),
     ):
         tasks = Tasks(launcher, root, force)
-        for result in run.schedule(stages, tasks.run, pool, jobs, keep_going):
+        for result in run.schedule(stages, tasks.run, pool, jobs, keep_going, gpu.count()):
             results.append(result)
             if result.outcome == "skipped":
                 tasks.mark_skipped(result)

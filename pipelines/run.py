@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from ebm import EBMError
-from pipelines import ROOT, dag
+from pipelines import ROOT, dag, gpu
 from pipelines.dag import Stage
 from pipelines.supervise import Launcher
 
@@ -76,6 +76,7 @@ def schedule(
     pool: ThreadPoolExecutor,
     jobs: int,
     keep_going: bool = True,
+    gpus: int = 0,
 ) -> Iterator[Result]:
     """Do the work of each stage once its upstream stages are done; yield results as they come.
 
@@ -88,7 +89,14 @@ def schedule(
         pool: has at least `jobs` threads.
         jobs: how many stages may run at once.
         keep_going: after a failure, go on with what does not depend on the failed stage.
+        gpus: how many of those that use a GPU may run at once; 0: as many as of the others,
+            because there is no GPU to wait for.
     """
+
+    def has_place(stage: Stage) -> bool:
+        cards_taken = sum(other.gpu for other in running.values())
+        return len(running) < jobs and not (stage.gpu and gpus and cards_taken >= gpus)
+
     waiting, unfinished = list(stages), {stage.name for stage in stages}
     running: dict[Future[Result], Stage] = {}
     blame: dict[str, str] = {}  # what will not be done -> the stage whose failure is the reason
@@ -99,7 +107,7 @@ def schedule(
                 waiting.remove(stage)
                 blame[stage.name] = culprits[0]
                 yield Result(stage.name, "skipped", reason=f"{culprits[0]} failed")
-            elif len(running) < jobs and unfinished.isdisjoint(stage.upstream):
+            elif has_place(stage) and unfinished.isdisjoint(stage.upstream):
                 waiting.remove(stage)
                 running[pool.submit(work, stage)] = stage
         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -187,7 +195,7 @@ def run(
         def work(stage: Stage) -> Result:
             return attempt(stage, launcher, log_path(stage, root), force)
 
-        for result in schedule(stages, work, pool, jobs, keep_going):
+        for result in schedule(stages, work, pool, jobs, keep_going, gpu.count()):
             results.append(result)
             show(f"[{len(results)}/{len(stages)}] {result}")
     if failed := failures(results):

@@ -25,6 +25,7 @@ ROUTING = {
     "ebm/schema.py": "declares; no field has a default (tests/test_params.py)",
     "ebm/variants/__init__.py": "finds a variant by its name",
     "pipelines/__init__.py": "finds the source tree",
+    "pipelines/gpu.py": "chooses among cards",
     "pipelines/stage.py": "arguments and error lines",
     "pipelines/tracking.py": "reports what was computed",
     "pipelines/spool.py": "reports what was computed",

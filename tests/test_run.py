@@ -34,11 +34,11 @@ def house(tmp_path, tmp_path_factory):
     return house
 
 
-def stage(name, *upstream):
-    return Stage(name, "true", upstream, stale=True)
+def stage(name, *upstream, **hints):
+    return Stage(name, "true", upstream, stale=True, **hints)
 
 
-def scheduled(stages, jobs, failing=(), keep_going=True, seconds=float):
+def scheduled(stages, jobs, failing=(), keep_going=True, seconds=float, gpus=0):
     """Results by stage, and [start, end] by stage of those that ran, in the order they started."""
     ran = {}
 
@@ -49,7 +49,7 @@ def scheduled(stages, jobs, failing=(), keep_going=True, seconds=float):
         return Result(stage.name, "failed" if stage.name in failing else "done")
 
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(run.schedule(stages, work, pool, jobs, keep_going))
+        results = list(run.schedule(stages, work, pool, jobs, keep_going, gpus))
     assert sorted(result.stage for result in results) == sorted(stage.name for stage in stages)
     return {result.stage: result for result in results}, ran
 
@@ -85,6 +85,16 @@ def test_no_place_is_left_empty_and_none_is_taken_by_waiting():
     started = time.monotonic()
     _, ran = scheduled(stages, jobs=4, seconds=lambda: 0.2)
     assert time.monotonic() - started < 0.9
+    assert most_at_once(ran.values()) == 4
+
+
+@pytest.mark.parametrize(("gpus", "at_once"), [(1, 1), (2, 2), (0, 4)])
+def test_as_many_stages_use_a_gpu_as_there_are_and_others_run_beside_them(gpus, at_once):
+    """Without a GPU they are stages like the others."""
+    learn = [stage(f"train{number}", gpu=True) for number in range(4)]
+    other = [stage(f"prepare{number}") for number in range(4)]
+    _, ran = scheduled([*learn, *other], jobs=4, seconds=lambda: 0.1, gpus=gpus)
+    assert most_at_once(ran[one.name] for one in learn) == at_once
     assert most_at_once(ran.values()) == 4
 
 

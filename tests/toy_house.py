@@ -106,7 +106,7 @@ class House:
         for folder in ("pipelines", "src/ebm", "told", ".dvc"):
             (root / folder).mkdir(parents=True)
         subprocess.run(["git", "init", "-q", root], check=True)
-        for name in ("__init__", "dag", "flows", "run", "supervise"):
+        for name in ("__init__", "dag", "flows", "gpu", "run", "supervise"):
             shutil.copy(CHECKOUT / "pipelines" / f"{name}.py", root / "pipelines")
         shutil.copy(CHECKOUT / "src" / "ebm" / "__init__.py", root / "src" / "ebm")
         house.write("src/ebm/params.py", VALIDATION)
