@@ -37,9 +37,9 @@ def main() -> int:
     """The command line: that of the runner. Prefect is imported only if there is work to do."""
 
     def execute(targets: Sequence[str], force: bool, **options: Any) -> bool:
-        if not force and not dag.plan(targets).stale:
-            run.show(run.NOTHING_TO_DO)
-            return True
+        started = time.time()
+        if not force and not (plan := dag.plan(targets)).stale:
+            return run.nothing_to_do(targets, plan, started)
         from pipelines import flows  # this module, by the name under which Prefect finds the flow
 
         state = flows.pipeline(targets=targets, force=force, **options, return_state=True)

@@ -22,11 +22,12 @@ from types import FrameType
 from typing import Any, Literal
 
 from ebm import EBMError
-from pipelines import ROOT, dag, gpu
-from pipelines.dag import Stage
+from pipelines import ROOT, dag, gpu, timeline
+from pipelines.dag import Plan, Stage
 from pipelines.supervise import Launcher
 
 LAST_LINES = 12
+BY = "python -m pipelines.run"
 NOTHING_TO_DO = "nothing to do: every stage is up to date"
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -182,12 +183,11 @@ def run(
         keep_going: after a failure, go on with what does not depend on the failed stage.
         root: the DVC repository.
     """
-    jobs, started = jobs or cores(), time.monotonic()
+    jobs, started = jobs or cores(), time.time()
     plan = dag.plan(targets, root)
     stages = plan.stages if force else plan.stale
     if not stages:
-        show(NOTHING_TO_DO)
-        return True
+        return nothing_to_do(targets, plan, started, root)
     show(f"{len(stages)} of {len(plan.stages)} stages to run, {jobs} at a time")
     results: list[Result] = []
     with ThreadPoolExecutor(jobs) as pool, start_launcher(root) as launcher:
@@ -200,8 +200,24 @@ def run(
             show(f"[{len(results)}/{len(stages)}] {result}")
     if failed := failures(results):
         show(failed)
-    show(tally(results, time.monotonic() - started))
+    keep_timeline(timeline.rebuild(BY, targets, plan, results, started), root)
+    show(tally(results, time.time() - started))
     return all(result.outcome == "done" for result in results)
+
+
+def nothing_to_do(targets: Sequence[str], plan: Plan, started: float, root: Path = ROOT) -> bool:
+    """A run of a plan of which nothing is stale; True, for it succeeds."""
+    keep_timeline(timeline.rebuild(BY, targets, plan, [], started), root)
+    show(NOTHING_TO_DO)
+    return True
+
+
+def keep_timeline(last: timeline.Rebuild, root: Path) -> None:
+    """Write down what a run did. That this is impossible, on a full disk, makes it no failure."""
+    try:
+        timeline.write(last, root)
+    except OSError as error:
+        show(f"no timeline: {error}")
 
 
 def attempt(stage: Stage, launcher: Launcher, log: Path, force: bool) -> Result:
