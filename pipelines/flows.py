@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from pipelines import ROOT, dag, gpu, run
+from pipelines import ROOT, dag, gpu, run, timeline
 from pipelines.dag import Stage
 from pipelines.run import Result, StageFailed
 from pipelines.supervise import Cancelled, Launcher
+from pipelines.timeline import Rebuild
 
-COLUMNS = ("stage", "outcome", "restored", "started", "seconds", "worker", "reason")
 RESTORED = "Cached"  # Prefect's own name for the state of a task that did not have to run
 POLL_SECONDS = 2.0
 SETTINGS = {
@@ -56,9 +56,15 @@ for name, value in SETTINGS.items():
 
 import httpx
 from prefect import Task, flow, get_client, get_run_logger, runtime, states
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
+
+from pipelines import summary
 
 
 @flow(name="ebm", persist_result=False)
@@ -67,36 +73,74 @@ def pipeline(
     jobs: int | None = None,
     force: bool = False,
     keep_going: bool = True,
-    root: Path = ROOT,
 ) -> State:
-    """Run the stale stages of `dvc.yaml`, one task each. The parameters are those of `run.run`."""
-    jobs, started = jobs or run.cores(), time.monotonic()
-    plan = dag.plan(targets, root)
+    """Run what is stale of `dvc.yaml`, one task for each stage.
+
+    Args:
+        targets: What to rebuild, with all it needs: stages (`evaluate@rbm-digits`), groups
+            (`train`), patterns (`*@meg-*`) or a graph (`paper/dvc.yaml`). None: all of `dvc.yaml`.
+        jobs: How many stages may run at once. None: one for each core.
+        force: Run the stages even if nothing that they depend on has changed.
+        keep_going: After a failure, go on with what does not depend on the failed stage.
+    """
+    jobs, started = jobs or run.cores(), time.time()
+    plan = dag.plan(targets)
     stages = plan.stages if force else plan.stale
-    if not stages:
-        return states.Completed(message=run.NOTHING_TO_DO)
-    flow_run, results = runtime.flow_run.id, list[Result]()
-    with (
-        ThreadPoolExecutor(jobs) as pool,
-        run.start_launcher(root, EBM_FLOW_RUN_ID=flow_run) as launcher,
-        watched(UUID(flow_run), launcher),
-    ):
-        tasks = Tasks(launcher, root, force)
-        for result in run.schedule(stages, tasks.run, pool, jobs, keep_going, gpu.count()):
-            results.append(result)
-            if result.outcome == "skipped":
-                tasks.mark_skipped(result)
-        cancelled = launcher.cancelled
-    return report(results, time.monotonic() - started, cancelled)
+    flow_run, results, cancelled = runtime.flow_run.id, list[Result](), False
+    if stages:
+        with (
+            ThreadPoolExecutor(jobs) as pool,
+            run.start_launcher(ROOT, EBM_FLOW_RUN_ID=flow_run) as launcher,
+            watched(UUID(flow_run), launcher),
+        ):
+            tasks = Tasks(launcher, ROOT, force)
+            for result in run.schedule(stages, tasks.run, pool, jobs, keep_going, gpu.count()):
+                results.append(result)
+                if result.outcome == "skipped":
+                    tasks.mark_skipped(result)
+            cancelled = launcher.cancelled
+    by = f"Prefect flow run {runtime.flow_run.name}"
+    last = timeline.rebuild(by, targets, plan, results, started)
+    run.keep_timeline(last, ROOT)
+    publish(last)
+    return conclude(results, last.seconds, cancelled)
 
 
-def report(results: Sequence[Result], seconds: float, cancelled: bool) -> State:
-    """Write the table of results, and the log of what failed; the state of the flow run."""
-    rows = [{name: getattr(result, name) for name in COLUMNS} for result in results]
-    create_table_artifact(rows, key="stages", description="The stages of this flow run")
+def publish(last: Rebuild) -> None:
+    """Leave in Prefect what the stages did, what was measured and drawn, and where MLflow has
+    it."""
+    create_table_artifact(
+        summary.stages(last), key="stages", description="What became of each stage of the plan."
+    )
+    found = summary.experiments(last, ROOT)
+    if not found:
+        return
+    create_table_artifact(
+        summary.table(found),
+        key="results",
+        description="The experiments of the plan: their headline numbers on the test split. The "
+        "report, `reports/index.html`, has all of them.",
+    )
+    create_markdown_artifact(
+        summary.figures(found),
+        key="figures",
+        description="The figures of what was rebuilt, one of each experiment that was up to date.",
+    )
+    for experiment in found:
+        if experiment.ran and experiment.address:
+            create_link_artifact(
+                experiment.address,
+                f"{experiment.title} in MLflow",
+                key=f"mlflow-{experiment.key}",
+                description="The training: curves, parameters, figures, the model.",
+            )
+
+
+def conclude(results: Sequence[Result], seconds: float, cancelled: bool) -> State:
+    """Log what failed; the state of the flow run."""
     if failures := run.failures(results):
         get_run_logger().error(failures)
-    message = run.tally(results, seconds)
+    message = run.tally(results, seconds) if results else run.NOTHING_TO_DO
     if cancelled:
         return states.Cancelled(message=message)
     if any(result.outcome != "done" for result in results):

@@ -109,6 +109,7 @@ class House:
         ours = shutil.ignore_patterns("__pycache__")
         shutil.copytree(CHECKOUT / "pipelines", root / "pipelines", ignore=ours)
         shutil.copy(CHECKOUT / "src" / "ebm" / "__init__.py", root / "src" / "ebm")
+        shutil.copy(CHECKOUT / "prefect.yaml", root)
         house.write("src/ebm/params.py", VALIDATION)
         house.write(".dvc/config", "")
         house.write(".dvc/.gitignore", "/tmp\n/cache\n")
