@@ -17,6 +17,9 @@ repro: $(BIN)/.synced  ## Rebuild everything that is stale, stages side by side 
 flow: $(BIN)/.synced  ## The same as a Prefect flow
 	python -m pipelines.flows -j $(JOBS)
 
+serve: $(BIN)/.synced  ## Prefect's server, a worker and the schedules, at http://127.0.0.1:4200
+	python -m pipelines.serve
+
 test: $(BIN)/.synced  ## Run the tests (minutes)
 	python -m pytest -q -m "not slow"
 
@@ -48,4 +51,4 @@ $(BIN)/.synced: requirements.lock
 	uv pip install -q --require-hashes --python $(BIN)/python -r requirements.lock
 	touch $@
 
-.PHONY: help repro flow test test-slow lint doctor ui benchmark
+.PHONY: help repro flow serve test test-slow lint doctor ui benchmark

@@ -33,6 +33,9 @@ IN_PLACE = {"dump", "_edit_rwlock"}
 DEAF = {"match"}
 """Compares the names of parameters for DVC (dpath), and swallows whatever is raised meanwhile."""
 
+RESTORED = 64
+"""The exit code of `reproduce` where the command did not run, because DVC had its outputs."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -45,6 +48,7 @@ class Stage:
         stale: DVC finds it changed, or something upstream of it.
         timeout: seconds within which it has to end, if `meta: {timeout: ...}` limits it.
         retries: how often it is tried again when it fails, from `meta: {retries: ...}`.
+        gpu: it uses a GPU where there is one, says `meta: {gpu: true}`.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Stage:
     stale: bool
     timeout: float | None = None
     retries: int = 0
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,10 @@ def reproducer() -> Callable[[str, bool], int]:
 def reproduce(name: str, force: bool) -> int:
     """Do in this process what `dvc --wait-for-lock repro --single-item` does; its exit code.
 
-    The root of the repository has to be the current directory. A process may call this once, in
-    its main thread: DVC keeps its locks by process.
+    It is RESTORED where DVC ran no command: the outputs were in its cache, or are as they have to
+    be because what is upstream came out as it was. The root of the repository has to be the
+    current directory. A process may call this once, in its main thread: DVC keeps its locks by
+    process.
     """
     for number in (signal.SIGINT, signal.SIGALRM):
         signal.signal(number, _give_up_unless_there_is_a_result)
@@ -120,7 +127,12 @@ def reproduce(name: str, force: bool) -> int:
     except EBMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if _command_has_ended() else RESTORED
+
+
+def _command_has_ended() -> bool:
+    """Whether the stage's command, the only child that DVC starts, has run in this process."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
 
 
 def _give_up_unless_there_is_a_result(_: int, frame: FrameType | None) -> None:
@@ -130,7 +142,7 @@ def _give_up_unless_there_is_a_result(_: int, frame: FrameType | None) -> None:
     own that DVC overwrites in place (`dvc.lock`, its table of locks) are written to the end, and
     where an exception would be lost none is raised.
     """
-    if resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0:  # the command has ended
+    if _command_has_ended():
         return
     if (IN_PLACE | DEAF) & {caller.f_code.co_name for caller, _ in traceback.walk_stack(frame)}:
         signal.setitimer(signal.ITIMER_REAL, 0.001)  # SIGALRM: again in a moment
@@ -197,12 +209,14 @@ def _with_upstream(
 def _stage(name: str, stage: Any, upstream: tuple[str, ...], stale: bool) -> Stage:
     cmd = stage.cmd if isinstance(stage.cmd, str) else "\n".join(stage.cmd)
     meta = stage.meta or {}
-    timeout, retries = meta.get("timeout"), meta.get("retries", 0)
+    timeout, retries, gpu = meta.get("timeout"), meta.get("retries", 0), meta.get("gpu", False)
     if not (timeout is None or (isinstance(timeout, int | float) and timeout > 0)):
         raise EBMError(f"dvc.yaml: {name}: meta.timeout: {timeout!r} is not a number of seconds")
     if not (isinstance(retries, int) and retries >= 0):
         raise EBMError(f"dvc.yaml: {name}: meta.retries: {retries!r} is not a number of times")
-    return Stage(name, cmd, upstream, stale, timeout, retries)
+    if not isinstance(gpu, bool):
+        raise EBMError(f"dvc.yaml: {name}: meta.gpu: {gpu!r} is neither true nor false")
+    return Stage(name, cmd, upstream, stale, timeout, retries, gpu)
 
 
 @contextlib.contextmanager

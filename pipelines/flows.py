@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from pipelines import ROOT, dag, run
+from pipelines import ROOT, dag, gpu, run, timeline
 from pipelines.dag import Stage
 from pipelines.run import Result, StageFailed
 from pipelines.supervise import Cancelled, Launcher
+from pipelines.timeline import Rebuild
 
-COLUMNS = ("stage", "outcome", "seconds", "reason")
+RESTORED = "Cached"  # Prefect's own name for the state of a task that did not have to run
 POLL_SECONDS = 2.0
 SETTINGS = {
     "DO_NOT_TRACK": "true",
@@ -36,9 +37,9 @@ def main() -> int:
     """The command line: that of the runner. Prefect is imported only if there is work to do."""
 
     def execute(targets: Sequence[str], force: bool, **options: Any) -> bool:
-        if not force and not dag.plan(targets).stale:
-            run.show(run.NOTHING_TO_DO)
-            return True
+        started = time.time()
+        if not force and not (plan := dag.plan(targets)).stale:
+            return run.nothing_to_do(targets, plan, started)
         from pipelines import flows  # this module, by the name under which Prefect finds the flow
 
         state = flows.pipeline(targets=targets, force=force, **options, return_state=True)
@@ -55,9 +56,15 @@ for name, value in SETTINGS.items():
 
 import httpx
 from prefect import Task, flow, get_client, get_run_logger, runtime, states
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
+
+from pipelines import summary
 
 
 @flow(name="ebm", persist_result=False)
@@ -66,36 +73,74 @@ def pipeline(
     jobs: int | None = None,
     force: bool = False,
     keep_going: bool = True,
-    root: Path = ROOT,
 ) -> State:
-    """Run the stale stages of `dvc.yaml`, one task each. The parameters are those of `run.run`."""
-    jobs, started = jobs or run.cores(), time.monotonic()
-    plan = dag.plan(targets, root)
+    """Run what is stale of `dvc.yaml`, one task for each stage.
+
+    Args:
+        targets: What to rebuild, with all it needs: stages (`evaluate@rbm-digits`), groups
+            (`train`), patterns (`*@meg-*`) or a graph (`paper/dvc.yaml`). None: all of `dvc.yaml`.
+        jobs: How many stages may run at once. None: one for each core.
+        force: Run the stages even if nothing that they depend on has changed.
+        keep_going: After a failure, go on with what does not depend on the failed stage.
+    """
+    jobs, started = jobs or run.cores(), time.time()
+    plan = dag.plan(targets)
     stages = plan.stages if force else plan.stale
-    if not stages:
-        return states.Completed(message=run.NOTHING_TO_DO)
-    flow_run, results = runtime.flow_run.id, list[Result]()
-    with (
-        ThreadPoolExecutor(jobs) as pool,
-        run.start_launcher(root, EBM_FLOW_RUN_ID=flow_run) as launcher,
-        watched(UUID(flow_run), launcher),
-    ):
-        tasks = Tasks(launcher, root, force)
-        for result in run.schedule(stages, tasks.run, pool, jobs, keep_going):
-            results.append(result)
-            if result.outcome == "skipped":
-                tasks.mark_skipped(result)
-        cancelled = launcher.cancelled
-    return report(results, time.monotonic() - started, cancelled)
+    flow_run, results, cancelled = runtime.flow_run.id, list[Result](), False
+    if stages:
+        with (
+            ThreadPoolExecutor(jobs) as pool,
+            run.start_launcher(ROOT, EBM_FLOW_RUN_ID=flow_run) as launcher,
+            watched(UUID(flow_run), launcher),
+        ):
+            tasks = Tasks(launcher, ROOT, force)
+            for result in run.schedule(stages, tasks.run, pool, jobs, keep_going, gpu.count()):
+                results.append(result)
+                if result.outcome == "skipped":
+                    tasks.mark_skipped(result)
+            cancelled = launcher.cancelled
+    by = f"Prefect flow run {runtime.flow_run.name}"
+    last = timeline.rebuild(by, targets, plan, results, started)
+    run.keep_timeline(last, ROOT)
+    publish(last)
+    return conclude(results, last.seconds, cancelled)
 
 
-def report(results: Sequence[Result], seconds: float, cancelled: bool) -> State:
-    """Write the table of results, and the log of what failed; the state of the flow run."""
-    rows = [{name: getattr(result, name) for name in COLUMNS} for result in results]
-    create_table_artifact(rows, key="stages", description="The stages of this flow run")
+def publish(last: Rebuild) -> None:
+    """Leave in Prefect what the stages did, what was measured and drawn, and where MLflow has
+    it."""
+    create_table_artifact(
+        summary.stages(last), key="stages", description="What became of each stage of the plan."
+    )
+    found = summary.experiments(last, ROOT)
+    if not found:
+        return
+    create_table_artifact(
+        summary.table(found),
+        key="results",
+        description="The experiments of the plan: their headline numbers on the test split. The "
+        "report, `reports/index.html`, has all of them.",
+    )
+    create_markdown_artifact(
+        summary.figures(found),
+        key="figures",
+        description="The figures of what was rebuilt, one of each experiment that was up to date.",
+    )
+    for experiment in found:
+        if experiment.ran and experiment.address:
+            create_link_artifact(
+                experiment.address,
+                f"{experiment.title} in MLflow",
+                key=f"mlflow-{experiment.key}",
+                description="The training: curves, parameters, figures, the model.",
+            )
+
+
+def conclude(results: Sequence[Result], seconds: float, cancelled: bool) -> State:
+    """Log what failed; the state of the flow run."""
     if failures := run.failures(results):
         get_run_logger().error(failures)
-    message = run.tally(results, seconds)
+    message = run.tally(results, seconds) if results else run.NOTHING_TO_DO
     if cancelled:
         return states.Cancelled(message=message)
     if any(result.outcome != "done" for result in results):
@@ -113,7 +158,7 @@ class Tasks:
 
     def run(self, stage: Stage) -> Result:
         """Run a stage as a task, in this thread."""
-        started = time.monotonic()
+        begun = run.begin(stage)
         task = _task(
             stage.name,
             lambda: self._reproduce(stage),
@@ -123,22 +168,23 @@ class Tasks:
         upstream = [self._states[name] for name in stage.upstream if name in self._states]
         state = self._context.copy().run(task, return_state=True, wait_for=upstream)
         self._states[stage.name] = state
-        seconds = time.monotonic() - started
         if state.is_completed():
-            return Result(stage.name, "done", seconds)
+            return begun("done", restored=state.name == RESTORED)
         failure = state.result(raise_on_failure=False)
         if isinstance(failure, StageFailed):
-            return Result(stage.name, "failed", seconds, str(failure), failure.lines)
-        return Result(stage.name, "failed", seconds, state.message or "not done")
+            return begun("failed", reason=str(failure), lines=failure.lines)
+        return begun("failed", reason=state.message or "not done")
 
     def _reproduce(self, stage: Stage) -> State | None:
         log, show = run.log_path(stage, self._root), get_run_logger().info
         try:
-            run.reproduce(stage, self._launcher, log, show, self._force)
+            restored = run.reproduce(stage, self._launcher, log, show, self._force)
         except (StageFailed, Cancelled):
             if not self._launcher.cancelled:
                 raise
             return states.Cancelled(message="cancelled with its flow run")
+        if restored:
+            return states.Completed(name=RESTORED, message="DVC had its outputs")
         return None
 
     def mark_skipped(self, result: Result) -> None:

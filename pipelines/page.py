@@ -2,15 +2,13 @@
 
 import base64
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from pipelines.results import Comparison, History, Line, Picture, Reference, Result
+from pipelines.typeset import duration, measured, number, template
 from pipelines.words import (
     AREAS,
     COMPANIONS,
@@ -25,8 +23,6 @@ from pipelines.words import (
     method,
     metric,
 )
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -61,29 +57,24 @@ class Curve:
 WIDTH, HEIGHT = 210, 92
 
 
-def render(results: Sequence[Result], comparison: Comparison | None = None) -> str:
-    """The page, self-contained: styles inline, images as data URIs, no script."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": number,
-        "measured": measured,
-        "held_against": held_against,
-        "method": method,
-        "duration": duration,
-        "data_uri": data_uri,
-    }
+def render(
+    results: Sequence[Result],
+    comparison: Comparison | None = None,
+    timeline: str = "timeline.html",
+) -> str:
+    """The page, self-contained: styles inline, images as data URIs, no script. `timeline` is the
+    address of the page that shows the last rebuild."""
     tables = {result.name: rows(result) for result in results}
     shown = {name for table in tables.values() for name in table}
     if any(classes(result) for result in results):
         shown |= {area.split("_")[0] for area in AREAS}
     kinds = {r.kind for result in results for refs in result.references.values() for r in refs}
-    return environment.get_template("report.html.j2").render(
+    filters: dict[str, Callable[..., str]] = {
+        "held_against": held_against,
+        "method": method,
+        "data_uri": data_uri,
+    }
+    return template("report.html.j2", filters).render(
         results=results,
         tables=tables,
         groups=list(groups(results, tables)),
@@ -99,6 +90,7 @@ def render(results: Sequence[Result], comparison: Comparison | None = None) -> s
         bench=by_oracle(comparison.table) if comparison else {},
         bench_columns=SAMPLERS,
         bench_settings=dict(_flat(comparison.settings)) if comparison else {},
+        timeline=timeline,
         variants=VARIANTS,
         width=WIDTH,
         height=HEIGHT,
@@ -328,44 +320,9 @@ def by_oracle(table: Sequence[Line]) -> dict[str, list[Line]]:
     return tables
 
 
-def measured(value: float) -> str:
-    """Four significant digits, the last ones even if they are zeros."""
-    return number(value, "#.4g").rstrip(".")
-
-
 def held_against(reference: Reference) -> str:
     """Published numbers as they were printed, all others as those measured here."""
     return (number if reference.kind == "published" else measured)(reference.value)
-
-
-def number(value: float, form: str = ".4g") -> str:
-    """A number as a reader wants it: a real minus sign, powers of ten, thin spaces."""
-    if not math.isfinite(value):
-        return "undefined"
-    if abs(value) >= 9999.5:
-        text = f"{round(value):,}".replace(",", "\u2009")
-    elif isinstance(value, int) or value == 0:
-        text = f"{value:.0f}"
-    elif abs(value) >= 1e-3:
-        text = f"{value:{form}}"
-    else:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        text = f"{mantissa} × 10{_superscript(int(exponent))}"
-    return text.replace("-", "−")
-
-
-def _superscript(exponent: int) -> str:
-    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def data_uri(picture: Picture) -> str:

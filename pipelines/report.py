@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +27,14 @@ CURVE_ROWS = 200
 
 
 def main() -> None:
-    write(Path(), params.load(stage.PARAMS).model_dump())
+    timeline = os.path.relpath(stage.root() / "reports" / "timeline.html", "reports")
+    write(Path(), params.load(stage.PARAMS).model_dump(), timeline)
     tracking.flush()
 
 
-def write(root: Path, settings: Mapping[str, Any]) -> None:
-    """Report on every experiment of `settings`, the whole of params.yaml as plain mappings.
+def write(root: Path, settings: Mapping[str, Any], timeline: str = "timeline.html") -> None:
+    """Report on every experiment of `settings`, the whole of params.yaml as plain mappings; its
+    page links to the `timeline` of the last rebuild.
 
     DVC comes here when all of them are done. Who runs this stage alone, because some cannot be
     trained on their machine, gets a report on the others; earlier results of those stay."""
@@ -43,8 +46,8 @@ def write(root: Path, settings: Mapping[str, Any]) -> None:
     found = [results.read(root / "models", name, settings) for name in trained]
     found = [replace(result, history=thin(result.history)) for result in found]
     comparison = results.read_comparison(root / "models", settings)
-    html = page.render(found, comparison)
     reports = root / "reports"
+    html = page.render(found, comparison, timeline)
     named: list[tuple[str, Result | Comparison]] = [(result.name, result) for result in found]
     named += [(results.COMPARISON, comparison)] if comparison else []
     pictures = {f"{name}-{p.name}.png": p.png for name, r in named for p in r.pictures}

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections import Counter, deque
@@ -18,14 +19,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from ebm import EBMError
-from pipelines import ROOT, dag
-from pipelines.dag import Stage
+from pipelines import ROOT, dag, gpu, timeline
+from pipelines.dag import Plan, Stage
 from pipelines.supervise import Launcher
 
 LAST_LINES = 12
+BY = "python -m pipelines.run"
 NOTHING_TO_DO = "nothing to do: every stage is up to date"
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -40,19 +42,32 @@ class StageFailed(EBMError):
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a stage: after how many seconds, why if not done, and its last lines."""
+    """What became of a stage.
+
+    Attributes:
+        seconds: after how many, all its tries together.
+        reason: why it is not done.
+        lines: the last ones that it wrote, if it failed.
+        started: when, in seconds since 1970; 0 if never.
+        worker: the name of the machine on which it ran.
+        restored: DVC had its outputs, and did not run the command.
+    """
 
     stage: str
     outcome: Literal["done", "failed", "skipped"]
     seconds: float = 0.0
     reason: str = ""
     lines: tuple[str, ...] = ()
+    started: float = 0.0
+    worker: str = ""
+    restored: bool = False
 
     def __str__(self) -> str:
         if self.outcome == "skipped":
             return f"skipped {self.stage}: {self.reason}"
+        note = "restored, not run" if self.restored else self.reason
         return f"{self.outcome} {self.stage} after {self.seconds:.1f} s" + (
-            f": {self.reason}" if self.reason else ""
+            f": {note}" if note else ""
         )
 
 
@@ -62,6 +77,7 @@ def schedule(
     pool: ThreadPoolExecutor,
     jobs: int,
     keep_going: bool = True,
+    gpus: int = 0,
 ) -> Iterator[Result]:
     """Do the work of each stage once its upstream stages are done; yield results as they come.
 
@@ -74,7 +90,14 @@ def schedule(
         pool: has at least `jobs` threads.
         jobs: how many stages may run at once.
         keep_going: after a failure, go on with what does not depend on the failed stage.
+        gpus: how many of those that use a GPU may run at once; 0: as many as of the others,
+            because there is no GPU to wait for.
     """
+
+    def has_place(stage: Stage) -> bool:
+        cards_taken = sum(other.gpu for other in running.values())
+        return len(running) < jobs and not (stage.gpu and gpus and cards_taken >= gpus)
+
     waiting, unfinished = list(stages), {stage.name for stage in stages}
     running: dict[Future[Result], Stage] = {}
     blame: dict[str, str] = {}  # what will not be done -> the stage whose failure is the reason
@@ -85,7 +108,7 @@ def schedule(
                 waiting.remove(stage)
                 blame[stage.name] = culprits[0]
                 yield Result(stage.name, "skipped", reason=f"{culprits[0]} failed")
-            elif len(running) < jobs and unfinished.isdisjoint(stage.upstream):
+            elif has_place(stage) and unfinished.isdisjoint(stage.upstream):
                 waiting.remove(stage)
                 running[pool.submit(work, stage)] = stage
         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -98,8 +121,8 @@ def schedule(
 
 def reproduce(
     stage: Stage, launcher: Launcher, log: Path, show: Callable[[str], None], force: bool
-) -> None:
-    """Let DVC run a stage, once; show and keep what it prints.
+) -> bool:
+    """Let DVC run a stage, once; show and keep what it prints. True if DVC restored it instead.
 
     Raises:
         StageFailed: it failed, took too long or was cancelled.
@@ -112,8 +135,9 @@ def reproduce(
             show(line)
             file.write(f"{line}\n")
     ended = process.wait()
-    if ended.code:
+    if ended.code not in (0, dag.RESTORED):
         raise StageFailed(str(ended), tail)
+    return ended.code == dag.RESTORED
 
 
 def log_path(stage: Stage, root: Path) -> Path:
@@ -159,12 +183,11 @@ def run(
         keep_going: after a failure, go on with what does not depend on the failed stage.
         root: the DVC repository.
     """
-    jobs, started = jobs or cores(), time.monotonic()
+    jobs, started = jobs or cores(), time.time()
     plan = dag.plan(targets, root)
     stages = plan.stages if force else plan.stale
     if not stages:
-        show(NOTHING_TO_DO)
-        return True
+        return nothing_to_do(targets, plan, started, root)
     show(f"{len(stages)} of {len(plan.stages)} stages to run, {jobs} at a time")
     results: list[Result] = []
     with ThreadPoolExecutor(jobs) as pool, start_launcher(root) as launcher:
@@ -172,30 +195,58 @@ def run(
         def work(stage: Stage) -> Result:
             return attempt(stage, launcher, log_path(stage, root), force)
 
-        for result in schedule(stages, work, pool, jobs, keep_going):
+        for result in schedule(stages, work, pool, jobs, keep_going, gpu.count()):
             results.append(result)
             show(f"[{len(results)}/{len(stages)}] {result}")
     if failed := failures(results):
         show(failed)
-    show(tally(results, time.monotonic() - started))
+    keep_timeline(timeline.rebuild(BY, targets, plan, results, started), root)
+    show(tally(results, time.time() - started))
     return all(result.outcome == "done" for result in results)
+
+
+def nothing_to_do(targets: Sequence[str], plan: Plan, started: float, root: Path = ROOT) -> bool:
+    """A run of a plan of which nothing is stale; True, for it succeeds."""
+    keep_timeline(timeline.rebuild(BY, targets, plan, [], started), root)
+    show(NOTHING_TO_DO)
+    return True
+
+
+def keep_timeline(last: timeline.Rebuild, root: Path) -> None:
+    """Write down what a run did. That this is impossible, on a full disk, makes it no failure."""
+    try:
+        timeline.write(last, root)
+    except OSError as error:
+        show(f"no timeline: {error}")
 
 
 def attempt(stage: Stage, launcher: Launcher, log: Path, force: bool) -> Result:
     """Run a stage, again if it fails as often as it allows, and say so."""
-    started = time.monotonic()
+    begun = begin(stage)
     show(f"start {stage.name}")
     retries = stage.retries
     while True:
         try:
-            reproduce(stage, launcher, log, lambda line: show(f"{stage.name} | {line}"), force)
-            return Result(stage.name, "done", time.monotonic() - started)
+            restored = reproduce(
+                stage, launcher, log, lambda line: show(f"{stage.name} | {line}"), force
+            )
+            return begun("done", restored=restored)
         except StageFailed as failure:
             if not retries or launcher.cancelled:
-                seconds = time.monotonic() - started
-                return Result(stage.name, "failed", seconds, str(failure), failure.lines)
+                return begun("failed", reason=str(failure), lines=failure.lines)
             retries -= 1
             show(f"retry {stage.name}: {failure}")
+
+
+def begin(stage: Stage) -> Callable[..., Result]:
+    """Start the clock of a stage; what is returned stops it, and makes its result."""
+    started, clock, here = time.time(), time.monotonic(), socket.gethostname()
+
+    def end(outcome: Literal["done", "failed"], worker: str = here, **fields: Any) -> Result:
+        seconds = time.monotonic() - clock
+        return Result(stage.name, outcome, seconds, started=started, worker=worker, **fields)
+
+    return end
 
 
 def failures(results: Sequence[Result]) -> str:

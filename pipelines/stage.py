@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError
+from pipelines import gpu
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +54,25 @@ def root() -> Path:
 
 
 def device(threads: int) -> "torch.device":
-    """The GPU where there is one (EBM_DEVICE overrides), else the CPU with `threads` threads."""
+    """A GPU where there is one (EBM_DEVICE overrides), else the CPU with `threads` threads.
+
+    The GPU is PyTorch's current device from then on, and no other stage's until this process ends.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    return torch.device(
+    chosen = torch.device(
         os.environ.get("EBM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     )
+    if chosen.type != "cuda":
+        return chosen
+    cards = {
+        index: str(torch.cuda.get_device_properties(index).uuid)
+        for index in range(torch.cuda.device_count())
+        if chosen.index in (None, index)
+    }
+    torch.cuda.set_device(gpu.claim(cards))
+    return torch.device("cuda")
 
 
 def digest(content: object) -> str:

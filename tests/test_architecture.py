@@ -26,6 +26,7 @@ ROUTING = {
     "ebm/variants/__init__.py": "finds a variant by its name",
     "pipelines/__init__.py": "finds the source tree",
     "pipelines/processes.py": "starts others; how many there are changes rounding at most",
+    "pipelines/gpu.py": "chooses among cards",
     "pipelines/stage.py": "arguments and error lines",
     "pipelines/tracking.py": "reports what was computed",
     "pipelines/spool.py": "reports what was computed",

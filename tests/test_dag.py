@@ -139,6 +139,10 @@ def test_hints_are_read(house):
     prepare, train, *_ = dag.plan(root=house.root).stages
     assert (prepare.timeout, prepare.retries) == (None, 0)
     assert (train.timeout, train.retries) == (60, 0)
+    assert (prepare.gpu, train.gpu) == (False, False)
+    house.edit("dvc.yaml", "retries: 0", "retries: 0, gpu: true")
+    assert [stage.gpu for stage in dag.plan(root=house.root).stages][:3] == [False, True, True]
+    assert stale(house) == []
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,7 @@ def test_hints_are_read(house):
     [
         ("dvc.yaml", "timeout: 60", "timeout: 1h", "dvc.yaml: train@a: meta.timeout: '1h'"),
         ("dvc.yaml", "retries: 0", "retries: -1", "dvc.yaml: train@a: meta.retries: -1"),
+        ("dvc.yaml", "retries: 0", "gpu: 1", "dvc.yaml: train@a: meta.gpu: 1 is neither"),
         ("dvc.yaml", "foreach: ${experiments}\n    do:\n      cmd: python stage.py train",
          "foreach: ${trials}\n    do:\n      cmd: python stage.py train", "trials"),
         ("dvc.yaml", "params: [seed]", "parms: [seed]", "parms"),
@@ -266,3 +271,16 @@ def test_metrics_and_plots_are_declared_to_dvc():
     assert data["metrics/rbm-digits.json"]["data"]["log_likelihood"] < 0
     stage = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]["report"]
     assert "reports/curves" in stage["plots"][0]
+
+
+def test_the_stages_that_ask_for_a_device_are_those_that_say_so():
+    """What asks is the module of the stage; what says so is `meta` in both graphs."""
+    asking = {
+        file.stem
+        for file in (ROOT / "pipelines").glob("*.py")
+        if "stage.device(" in file.read_text()
+    }
+    for graph in ("dvc.yaml", "paper/dvc.yaml"):
+        stages = YAML(typ="safe").load(ROOT / graph)["stages"]
+        bodies = {name: stage.get("do", stage) for name, stage in stages.items()}
+        assert {n for n, body in bodies.items() if body["meta"].get("gpu")} == asking & set(bodies)

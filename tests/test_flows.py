@@ -89,6 +89,13 @@ def logged(client, flow_run):
     return [(log["task_run_id"], log["message"]) for log in runs(client, "logs", logs=query)]
 
 
+def table_of(client, flow_run):
+    """The rows of the table of stages that a flow run has left."""
+    (table,) = runs(client, "artifacts", artifacts={"flow_run_id": {"any_": [flow_run["id"]]}})
+    assert table["key"] == "stages"
+    return json.loads(table["data"])
+
+
 def test_what_is_up_to_date_ends_without_prefect(tmp_path_factory):
     """Without a server, and without the seconds that Prefect's import takes."""
     house, _ = built(tmp_path_factory.getbasetemp())
@@ -119,9 +126,23 @@ def test_every_stale_stage_is_a_task_linked_to_those_upstream(house, prefect):
     (source,) = tasks["evaluate@a"]["task_inputs"]["wait_for"]
     assert source["id"] == tasks["train@a"]["id"]
     assert (tasks["train@a"]["id"], "its loss is 0.5") in logged(client, flow_run)
-    (table,) = runs(client, "artifacts", artifacts={"flow_run_id": {"any_": [flow_run["id"]]}})
-    assert [row["outcome"] for row in json.loads(table["data"])] == ["done"] * 5
+    outcomes = {row["stage"]: row["outcome"] for row in table_of(client, flow_run)}
+    assert outcomes == {"prepare": "up to date", **dict.fromkeys(tasks, "ran")}
     assert house.status() == {}
+
+
+@slow
+def test_what_dvc_restores_is_cached_for_prefect_too(house, prefect):
+    client, environment = prefect
+    house.tell("train@a", failures=100)  # it would fail if it ran
+    house.edit("params.yaml", "a:\n    train: {steps: 2}", "a:\n    train: {steps: 1}")
+    (house.root / "out" / "train@a").unlink()
+    code, output = house.run("train@a", module="flows", **environment)
+    assert code == 0, output
+    wait_for(lambda: states_of_tasks(client) == {"train@a": "Cached"}, 10)
+    flow_run, _ = newest_with_tasks(client)
+    outcomes = {row["stage"]: row["outcome"] for row in table_of(client, flow_run)}
+    assert outcomes == {"prepare": "up to date", "train@a": "restored from the cache"}
 
 
 @slow

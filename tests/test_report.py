@@ -206,6 +206,12 @@ def test_writing_twice_changes_nothing(project):
     assert snapshot(project) == before
 
 
+def test_the_page_links_to_the_timeline_of_the_checkout(made, project):
+    assert 'href="timeline.html"' in (made / "reports/index.html").read_text()
+    report.write(project, all_params(), "../../reports/timeline.html")  # as in paper/
+    assert 'href="../../reports/timeline.html"' in (project / "reports/index.html").read_text()
+
+
 def test_an_experiment_that_is_gone_leaves_nothing_behind(project):
     settings = all_params()
     del settings["experiments"][MEG]
@@ -722,7 +728,8 @@ def test_the_page_is_accessible_in_its_basics(opened):
     assert max(np.diff(levels)) <= 1
     ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
     targets = tab.evaluate(
-        "[...document.querySelectorAll('a')].map(a => decodeURIComponent(a.hash.slice(1)))"
+        "[...document.querySelectorAll('a[href^=\"#\"]')]"
+        ".map(a => decodeURIComponent(a.hash.slice(1)))"
     )
     assert len(ids) == len(set(ids))
     assert set(targets) <= set(ids)

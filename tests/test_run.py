@@ -3,6 +3,7 @@
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,11 +34,11 @@ def house(tmp_path, tmp_path_factory):
     return house
 
 
-def stage(name, *upstream):
-    return Stage(name, "true", upstream, stale=True)
+def stage(name, *upstream, **hints):
+    return Stage(name, "true", upstream, stale=True, **hints)
 
 
-def scheduled(stages, jobs, failing=(), keep_going=True, seconds=float):
+def scheduled(stages, jobs, failing=(), keep_going=True, seconds=float, gpus=0):
     """Results by stage, and [start, end] by stage of those that ran, in the order they started."""
     ran = {}
 
@@ -48,7 +49,7 @@ def scheduled(stages, jobs, failing=(), keep_going=True, seconds=float):
         return Result(stage.name, "failed" if stage.name in failing else "done")
 
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(run.schedule(stages, work, pool, jobs, keep_going))
+        results = list(run.schedule(stages, work, pool, jobs, keep_going, gpus))
     assert sorted(result.stage for result in results) == sorted(stage.name for stage in stages)
     return {result.stage: result for result in results}, ran
 
@@ -87,6 +88,16 @@ def test_no_place_is_left_empty_and_none_is_taken_by_waiting():
     assert most_at_once(ran.values()) == 4
 
 
+@pytest.mark.parametrize(("gpus", "at_once"), [(1, 1), (2, 2), (0, 4)])
+def test_as_many_stages_use_a_gpu_as_there_are_and_others_run_beside_them(gpus, at_once):
+    """Without a GPU they are stages like the others."""
+    learn = [stage(f"train{number}", gpu=True) for number in range(4)]
+    other = [stage(f"prepare{number}") for number in range(4)]
+    _, ran = scheduled([*learn, *other], jobs=4, seconds=lambda: 0.1, gpus=gpus)
+    assert most_at_once(ran[one.name] for one in learn) == at_once
+    assert most_at_once(ran.values()) == 4
+
+
 def test_what_comes_first_in_the_plan_starts_first():
     stages = [stage("a"), stage("b"), stage("c"), stage("after a", "a")]
     assert list(scheduled(stages, jobs=1)[1]) == ["a", "b", "c", "after a"]
@@ -121,6 +132,26 @@ def test_a_run_says_what_happens(tmp_path_factory):
     assert lines[-1].startswith("6 done, 0 failed, 0 skipped in ")
     assert "git add" not in output, "DVC's advice after every stage"
     assert "100%" in (house.root / ".checkpoints/logs/train@b.log").read_text().splitlines()
+
+
+def test_what_dvc_restores_from_its_cache_is_said_to_be_restored(house, capsys):
+    assert run.run(["train@a"], root=house.root)
+    (house.root / "out" / "train@a").unlink()
+    house.forget()
+    assert run.run(["evaluate@a"], root=house.root)
+    assert house.ran() == ["evaluate@a"]
+    done = [line for line in capsys.readouterr().out.splitlines() if " done " in line]
+    assert [line.endswith(": restored, not run") for line in done] == [False, True, False]
+
+
+def test_a_result_says_when_and_where_it_began():
+    begun, before = run.begin(stage("a")), time.time()
+    time.sleep(0.05)
+    result = begun("done")
+    assert result.started == pytest.approx(before, abs=0.04)
+    assert result.seconds >= 0.05
+    assert result.worker == socket.gethostname()
+    assert begun("done", worker="elsewhere").worker == "elsewhere"
 
 
 def test_what_is_up_to_date_ends_soon(tmp_path_factory):

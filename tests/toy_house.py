@@ -103,12 +103,13 @@ class House:
     def build(cls, root: Path, experiments: Sequence[str] = ("a", "b")) -> "House":
         """Make one in which no stage has run."""
         house = cls(root)
-        for folder in ("pipelines", "src/ebm", "told", ".dvc"):
+        for folder in ("src/ebm", "told", ".dvc"):
             (root / folder).mkdir(parents=True)
         subprocess.run(["git", "init", "-q", root], check=True)
-        for name in ("__init__", "dag", "flows", "run", "supervise"):
-            shutil.copy(CHECKOUT / "pipelines" / f"{name}.py", root / "pipelines")
+        ours = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(CHECKOUT / "pipelines", root / "pipelines", ignore=ours)
         shutil.copy(CHECKOUT / "src" / "ebm" / "__init__.py", root / "src" / "ebm")
+        shutil.copy(CHECKOUT / "prefect.yaml", root)
         house.write("src/ebm/params.py", VALIDATION)
         house.write(".dvc/config", "")
         house.write(".dvc/.gitignore", "/tmp\n/cache\n")
