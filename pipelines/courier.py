@@ -6,6 +6,10 @@ time, by a lock on the checkout: so an event is in one pair of hands, and a data
 
 A courier may be killed at any point. It notes an event as delivered after MLflow has it, and one
 that is sent twice has the same effect as once (see `pipelines.mlflow_store`).
+
+It also tells every run whose stage is at work how busy the machine is (`pipelines.machine`), each
+MEASURE seconds and at the end of a stage that is over sooner. What of this cannot be sent is lost.
+MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false turns it off.
 """
 
 import fcntl
@@ -21,15 +25,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import psutil
+
 from pipelines.spool import Event, Spool, State, UnfitError, public, root
 
 if TYPE_CHECKING:
+    from pipelines.machine import Machine
     from pipelines.mlflow_store import Store
 
 POLL, RETRY = 2.0, 10.0  # seconds to the next round after a good one, after a bad one
 LINGER = 15.0  # seconds that a courier may outlive its stage
+MEASURE = 10.0  # seconds between two looks at how busy the machine is
 BATCH = 1000  # values in a request: MLflow's limit
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST"}
+SYSTEM_METRICS = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"
 SETTINGS = {  # unless the user has set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -44,11 +53,19 @@ class Courier:
     def __init__(self) -> None:
         self._stores: dict[str, Store] = {}
         self._down: dict[str, Exception] = {}  # the stores that failed in this round
+        self._machine: Machine | None = None
+        self._measure_at = 0.0
 
     def round(self) -> bool:
         """Deliver all that can be read; whether nothing is left."""
         self._down.clear()
         served = [self._serve(spool) for spool in Spool.all() if spool.pending()]
+        if time.monotonic() >= self._measure_at:
+            self._measure_at = time.monotonic() + MEASURE
+            for spool in Spool.all():
+                state = spool.state()
+                if state and state.open and spool.written():
+                    self._measure(spool, state)
         return all(served)
 
     def _serve(self, spool: Spool) -> bool:
@@ -90,10 +107,28 @@ class Courier:
                     getattr(self._store(state), op)(_run_id(state), files, event)
                     shutil.rmtree(files)
             case "close":
+                if not state.measured and time.time() - event["time"] / 1000 < MEASURE:
+                    self._measure(spool, state)
                 self._store(state).end(_run_id(state), event["status"], event["time"])
                 state.open = False
             case _:
                 _note(state, f"{spool.events}: a line is unreadable and was left out")
+
+    def _measure(self, spool: Spool, state: State) -> None:
+        """Log how busy the machine is, if there is somebody who takes it."""
+        if os.environ.get(SYSTEM_METRICS, "true").lower() in ("false", "0"):
+            return
+        try:
+            store = self._store(state)
+            if self._machine is None:
+                from pipelines.machine import Machine
+
+                self._machine = Machine()
+            store.load(_run_id(state), self._machine.load(), state.measured)
+            state.measured += 1
+            spool.save(state)
+        except Exception as error:
+            self._down.setdefault(state.tracking_uri or "", error)
 
     def _bury(self, spool: Spool, state: State) -> None:
         died = int(spool.events.stat().st_mtime * 1000)
@@ -224,6 +259,7 @@ def main(arguments: list[str]) -> int:
         _lock(lambda: True)
         return 0 if Courier().round() else 1
     os.nice(19)
+    psutil.cpu_percent()  # so that the first look at the CPUs is at their load since now
     own = Spool(arguments[0])
     threading.Thread(target=_leave_in_time, args=[own], daemon=True).start()
     return 0 if tail(own) else 1

@@ -1,8 +1,8 @@
-"""Stage `evaluate@<experiment>`: measure a model and its samples; numbers, references, figures; of
-a detector of anomalies also the thresholds from which on its scores flag a point."""
+"""Stage `evaluate@<experiment>`: measure a model and its samples; numbers, references, figures,
+the threshold from which on an energy flags a point. With that, MLflow can serve the model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError, params
 from pipelines import stage, tracking
@@ -10,7 +10,10 @@ from pipelines import stage, tracking
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ebm.data import Prepared
     from ebm.evaluation import Evaluation
+
+EXAMPLES = 8  # test points in the example of a request
 
 
 def evaluate(name: str) -> None:
@@ -28,7 +31,9 @@ def evaluate(name: str) -> None:
     seeds.seed("evaluate", experiment.seed)
     result = evaluate(model, samples, prepared, measure, experiment.evaluate.model_dump())
     _write(folder / "evaluation", result)
-    _track(name, folder, result)
+    drawing = experiment.sample.model_dump(exclude={"count"})
+    serving = {"threshold": result.thresholds.get("energy"), "sample": drawing}
+    _track(name, folder, result, serving, _example(prepared))
 
 
 def _samples(path: Path) -> "dict[str, Tensor]":
@@ -50,11 +55,30 @@ def _write(folder: Path, result: "Evaluation") -> None:
         stage.write_json(folder / "threshold.json", result.thresholds)
 
 
-def _track(name: str, folder: Path, result: "Evaluation") -> None:
-    """Continue the MLflow run of the training with what was measured and drawn."""
+def _example(prepared: "Prepared") -> dict[str, Any]:
+    """A request to the served model: the first test points, those of a table as its rows."""
+    from ebm.data.table import Transform
+
+    points = prepared.points("test")[:EXAMPLES]
+    transform = prepared.transform()
+    if transform is None:
+        return {"inputs": points.tolist()}
+    rows = Transform.from_json(transform, "transform.json").decode(points).to_dict("split")
+    return {"dataframe_split": {"columns": rows["columns"], "data": rows["data"]}}
+
+
+def _track(
+    name: str,
+    folder: Path,
+    result: "Evaluation",
+    serving: dict[str, Any],
+    example: dict[str, Any],
+) -> None:
+    """Continue the MLflow run of the training with the model, what was measured and drawn."""
     record = stage.read_json(folder / "run.json", f"train@{name}")
     key = record["tracking_key"]
     with tracking.Run.start(name, key=key, params={}, tags={}, dataset=None) as run:
+        run.model(folder / "weights.safetensors", folder / "config.json", serving, example)
         run.log_final(result.metrics)
         for picture in sorted((folder / "evaluation" / "figures").iterdir()):
             run.artifact(picture, "figures")

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from ebm import EBMError
 from pipelines.courier import reason
-from pipelines.mlflow_store import EXPERIMENT
+from pipelines.mlflow_store import EXPERIMENT, MODEL
 from pipelines.spool import public
 
 
@@ -67,9 +67,8 @@ class Registry:
 
     def model(self, run_id: str) -> str | None:
         """The id of the latest model that a run has logged, if it is complete."""
-        outputs = self._client.get_run(run_id).outputs
-        logged = [output.model_id for output in outputs.model_outputs] if outputs else []
-        return logged[-1] if logged and self._complete(logged[-1]) else None
+        model = self._client.get_run(run_id).data.tags.get(MODEL)
+        return model if model and self._complete(model) else None
 
     def present(self, name: str, alias: str) -> Version | None:
         """The version that an alias points at."""
@@ -78,16 +77,21 @@ class Registry:
             return None
         return Version(str(number), self._client.get_model_version(name, str(number)).run_id)
 
+    def number(self, name: str, model_id: str) -> str | None:
+        """That of the version that is this model, if there is one."""
+        source = self._source(model_id)
+        known = [str(found.version) for found in self._versions(name) if found.source == source]
+        return known[0] if known else None
+
     def register(self, name: str, run_id: str, model_id: str) -> str:
         """The number of the version that is this model: a new one, unless there is one."""
         if not self._registered(name):
             self._client.create_registered_model(name)
-        source = self._client.get_logged_model(model_id).artifact_location
-        known = [found.version for found in self._versions(name) if found.source == source]
-        created = known or [
-            self._client.create_model_version(name, source, run_id, model_id=model_id).version
-        ]
-        return str(created[0])
+        if known := self.number(name, model_id):
+            return known
+        source = self._source(model_id)
+        created = self._client.create_model_version(name, source, run_id, model_id=model_id)
+        return str(created.version)
 
     def point(self, name: str, alias: str, number: str) -> None:
         """From now on `alias` is version `number`."""
@@ -102,6 +106,9 @@ class Registry:
     def remember(self, name: str, alias: str, history: list[str]) -> None:
         """Replace that list: it is a tag of the registered model."""
         self._client.set_registered_model_tag(name, _tag(alias), json.dumps(history))
+
+    def _source(self, model_id: str) -> str:
+        return self._client.get_logged_model(model_id).artifact_location
 
     def _search(self, experiment_id: str, name: str) -> Iterator[Run]:
         token = None

@@ -1,9 +1,10 @@
 """MLflow, as a courier uses it: a store of runs. Nothing else imports mlflow but
-`pipelines.mlflow_registry`, and `pipelines.served`, which MLflow itself runs.
+`pipelines.mlflow_registry`, `pipelines.machine`, and `pipelines.served`, which MLflow itself runs.
 
 Every call may be repeated after a kill, with the same effect as once: a run is found again by its
 tag `ebm.key`; params, tags, data sets and files replace themselves; MLflow drops a metric of which
-it has the name, step, time and value; a model is found again by its run and its weights' checksum.
+it has the name, step, time and value; a model is found again by its run and the checksum of all
+that is packed into it.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import sqlite3
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from importlib.metadata import version
@@ -21,6 +23,7 @@ from typing import Any
 
 import mlflow.pyfunc
 import numpy as np
+import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
@@ -35,14 +38,24 @@ from mlflow.entities import (
     RunTag,
 )
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from pipelines.spool import Event, UnfitError
 
 EXPERIMENT = "ebm"
 KEY = "ebm.key"
-WEIGHTS = "ebm.weights_sha256"
-REQUIREMENTS = ("mlflow", "numpy", "pandas", "pydantic", "safetensors", "torch")
+PACKED = "ebm.packed_sha256"
+MODEL = "ebm.model_id"  # of a run: the model that it has logged last
+REQUIREMENTS = (
+    "mlflow",
+    "numpy",
+    "pandas",
+    "pydantic",
+    "safetensors",
+    "scikit-learn",
+    "torch",
+    "zuko",
+)
 PAGE = 100  # params or tags in a request: MLflow's limit
 
 
@@ -86,15 +99,24 @@ class Store:
         ]
         self._client.log_batch(run_id, metrics=metrics)
 
+    def load(self, run_id: str, values: dict[str, float], step: int) -> None:
+        """How busy the machine is now, which is no result of the run's."""
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(name, value, now, step) for name, value in values.items()]
+        self._client.log_batch(run_id, metrics=metrics)
+
     def artifact(self, run_id: str, files: Path, event: Event) -> None:
         """Upload one file."""
         self._client.log_artifact(run_id, str(files / event["name"]), event["folder"] or None)
 
     def model(self, run_id: str, files: Path, event: Event) -> None:
-        """Log weights, config and code as a model that answers energies."""
-        model = self._model_of(run_id, files / event["weights"])
-        if model.status == LoggedModelStatus.READY:
-            return
+        """Log weights, config and code as a model that answers energies; the run's latest one."""
+        model = self._model_of(run_id, packed_digest(files, event))
+        if model.status != LoggedModelStatus.READY:
+            self._upload(run_id, files, event, model)
+        self._client.set_tag(run_id, MODEL, model.model_id)
+
+    def _upload(self, run_id: str, files: Path, event: Event, model: LoggedModel) -> None:
         described = Model(model.artifact_location, run_id, model_id=model.model_id)
         try:
             save_model(files, event, described)
@@ -132,14 +154,11 @@ class Store:
             self._client.log_batch(run.info.run_id, tags=page)
 
     def _latest_model(self, run_id: str) -> str | None:
-        outputs = self._client.get_run(run_id).outputs
-        models = outputs.model_outputs if outputs else []
-        return models[-1].model_id if models else None
+        return self._client.get_run(run_id).data.tags.get(MODEL)
 
-    def _model_of(self, run_id: str, weights: Path) -> LoggedModel:
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    def _model_of(self, run_id: str, digest: str) -> LoggedModel:
         found = self._client.search_logged_models(
-            [self._experiment], f"source_run_id = '{run_id}' AND tags.`{WEIGHTS}` = '{digest}'"
+            [self._experiment], f"source_run_id = '{run_id}' AND tags.`{PACKED}` = '{digest}'"
         )
         if found:
             return found[0]
@@ -148,7 +167,7 @@ class Store:
             self._experiment,
             name=re.sub(r"[/:.%\"']", "-", run.info.run_name),
             source_run_id=run_id,
-            tags={WEIGHTS: digest},
+            tags={PACKED: digest},
             params=run.data.params,
             model_type="energy",
         )
@@ -172,6 +191,18 @@ def create_database(path: Path) -> None:
     draft.unlink()
 
 
+def packed_digest(files: Path, event: Event) -> str:
+    """The checksum of what a stage has put into `files` to be packed, and of the `serving` beside
+    it: the same model if it is the same."""
+    digest = hashlib.sha256(json.dumps(event["serving"], sort_keys=True).encode())
+    for path in sorted(path for path in files.rglob("*") if path.is_file()):
+        name = path.relative_to(files)
+        if name.parts[0] != "model":  # which an interrupted delivery has left
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{name} {content}\n".encode())
+    return digest.hexdigest()
+
+
 def save_model(files: Path, event: Event, model: Model) -> None:
     """Write the MLflow model into `files`/model, from what a stage has put there."""
     target, config = files / "model", files / event["config"]
@@ -182,17 +213,37 @@ def save_model(files: Path, event: Event, model: Model) -> None:
         python_model=str(files / "served.py"),
         code_paths=[str(files / "ebm")],
         artifacts={"weights": str(files / event["weights"]), "config": str(config)},
+        model_config=event["serving"],
         pip_requirements=[f"{name}=={_release(name)}" for name in REQUIREMENTS],
-        signature=signature(tuple(json.loads(config.read_text(encoding="utf-8"))["shape"])),
-        input_example=np.load(files / "example.npy"),
+        signature=signature(json.loads(config.read_text(encoding="utf-8"))),
+        input_example=_example(files / "example.json"),
     )
 
 
-def signature(shape: tuple[int, ...]) -> ModelSignature:
-    """Points of `shape` in, one energy each out, in double precision, as numbers of numpy, pandas
-    and JSON are. A tensor: of columns MLflow would silently drop those that are too many."""
-    points = TensorSpec(np.dtype(np.float64), (-1, *shape))
-    return ModelSignature(Schema([points]), Schema([ColSpec(DataType.double, "energy")]))
+def signature(config: Mapping[str, Any]) -> ModelSignature:
+    """What the served model takes and answers, by its configuration (`pipelines.served` has the
+    words). Columns of a table by name and type; images as a tensor. Vectors the model checks
+    itself: MLflow reads no CSV for a tensor, and of columns it drops those that are too many."""
+    shape, transform = config["shape"], config.get("transform")
+    answer = [ColSpec(DataType.double, "energy"), ColSpec(DataType.boolean, "anomaly")]
+    inputs = None
+    if transform:
+        types = {"numeric": DataType.double, "categorical": DataType.string}
+        columns = [ColSpec(types[c["kind"]], c["name"]) for c in transform["columns"]]
+        inputs = Schema(columns)
+    elif len(shape) > 1:
+        inputs = Schema([TensorSpec(np.dtype(np.float64), (-1, *shape))])
+    names = ("samples", "seed")
+    params = ParamSchema([ParamSpec(name, DataType.long, 0) for name in names])
+    return ModelSignature(inputs, Schema(answer), params)
+
+
+def _example(path: Path) -> "np.ndarray | pd.DataFrame":
+    """A request, as Python sends it."""
+    request = json.loads(path.read_text(encoding="utf-8"))
+    if "inputs" in request:
+        return np.asarray(request["inputs"], dtype=np.float64)
+    return pd.DataFrame(**request["dataframe_split"])
 
 
 def _names(named: Mapping[str, Any]) -> dict[str, Any]:

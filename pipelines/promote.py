@@ -6,8 +6,9 @@
 Among the finished runs that MLflow has of the experiment (of `dvc exp run`, of other machines) the
 best one by the metric is registered in MLflow's model registry, under the experiment's name, and
 the alias points at it; the versions it pointed at before are kept as a tag of the registered
-model. Nothing changes if the present version is as good. What is still on its way to MLflow is not
-seen: `python -m pipelines.tracking` delivers it.
+model. Nothing changes if the present version is as good, unless it is of the same run, which was
+evaluated anew since and has another threshold. What is still on its way to MLflow is not seen:
+`python -m pipelines.tracking` delivers it.
 
 Metrics are mostly those of the test split, so the best of many runs looks better than it is: quote
 numbers of a run that was not chosen by them.
@@ -39,18 +40,23 @@ def promote(experiment: str, metric: str, alias: str, better: int | None) -> str
     with _registry() as registry:
         best = _best(registry.runs(experiment), experiment, metric, better)
         value, present = best.metrics[metric], registry.present(experiment, alias)
-        before = "the first one"
+        model, before = registry.model(best.id), "the first one"
         if present:
             held = registry.metric(present, metric)
             before = f"before: version {present.number}, {_shown(metric, held)}"
-            if held is not None and better * value <= better * held:
+            renewed = (
+                model is not None
+                and present.run == best.id
+                and registry.number(experiment, model) != present.number
+            )
+            if held is not None and better * value <= better * held and not renewed:
                 raise EBMError(
                     f"{experiment}@{alias} stays version {present.number}, {_shown(metric, held)}:"
                     f" the best finished run, {best.id}, has {value:.6g}"
                 )
-        model = registry.model(best.id)
         if model is None:
-            raise EBMError(f"{experiment}: its best run, {best.id}, has no complete model")
+            problem = f"has no complete model; stage evaluate@{experiment} logs it"
+            raise EBMError(f"{experiment}: its best run, {best.id}, {problem}")
         number = registry.register(experiment, best.id, model)
         past = _past(registry, experiment, alias)
         if present and present.number != number:

@@ -1,30 +1,67 @@
-"""The model that MLflow serves: points in, energies out.
+"""The model that MLflow serves: rows in, energies and flags out, or samples.
+
+    a model of   takes
+    a table      its columns by name, numbers and text as in the CSV file; MLflow drops others
+    vectors      their numbers [B, D]; of a CSV file all columns in their order, under any names
+    images       their levels [B, *shape]; no CSV
+
+    answer       of each row, or of each sample
+    energy       in nats: the lower, the more likely
+    anomaly      whether the energy is not below the threshold; null where the model has none
+    sample       only of a sample: the point, of a table a row of it
+
+Of the `params` of a request, which only JSON has, `samples` asks for so many draws instead of the
+energies of the rows (MLflow wants a row all the same); `seed` is theirs. They take what the
+`sample` section of the experiment says: with its seed and count they are those of its stage.
+
+Whatever is wrong with a request, MLflow answers 400 and why, with the row (from 1, the header not
+counted) and the column. Requests may come side by side: energies draw no random numbers, and draws
+wait for each other, WAIT seconds at most (then 429).
 
 MLflow runs this file itself, from a copy beside the weights ("models from code"): nothing is ever
-unpickled, and nothing of the checkout is needed, since `ebm` travels along.
+unpickled, and nothing of the checkout is needed, since `ebm` travels along. `threshold` and
+`sample` are its model_config: SERVING_MODEL_CONFIG='{"threshold": 5}' serves another threshold.
 """
 
 import json
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import RESOURCE_EXHAUSTED
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-BATCH = 4096  # points in one forward pass
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_ROWS, MOST_SAMPLES = 10_000, 256  # in one request
+AT_ONCE = 2**18  # numbers that go through the network at once
+WAIT = 30.0  # seconds that a draw waits for others
 
 
 class Energy(PythonModel):
-    """E(x) of a trained energy-based model, on the CPU: the lower, the more likely."""
+    """E(x) of a trained energy-based model, on the CPU, and what it flags."""
 
     def load_context(self, context: PythonModelContext) -> None:
         from ebm import variants
+        from ebm.data.table import Transform
 
         weights, config = Path(context.artifacts["weights"]), Path(context.artifacts["config"])
+        settings = json.loads(config.read_text(encoding="utf-8"))
         self.ebm = variants.load(weights, config).eval()
-        self.shape = tuple(json.loads(config.read_text(encoding="utf-8"))["shape"])
+        self.shape = tuple(settings["shape"])
+        transform = settings.get("transform")
+        self.transform = Transform.from_json(transform, config.name) if transform else None
+        self.threshold = _threshold(context.model_config["threshold"])
+        self.drawing = context.model_config["sample"]
+        self.turn = threading.Lock()
 
     def predict(
         self,
@@ -32,21 +69,123 @@ class Energy(PythonModel):
         model_input: np.ndarray,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """`energy` [B], in nats, of an array or a table of numbers [B, *shape], or [B, n] if a
-        point consists of n numbers.
+        """The answer to an array [B, *shape] or [B, D], or to a table.
 
         From the hint np.ndarray MLflow concludes nothing: the logged signature decides what it
         lets through.
         """
+        asked = {"samples": 0, "seed": 0} | {k: v for k, v in (params or {}).items() if v}
+        _check_count("samples", asked["samples"], MOST_SAMPLES)
+        points = self._points(model_input)
+        if not asked["samples"]:
+            return self._answer(points)
+        drawn = self._draw(asked["samples"], asked["seed"])
+        if self.transform is None:
+            return self._answer(drawn).assign(sample=drawn.tolist())
+        rows = self.transform.decode(drawn)
+        samples: Any = rows.to_dict("records")
+        return self._answer(self._points(rows)).assign(sample=samples)
+
+    def _answer(self, points: "Tensor") -> pd.DataFrame:
+        energy = self._energies(points)
+        anomaly = None if self.threshold is None else energy >= self.threshold
+        return pd.DataFrame({"energy": energy, "anomaly": anomaly})
+
+    def _energies(self, points: "Tensor") -> np.ndarray:
+        """[B], float64; of no more than so many rows at once that memory is bounded."""
+        from ebm.metrics import in_batches
+
+        size = max(1, AT_ONCE // math.prod(self.shape))
+        energy = in_batches(self.ebm.energy, points, size).double().numpy()
+        if (wrong := ~np.isfinite(energy)).any():
+            _refuse(f"row {wrong.argmax() + 1}: its energy is {energy[wrong][0]}")
+        return energy
+
+    def _draw(self, count: int, seed: int) -> "Tensor":
+        """`count` samples, which depend on the seed and the count and on nothing else."""
         import torch
 
-        points = np.asarray(model_input, dtype=np.float32)
-        if len(points) and points[0].size != np.prod(self.shape):
-            raise ValueError(f"a point has shape {self.shape}, not {points.shape[1:]}")
-        with torch.no_grad():
-            batches = torch.from_numpy(points.reshape(-1, *self.shape)).split(BATCH)
-            energy = torch.cat([self.ebm.energy(batch) for batch in batches])
-        return pd.DataFrame({"energy": energy.double().numpy()})
+        from ebm import seeds
+
+        with self._alone(), torch.random.fork_rng(devices=[]):
+            seeds.seed("sample", seed)
+            drawn = self.ebm.sample(count, **self.drawing)["samples"].detach()
+        if not len(drawn):
+            _refuse("samples: this model only scores, it draws none")
+        return drawn
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self.turn.acquire(timeout=WAIT):
+            raise MlflowException(
+                "samples: others are being drawn; again later", RESOURCE_EXHAUSTED
+            )
+        try:
+            yield
+        finally:
+            self.turn.release()
+
+    def _points(self, given: Any) -> "Tensor":
+        """Points float32 [B, *shape] of a request."""
+        import torch
+
+        _check_rows(given)
+        if self.transform is None:
+            return torch.from_numpy(_numbers(given, self.shape))
+        from ebm import EBMError
+        from ebm.data.table import FIRST_ROW, warn_of_unseen
+
+        first = 1 - FIRST_ROW  # so that messages count the rows from 1
+        try:
+            rows = given.set_axis(pd.RangeIndex(first, first + len(given)))
+            points, unseen = self.transform.encode(rows, "input")
+        except EBMError as error:
+            _refuse(str(error))
+        warn_of_unseen(unseen, "input")
+        return points
+
+
+def _numbers(given: "np.ndarray | pd.DataFrame", shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers float32 [B, *shape] of an array or a table of them."""
+    values = np.asarray(given)
+    if values.ndim < 2 or values.shape[1:] not in (shape, (math.prod(shape),)):
+        _refuse(f"expected rows of shape {list(shape)}, not an array of {list(values.shape)}")
+    cells = values.reshape(len(values), math.prod(shape))
+    if cells.dtype.kind not in "biuf":  # what is text in them becomes NaN
+        texts = pd.Series(cells.ravel(), dtype=object)
+        cells = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64).reshape(cells.shape)
+    with np.errstate(over="ignore"):
+        numbers = cells.astype(np.float32)
+    if (wrong := ~np.isfinite(numbers)).any():
+        row, column = np.argwhere(wrong)[0]
+        cell = str(values.reshape(wrong.shape)[row, column])[:40]
+        _refuse(f"row {row + 1}, number {column + 1} = {cell!r}: no finite number of float32")
+    return numbers.reshape(len(numbers), *shape)
+
+
+def _check_rows(given: Any) -> None:
+    """That they are not too many. Where a row of a CSV file has more cells than the header, pandas
+    takes the first ones for the names of the rows."""
+    _check_count("rows", len(given) if np.ndim(given) else 1, MOST_ROWS)
+    if isinstance(given, pd.DataFrame) and not given.index.equals(pd.RangeIndex(len(given))):
+        problem = "rows are not numbered from 0; give them no index"
+        _refuse(f"{problem}, and no row of a CSV file more cells than the header")
+
+
+def _check_count(what: str, count: int, most: int) -> None:
+    if not 0 <= count <= most:
+        _refuse(f"{count} {what}: expected 0 to {most} in one request")
+
+
+def _threshold(value: Any) -> float | None:
+    if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+        _refuse(f"threshold = {value!r}: expected a finite number or null")
+    return value
+
+
+def _refuse(problem: str) -> NoReturn:
+    """What is wrong with a request goes back with status 400, named as MLflow names it itself."""
+    raise MlflowException.invalid_parameter_value(problem, error_class="SCHEMA_ENFORCEMENT_FAILED")
 
 
 set_model(Energy())

@@ -43,7 +43,8 @@ def public(uri: str) -> str:
 class State:
     """What a courier knows of one spool: `offset`, the bytes of events.jsonl that are delivered;
     `open`, whether the run is RUNNING in MLflow; `problem`, why nothing could be delivered at
-    `failed_at` (seconds since the epoch); `notes`, what had to be left out for good."""
+    `failed_at` (seconds since the epoch); `notes`, what had to be left out for good; `measured`,
+    how often the run was told how busy the machine is."""
 
     offset: int = 0
     tracking_uri: str | None = None
@@ -52,6 +53,7 @@ class State:
     problem: str | None = None
     failed_at: float = 0.0
     notes: list[str] = field(default_factory=list)
+    measured: int = 0
 
 
 class Spool:

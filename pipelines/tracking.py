@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 
 CODE = ROOT / "src" / "ebm"
 SERVED = ROOT / "pipelines" / "served.py"
-EXAMPLES = 8  # rows of the test split that go with a model
 LISTEN_EVERY = 2.0  # seconds between two looks of a busy stage at what the courier says
 
 _couriers: list[subprocess.Popen[bytes]] = []  # kept, or Python warns about children still running
@@ -115,12 +115,19 @@ class Run:
         if place := self._keep(path):
             self._append("artifact", files=place, name=path.name, folder=folder)
 
-    def model(self, weights: Path, config: Path, data: Path) -> None:
+    def model(
+        self, weights: Path, config: Path, serving: dict[str, Any], example: dict[str, Any]
+    ) -> None:
         """Have the model logged as an MLflow model: its weights and config, the code of `ebm` as
-        it is now, and the first test rows of the prepared splits `data` as the example."""
-        place = self._keep(weights, config, CODE, SERVED)
-        if place and self._guarded("read an example", lambda: self._example(place, data)):
-            self._append("model", files=place, weights=weights.name, config=config.name)
+        it is now, what `serving` needs beside them (`pipelines.served` has it), and the `example`
+        of a request. Results that are logged afterwards are also those of this model."""
+        with TemporaryDirectory() as folder:
+            request = Path(folder, "example.json")
+            request.write_text(json.dumps(example), encoding="utf-8")
+            place = self._keep(weights, config, CODE, SERVED, request)
+        if place:
+            names = {"weights": weights.name, "config": config.name}
+            self._append("model", files=place, **names, serving=serving)
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED; the courier delivers the rest by itself."""
@@ -176,14 +183,6 @@ class Run:
             f"keep {sources[0].name}", lambda: _copy(sources, place)
         )
         return place.name if kept else None
-
-    def _example(self, place: str, data: Path) -> None:
-        import numpy as np
-        from safetensors import safe_open
-
-        with safe_open(data, framework="numpy") as splits:
-            rows = splits.get_slice("test")[:EXAMPLES]
-        np.save(self._spool.files / place / "example.npy", rows.astype(np.float64))
 
     def _guarded(self, what: str, act: Callable[[], None]) -> bool:
         """Whether `act` worked. Its first failure is said, and none goes any further."""

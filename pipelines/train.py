@@ -80,8 +80,6 @@ def _recorded(
             )
             ended = {"seconds": round(progress.seconds, 3), "restarts": progress.restarts}
             _write(folder, model, settings, prepared, progress.history)
-            tensors = Path("data", settings["dataset"], "splits.safetensors")
-            run.model(folder / "weights.safetensors", folder / "config.json", tensors)
             run.log_final(ended)
             tracked = {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=5)}
             stage.write_json(folder / "run.json", record | ended | tracked)

@@ -7,7 +7,7 @@ import pytest
 from tracking_store import Lookup, serving
 
 from pipelines import tracking
-from pipelines.courier import SETTINGS
+from pipelines.courier import SETTINGS, SYSTEM_METRICS
 
 
 @pytest.fixture
@@ -34,10 +34,11 @@ def empty_database(tmp_path_factory):
 
 @pytest.fixture
 def fresh_root(tmp_path, monkeypatch):
-    """An empty root, and no trace of the environment that the tests run in."""
+    """An empty root, and no trace of the environment that the tests run in; without what MLflow is
+    told of this machine."""
     for name in ("EBM_TRACKING", "MLFLOW_TRACKING_URI", "DVC_STAGE", "DVC_EXP_NAME"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {**SETTINGS, "DVC_ROOT": str(tmp_path)}.items():
+    for name, value in {**SETTINGS, SYSTEM_METRICS: "false", "DVC_ROOT": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINERY = {
-    "mlflow": "courier mlflow_registry mlflow_store served",
+    "mlflow": "courier machine mlflow_registry mlflow_store served",
     "prefect": "flows",
     "dvc": "dag",
 }

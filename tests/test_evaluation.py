@@ -81,6 +81,13 @@ def test_real_images_score_as_their_references_say(real):
     assert min(real.metrics["sample_precision"], real.metrics["sample_recall"]) > 0.8
 
 
+def test_one_in_a_hundred_validation_points_is_not_below_the_threshold(digits, real):
+    model = Nearest(digits.points("train"))
+    energies = model.energy(digits.points("validation"))
+    flagged = (energies.double() >= real.thresholds["energy"]).double().mean().item()
+    assert flagged == pytest.approx(0.01, abs=1 / len(energies))
+
+
 def test_noise_is_far_and_one_class_covers_little(digits, measure, real):
     model = Nearest(digits.points("train"))
     noise = measured(model, {"samples": torch.rand(180, 8, 8)}, digits, measure)

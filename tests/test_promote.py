@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_served import MODELS
-from test_tracking import model_files
+from test_tracking import log_model
 from tracking_store import MLFLOW_WARNS, deliver, start
 
 from ebm import EBMError, variants
@@ -40,7 +40,7 @@ def record(store, light, tmp_path):
         for metrics in measured:
             with start() as run:
                 if model:
-                    run.model(*model_files(tmp_path))
+                    log_model(run, tmp_path)
                 run.log_final(metrics)
             runs.append(run)
         assert deliver()
@@ -82,16 +82,16 @@ def test_the_best_of_three_by_the_direction_of_the_metric(store, record):
 
 def test_the_champion_answers_the_energies_of_its_weights(store, tmp_path, monkeypatch):
     shape, settings = MODELS["meg"]
-    files = [tmp_path / name for name in ("w.safetensors", "c.json", "d.safetensors")]
+    files = [tmp_path / name for name in ("w.safetensors", "c.json")]
     points, models = torch.rand(20, *shape), []
     for seed in (0, 1):
         torch.manual_seed(seed)
         models.append(variants.build("meg", shape, settings).eval())
         save_file({n: t.contiguous() for n, t in models[-1].state_dict().items()}, files[0])
         files[1].write_text(json.dumps({"variant": "meg", "shape": shape, "model": settings}))
-        save_file({"test": points}, files[2])
+        serving = {"threshold": 0.0, "sample": {"steps": 1}}
         with start() as run:
-            run.model(*files)
+            run.model(*files, serving, {"inputs": points[:2].tolist()})
             run.log_final({"modes": seed})
     assert deliver()
     promote("toy", "modes", "champion", None)
@@ -119,6 +119,20 @@ def test_a_worse_run_and_an_equal_one_are_refused(store, record):
     assert "stays version 2, modes 9: the best finished" in refusal("--metric", "modes")
     assert champion(store) == better != first
     assert len(versions(store)) == 2
+
+
+def test_the_same_run_evaluated_anew_is_a_new_version(store, record, tmp_path):
+    with start() as run:
+        log_model(run, tmp_path)
+        run.log_final({"modes": 8})
+    assert deliver()
+    promote("toy", "modes", "champion", None)
+    with start(key=run.key) as evaluation:
+        log_model(evaluation, tmp_path, threshold=2.0)
+    assert deliver()
+    assert "is version 2" in promote("toy", "modes", "champion", None)
+    assert "stays version 2" in refusal("--metric", "modes")
+    assert rollback("toy", "champion") == "toy@champion is version 1 again"
 
 
 def test_rollback_goes_back_step_by_step_and_each_alias_has_its_own_past(store, record):

@@ -63,6 +63,17 @@ def test_without_a_scale_numbers_stay():
     assert points[:, 3].tolist() == [7, 7, 7]
 
 
+@pytest.mark.parametrize("scale", ["minmax", "none"])
+def test_decoded_points_are_the_rows_that_they_were(scale):
+    transform, frame = fitted(scale), FRAME[[c.name for c in fitted(scale).columns]]
+    back = transform.decode(transform.apply(frame))
+    assert list(back) == list(frame)
+    for column in transform.columns:
+        before, after = frame[column.name].tolist(), back[column.name].tolist()
+        exact = column.kind == "categorical"
+        assert after == ([str(v) for v in before] if exact else pytest.approx(before, rel=1e-6))
+
+
 def test_beyond_the_bounds_of_training_nothing_is_clipped():
     points = fitted().apply(changed(size=[-6.0, 18.0, 2.0], always=[7, 9, 6.5]))
     assert points[:, 0].tolist() == [-1, 2, 0]

@@ -30,18 +30,16 @@ def everything(run, folder):
     for step in range(700):
         run.log({"loss": step / 7, "gap": -step}, step)
     run.artifact(folder / "figure.png", "figures")
-    run.model(*model_files(folder))
+    log_model(run, folder)
     run.log_final({"modes": 8, "lost": math.nan})
 
 
-def model_files(folder):
-    files = [
-        folder / name for name in ("weights.safetensors", "config.json", "splits.safetensors")
-    ]
-    save_file({"w": np.ones(2, np.float32)}, files[0])
-    files[1].write_text(json.dumps({"shape": [2]}))
-    save_file({"test": np.ones((20, 2), np.float32)}, files[2])
-    return files
+def log_model(run, folder, **serving):
+    weights, config = folder / "weights.safetensors", folder / "config.json"
+    save_file({"w": np.ones(2, np.float32)}, weights)
+    config.write_text(json.dumps({"shape": [2]}))
+    serving = {"threshold": 1.0, "sample": {}} | serving
+    run.model(weights, config, serving, {"inputs": [[1.0, 1.0]]})
 
 
 def holds_everything(store):
@@ -55,6 +53,7 @@ def holds_everything(store):
         and store.rows("modes") == [(699, 8.0)]
         and [figure.path for figure in figures] == ["figures/figure.png"]
         and [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+        and run.data.tags["ebm.model_id"] == model.model_id
         and model.status == "READY"
         and [(metric.key, metric.value) for metric in model.metrics] == [("modes", 8.0)]
     )
@@ -93,6 +92,22 @@ def test_a_delivery_killed_at_any_point_has_the_same_effect(store, tmp_path, mon
             continue
     assert next(calls) > 10
     assert holds_everything(store)
+
+
+def test_what_is_served_otherwise_is_another_model_and_the_last_one_counts(store, tmp_path):
+    run = start()
+    run.close()
+    known = []
+    for modes, threshold in enumerate([1.0, 2.0, 2.0, 1.0]):
+        with start(key=run.key) as evaluation:
+            log_model(evaluation, tmp_path, threshold=threshold)
+            evaluation.log_final({"modes": modes})
+        assert deliver()
+        known.append(store.run().data.tags["ebm.model_id"])
+        model = store.client.get_logged_model(known[-1])
+        assert max(metric.value for metric in model.metrics) == modes
+    assert known[0] == known[3] != known[1] == known[2]
+    assert len(store.client.search_logged_models([store.experiment()])) == 2
 
 
 def test_a_damaged_state_is_said_and_loses_nothing(store, tmp_path, caplog):
@@ -350,6 +365,73 @@ def test_tracking_turned_off_writes_nothing(fresh_root, monkeypatch):
         assert run.mlflow_run_id(wait=60) is None
     assert tracking.flush()
     assert list(fresh_root.iterdir()) == []
+
+
+CPU, MEMORY = "system/cpu_utilization_percentage", "system/system_memory_usage_percentage"
+
+
+@pytest.fixture
+def watched(store, monkeypatch):
+    """A store that is told how busy the machine is, in every round of delivery."""
+    monkeypatch.setenv(courier.SYSTEM_METRICS, "true")
+    monkeypatch.setattr(courier, "MEASURE", 0.0)
+    return store
+
+
+def test_a_run_knows_how_busy_the_machine_was_while_its_stage_lived(watched):
+    run, carrier = start(), courier.Courier()
+    for _ in range(3):
+        assert carrier.round()
+    abandon(run)
+    assert carrier.round()
+    assert [step for step, _ in watched.rows(CPU)] == [0, 1, 2]
+    assert all(0 <= value <= 100 for name in (CPU, MEMORY) for _, value in watched.rows(name))
+    again = start(key=run.key)
+    assert carrier.round()
+    again.close()
+    assert carrier.round()
+    assert [step for step, _ in watched.rows(CPU)] == [0, 1, 2, 3]
+
+
+def test_a_stage_that_is_over_at_once_has_one_look_and_one_of_long_ago_none(watched, monkeypatch):
+    with start("ago"):
+        pass
+    assert deliver()
+    with start("now"):
+        pass
+    monkeypatch.setattr(courier, "MEASURE", 60.0)
+    assert deliver()
+    looks = {run.info.run_name: watched.rows(MEMORY, run) for run in watched.runs()}
+    assert {name: len(rows) for name, rows in looks.items()} == {"ago": 0, "now": 1}
+
+
+def test_looks_at_the_machine_that_cannot_be_sent_are_lost_and_hold_nobody(watched, monkeypatch):
+    from pipelines.mlflow_store import Store
+
+    def broken(*_):
+        raise OSError("gone")
+
+    carrier = courier.Courier()
+    with start() as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "load", broken)
+            assert carrier.round()
+            run.log({"loss": 1}, 1)
+            assert carrier.round()
+        assert carrier.round()
+    assert carrier.round()
+    assert watched.rows("loss") == [(1, 1.0)]
+    assert [step for step, _ in watched.rows(CPU)] == [0]
+    assert watched.run().info.status == "FINISHED"
+
+
+def test_nobody_looks_at_the_machine_who_is_told_not_to(watched, monkeypatch):
+    monkeypatch.setenv(courier.SYSTEM_METRICS, "false")
+    with start() as run:
+        run.log({"loss": 1}, 1)
+        assert deliver()
+    assert deliver()
+    assert list(watched.run().data.metrics) == ["loss"]
 
 
 def test_a_row_costs_the_training_next_to_nothing(store, record_property):

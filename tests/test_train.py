@@ -220,6 +220,18 @@ def test_every_variant_keeps_its_contract(name):
     assert all(f"`{key}`" in documented for key in logs)
 
 
+@pytest.mark.parametrize("name", sorted(variants.VARIANTS))
+def test_an_energy_at_rest_draws_nothing(name):
+    """So requests that are served side by side do not disturb each other."""
+    model = build(name)
+    model.initialise(data())
+    model.eval()
+    before = torch.get_rng_state()
+    first = model.energy(data())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(model.energy(data()), first)
+
+
 WAITING = {
     "fce": "whose turn it is depends on the accuracy of the step before",
     "nce": "the end of the warm-up, of which both count the steps",

@@ -122,7 +122,28 @@ class Transform:
     def _scaled(self, column: Column, numbers: np.ndarray) -> np.ndarray:
         if self.scale == "none":
             return _single(numbers)
-        return _single((numbers - column.low) / ((column.high - column.low) or 1.0))
+        return _single((numbers - column.low) / self._span(column))
+
+    @staticmethod
+    def _span(column: Column) -> float:
+        return (column.high - column.low) or 1.0
+
+    def decode(self, points: Tensor) -> "DataFrame":
+        """Rows of which `encode` makes `points` [N, D], up to rounding; for a category the largest
+        of its columns counts."""
+        import pandas as pd
+
+        blocks = points.double().cpu().numpy()
+        cells: dict[str, Any] = {}
+        for column in self.columns:
+            block, blocks = blocks[:, : column.width], blocks[:, column.width :]
+            if column.kind == "categorical":
+                cells[column.name] = [column.categories[i] for i in block.argmax(1)]
+            elif self.scale == "none":
+                cells[column.name] = block[:, 0]
+            else:
+                cells[column.name] = column.low + block[:, 0] * self._span(column)
+        return pd.DataFrame(cells)
 
     def apply(self, frame: "DataFrame", source: str = "table") -> Tensor:
         """Points float32 [N, D] of a table whose columns are found by their names; unknown

@@ -48,16 +48,20 @@ of |grad E|^2 as score of anomaly instead of E. Of several trainings a number is
 snapshots of each first), and the suffix `_std` marks their standard deviation.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ebm import metrics
 from ebm.data import Prepared
 from ebm.evaluation.density import evaluate_density
 from ebm.evaluation.images import evaluate_images
 from ebm.evaluation.novelty import evaluate_novelty
 from ebm.evaluation.result import Evaluation
+from ebm.evaluation.scores import energies
 from ebm.evaluation.stacked import evaluate_stacked
 from ebm.evaluation.tables import evaluate_table
 from ebm.reference import Reference
@@ -76,6 +80,10 @@ EVALUATORS: dict[str, Callable[..., Evaluation]] = {
 }
 """By the kind of the data."""
 
+FLAGGED = 0.01
+"""The share of the validation split that the threshold of a model flags, unless it is one of a
+table, which has a rule of its own."""
+
 
 def evaluate(
     model: EBM,
@@ -86,5 +94,18 @@ def evaluate(
 ) -> Evaluation:
     """All that can be said of `model` and its `samples`, on the device where they lie, as does the
     network of `reference`."""
-    kind = prepared.manifest["settings"]["kind"]
-    return EVALUATORS[kind](model, samples, prepared, reference, settings)
+    evaluator = EVALUATORS[prepared.manifest["settings"]["kind"]]
+    result = evaluator(model, samples, prepared, reference, settings)
+    if evaluator is not evaluate_table:
+        _set_usual_threshold(result, model, prepared, samples["samples"].device)
+    return result
+
+
+def _set_usual_threshold(
+    result: Evaluation, model: EBM, prepared: Prepared, device: torch.device
+) -> None:
+    """The energy from which on a point is unusual: about FLAGGED of the validation split are."""
+    usual = energies(model, prepared.tensors["validation"].to(device))
+    threshold = metrics.share_threshold(usual, FLAGGED)
+    if math.isfinite(threshold):
+        result.thresholds["energy"] = threshold

@@ -64,7 +64,7 @@ class VAE(EBM):
 
     def energy(self, x: Tensor) -> Tensor:
         """-ELBO for x [B, *] with the reconstruction at the posterior's mean: [B], in nats."""
-        reconstruction, divergence = self.terms(x, torch.zeros_like(self._noise(len(x))))
+        reconstruction, divergence = self.terms(x, x.new_zeros(len(x), self.latent))
         return reconstruction + divergence
 
     def terms(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
