@@ -11,6 +11,7 @@ import fnmatch
 import graphlib
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -45,6 +46,8 @@ class Stage:
         stale: DVC finds it changed, or something upstream of it.
         timeout: seconds within which it has to end, if `meta: {timeout: ...}` limits it.
         retries: how often it is tried again when it fails, from `meta: {retries: ...}`.
+        params: the keys of parameters that it depends on.
+        outs: what it writes, as paths from the root.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Stage:
     stale: bool
     timeout: float | None = None
     retries: int = 0
+    params: tuple[str, ...] = ()
+    outs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,9 @@ def _stage(name: str, stage: Any, upstream: tuple[str, ...], stale: bool) -> Sta
         raise EBMError(f"dvc.yaml: {name}: meta.timeout: {timeout!r} is not a number of seconds")
     if not (isinstance(retries, int) and retries >= 0):
         raise EBMError(f"dvc.yaml: {name}: meta.retries: {retries!r} is not a number of times")
-    return Stage(name, cmd, upstream, stale, timeout, retries)
+    params = tuple(key for dep in stage.deps for key in getattr(dep, "params", ()))
+    outs = tuple(os.path.relpath(out.fs_path, stage.repo.root_dir) for out in stage.outs)
+    return Stage(name, cmd, upstream, stale, timeout, retries, params, outs)
 
 
 @contextlib.contextmanager
