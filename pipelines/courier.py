@@ -101,6 +101,8 @@ class Courier:
                 state.open = True
             case "row" | "final":
                 self._store(state).log(_run_id(state), events)
+            case "tags":
+                self._store(state).tag(_run_id(state), event["tags"])
             case "artifact" | "model" as op:
                 files = spool.files / event["files"]
                 if files.exists():  # or else it is delivered, and only the note of it is lost

@@ -11,6 +11,7 @@ import fnmatch
 import graphlib
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -49,6 +50,8 @@ class Stage:
         timeout: seconds within which it has to end, if `meta: {timeout: ...}` limits it.
         retries: how often it is tried again when it fails, from `meta: {retries: ...}`.
         gpu: it uses a GPU where there is one, says `meta: {gpu: true}`.
+        params: the keys of parameters that it depends on.
+        outs: what it writes, as paths from the root.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Stage:
     timeout: float | None = None
     retries: int = 0
     gpu: bool = False
+    params: tuple[str, ...] = ()
+    outs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,9 @@ def _stage(name: str, stage: Any, upstream: tuple[str, ...], stale: bool) -> Sta
         raise EBMError(f"dvc.yaml: {name}: meta.retries: {retries!r} is not a number of times")
     if not isinstance(gpu, bool):
         raise EBMError(f"dvc.yaml: {name}: meta.gpu: {gpu!r} is neither true nor false")
-    return Stage(name, cmd, upstream, stale, timeout, retries, gpu)
+    params = tuple(key for dep in stage.deps for key in getattr(dep, "params", ()))
+    outs = tuple(os.path.relpath(out.fs_path, stage.repo.root_dir) for out in stage.outs)
+    return Stage(name, cmd, upstream, stale, timeout, retries, gpu, params, outs)
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ class Store:
 
     def begin(self, key: str, event: Event) -> str:
         """The MLflow id of the run `key`, which is RUNNING from now on."""
-        tags = _names(event["tags"])
+        tags = {**_names(event["tags"]), **self._nested(event)}
         run = self._find(key) or self._client.create_run(
             self._experiment,
             start_time=event["time"],
@@ -83,9 +83,16 @@ class Store:
         self._add(run, _names(event["params"]), tags, event["stage"])
         if dataset := event["dataset"]:
             self._client.log_inputs(run.info.run_id, [_dataset(**dataset)])
-        if run.info.status != "RUNNING":
-            self._client.update_run(run.info.run_id, "RUNNING")
+        unnamed = run.info.run_name == key  # a child of it came first
+        if run.info.status != "RUNNING" or unnamed:
+            name = event["experiment"] if unnamed else None
+            self._client.update_run(run.info.run_id, "RUNNING", name)
         return run.info.run_id
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set or replace tags."""
+        for page in _pages([RunTag(*item) for item in _names(tags).items()]):
+            self._client.log_batch(run_id, tags=page)
 
     def log(self, run_id: str, events: list[Event]) -> None:
         """Rows of scalars, in order; results also for the model that the run has logged."""
@@ -131,6 +138,16 @@ class Store:
     def end(self, run_id: str, status: str, time: int) -> None:
         """The run is over since `time`, in milliseconds since the epoch."""
         self._client.set_terminated(run_id, status, end_time=time)
+
+    def _nested(self, event: Event) -> dict[str, str]:
+        """The tag by which MLflow shows a run under another one, which is made if it has not
+        arrived yet."""
+        if not (parent := event.get("parent")):
+            return {}
+        run = self._find(parent) or self._client.create_run(
+            self._experiment, start_time=event["time"], run_name=parent, tags={KEY: parent}
+        )
+        return {"mlflow.parentRunId": run.info.run_id}
 
     def _find(self, key: str) -> Run | None:
         found = self._client.search_runs([self._experiment], f"tags.`{KEY}` = '{key}'")

@@ -147,7 +147,7 @@ def log_path(stage: Stage, root: Path) -> Path:
     return folder / f"{re.sub(r'[^a-zA-Z0-9@._-]', '_', stage.name)}.log"
 
 
-def start_launcher(root: Path, **extra: str) -> Launcher:
+def start_launcher(root: Path, target: str = "pipelines.dag:reproducer", **extra: str) -> Launcher:
     """What starts stages in a DVC repository, and ends those that run when its context is left.
 
     In the stages' environment, `python` is the one that runs us, nothing phones home unless that
@@ -156,7 +156,7 @@ def start_launcher(root: Path, **extra: str) -> Launcher:
     quiet = {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     changed = {"PATH": path, "PYTHONUNBUFFERED": "1", **extra}
-    return Launcher("pipelines.dag:reproducer", root, {**quiet, **os.environ, **changed})
+    return Launcher(target, root, {**quiet, **os.environ, **changed})
 
 
 def cores() -> int:

@@ -49,8 +49,9 @@ def guarded(run: Callable[[], None]) -> None:
 
 
 def root() -> Path:
-    """The checkout that owns checkpoints and tracking; DVC names it in stages and experiments."""
-    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+    """What owns the checkpoints: EBM_SCRATCH, as each trial of a sweep has its own, or the
+    checkout, which DVC names in stages and experiments."""
+    return Path(os.environ.get("EBM_SCRATCH") or os.environ.get("DVC_ROOT", ".")).resolve()
 
 
 def device(threads: int) -> "torch.device":

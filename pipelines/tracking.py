@@ -7,7 +7,8 @@ courier or for `flush`; `python -m pipelines.tracking` does that by hand. Events
 of the process, not that of the machine.
 
 Environment: EBM_TRACKING=0 writes nothing; MLFLOW_TRACKING_URI names another store than mlflow.db
-in the root; DVC_ROOT, which DVC sets, is that root (in a queued experiment the main checkout).
+in the root; DVC_ROOT, which DVC sets, is that root (in a queued experiment the main checkout);
+EBM_RUN is the key of the run that a stage continues, whatever it asks for (a trial of a sweep).
 """
 
 import json
@@ -62,14 +63,16 @@ class Run:
         params: dict[str, Any],
         tags: dict[str, str],
         dataset: dict[str, str] | None,
+        parent: str | None = None,
     ) -> Self:
         """Begin a run named `experiment`, or continue the run `key`, even one of another machine.
 
         `params` may be nested: they arrive as `model.width`. `dataset` has name, source and digest
         (MLflow keeps 36 characters of it). A continued run keeps its first params and tags; what
         differs arrives as a tag that begins with the stage, such as `evaluate.git.commit`.
+        `parent` is the key of the run under which this one is shown.
         """
-        run = cls(key or uuid.uuid4().hex)
+        run = cls(os.environ.get("EBM_RUN") or key or uuid.uuid4().hex)
         if os.environ.get("EBM_TRACKING") == "0" or not run._guarded("begin a run", run._open):
             return run
         run._append(
@@ -80,6 +83,7 @@ class Run:
             params=dict(_flat(params)),
             tags={"ebm.experiment": experiment, **_environment(), **tags},
             dataset=dataset,
+            parent=parent,
         )
         if run._torn:  # without their beginning, events could not be delivered
             run._release()
@@ -109,6 +113,10 @@ class Run:
     def log_final(self, metrics: dict[str, float]) -> None:
         """Results, at the last step of the training, so that they are the latest values."""
         self._append("final", step=self._last[1], values=_floats(metrics))
+
+    def tag(self, tags: dict[str, str]) -> None:
+        """Set tags; a later value replaces an earlier one."""
+        self._append("tags", tags=tags)
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Have a copy of the file `path` uploaded into `folder` of the run's artifacts."""

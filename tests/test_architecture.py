@@ -15,7 +15,8 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parents[1]
 MACHINERY = {
     "mlflow": "courier machine mlflow_registry mlflow_store served",
-    "prefect": "flows",
+    "prefect": "flows sweep_flow",
+    "optuna": "study",
     "dvc": "dag",
 }
 

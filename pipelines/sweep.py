@@ -1,0 +1,385 @@
+"""Search for the parameters of an experiment with which a metric is best.
+
+    python -m pipelines.sweep rbm-digits --metric log_likelihood --trials 40 -j 2 \\
+        --search model.learning_rate=1e-3..1e-1:log --search model.hidden=50..400
+
+A trial is the part of the experiment's stages that depends on what is searched, run with other
+values in `.sweeps/<study>/`; what they need is brought up to date first. An Optuna study chooses
+the values. `--trials` is the number of trials that end, whether done, pruned or failed: the same
+command after a kill finishes those that ran and then does the rest, and with a larger number adds
+some. The best parameters become `.sweeps/<study>/best.patch`, for `git apply`.
+
+`--prune-by SCALAR` ends a training whose scalar (one that is logged while it trains) is worse than
+the median of the others at the same step. Metrics are mostly those of the test split, so the best
+of many trials looks better than it is: search on one seed, quote another.
+"""
+
+import argparse
+import contextlib
+import csv
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ebm import EBMError
+from pipelines import ROOT, dag, patch, run, space, stage, tracking
+from pipelines.promote import direction
+from pipelines.space import Space
+from pipelines.supervise import Cancelled, Launcher
+from pipelines.trial import SHELL, Outcome, Recipe, Scalar, Trials, check_known
+
+if TYPE_CHECKING:
+    from pipelines.study import Study, Trial
+
+Work = Callable[["Trial"], Outcome]
+NOT_READY = "what the trials need could not be brought up to date"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep whose every part was found to be right. `upstream`: the stages that no trial
+    changes; `better`: +1 if a higher metric is better, -1 if a lower one."""
+
+    recipe: Recipe
+    space: Space
+    upstream: tuple[str, ...]
+    better: int
+    trials: int
+    seed: int
+
+    @property
+    def file(self) -> Path:
+        """Where the best parameters are written as a patch."""
+        return self.recipe.folder / "best.patch"
+
+
+def plan(
+    experiment: str,
+    metric: str,
+    search: Sequence[str],
+    trials: int = 20,
+    prune_by: str | None = None,
+    better: int | None = None,
+    study: str | None = None,
+    seed: int = 0,
+    root: Path = ROOT,
+) -> Sweep:
+    """What is to be done. The parameters are those of the command line.
+
+    Raises:
+        EBMError: something of it is not right.
+    """
+    from ebm import params
+
+    params.experiment(root / "params.yaml", experiment)
+    text = (root / "params.yaml").read_text(encoding="utf-8")
+    known = root / "metrics" / f"{experiment}.json"
+    if known.exists():
+        check_known("metric", metric, stage.read_json(known, "report"))
+    better = better or direction(metric)
+    spanned = space.parse(search, text, experiment)
+    stages = dag.plan([f"evaluate@{experiment}"], root).stages
+    searched = [f"experiments.{experiment}.{dimension.key}" for dimension in spanned]
+    own = dependent(stages, searched)
+    recipe = Recipe(
+        root=root,
+        folder=root / ".sweeps" / _name(study or experiment),
+        params=text,
+        experiment=experiment,
+        metric=metric,
+        prune_by=_scalar(prune_by, better, own) if prune_by else None,
+        stages=own,
+        linked=[out for one in stages if one not in own for out in one.outs],
+    )
+    upstream = tuple(one.name for one in stages if one not in own)
+    return Sweep(recipe, spanned, upstream, better, trials, seed)
+
+
+def dependent(stages: Sequence[dag.Stage], keys: Sequence[str]) -> list[dag.Stage]:
+    """Those of `stages` (upstream first) that depend on one of the parameters `keys`, or on what
+    another one of them makes."""
+    found: dict[str, dag.Stage] = {}
+    for one in stages:
+        reads = any(f"{key}.".startswith(f"{param}.") for key in keys for param in one.params)
+        if reads or not found.keys().isdisjoint(one.upstream):
+            found[one.name] = one
+    return list(found.values())
+
+
+def _name(study: str) -> str:
+    if not study.replace("-", "").replace("_", "").isalnum():
+        raise EBMError(f"--study {study}: expected letters, digits, _ and -")
+    return study
+
+
+def _scalar(prune_by: str, better: int, own: Sequence[dag.Stage]) -> Scalar:
+    name, _, way = prune_by.partition(":")
+    if way not in ("higher", "lower"):
+        raise EBMError(f"--prune-by {prune_by}: expected {name}:higher or {name}:lower")
+    if os.environ.get("EBM_TRACKING") == "0":
+        raise EBMError("--prune-by reads what is tracked, and EBM_TRACKING=0 turns that off")
+    if not any(one.name.startswith("train@") for one in own):
+        raise EBMError("--prune-by: nothing is searched on which the training depends")
+    return Scalar(name, better * (1 if way == "higher" else -1))
+
+
+@contextlib.contextmanager
+def begun(sweep: Sweep) -> "Iterator[Study]":
+    """The study of a sweep, which is this process's own within this context."""
+    from pipelines import study  # optuna: only once the rest is known to be right
+
+    recipe = sweep.recipe
+    params = patch.value(recipe.params)
+    content = params["experiments"][recipe.experiment]
+    searched = {dimension.key for dimension in sweep.space}
+    settings = {
+        "experiment": recipe.experiment,
+        "metric": f"{recipe.metric}, {'higher' if sweep.better > 0 else 'lower'} is better",
+        "search": {dimension.key: str(dimension) for dimension in sweep.space},
+        "scalar to prune by": vars(recipe.prune_by) if recipe.prune_by else None,
+        "data set": params["datasets"][content["dataset"]],
+        "value of what is not searched": {
+            key: value for key, value in _leaves(content) if not _within(key, searched)
+        },
+    }
+    steps = content.get("train", {}).get("steps", 0)
+    with study.opened(
+        recipe.folder, settings, sweep.space, sweep.better, steps, sweep.seed
+    ) as opened:
+        yield opened
+
+
+def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, list):
+        content = {str(i): item for i, item in enumerate(content)}
+    if not isinstance(content, dict):
+        yield prefix, content
+        return
+    for name, value in content.items():
+        yield from _leaves(value, f"{prefix}.{name}".strip("."))
+
+
+def _within(key: str, others: set[str]) -> bool:
+    return any(f"{key}.".startswith(f"{other}.") for other in others)
+
+
+def schedule(
+    study: "Study", work: Work, pool: ThreadPoolExecutor, jobs: int, wanted: int
+) -> Iterator[Outcome]:
+    """Run trials, `jobs` at a time in threads of the pool, until `wanted` have ended; yield how
+    they ended as they do. What ends with an exception is not over, and ends the sweep."""
+    running: set[Future[Outcome]] = set()
+    while True:
+        while len(running) < jobs and (trial := study.next(wanted)):
+            running.add(pool.submit(work, trial))
+        if not running:
+            return
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            outcome = future.result()
+            study.finish(outcome.trial.number, outcome.state, outcome.value, outcome.reason)
+            yield outcome
+
+
+def sweep(jobs: int | None = None, apply: bool = False, **options: Any) -> bool:
+    """Run a sweep with the options of `plan`; True if it has a best trial."""
+    planned = plan(**options)
+    jobs = jobs or run.cores()
+    if planned.upstream and not run.run(planned.upstream, jobs, root=planned.recipe.root):
+        raise EBMError(NOT_READY)
+
+    with begun(planned) as study:
+        try:
+            conduct(planned, study, jobs, _worker)
+        except Cancelled:
+            raise EBMError("a trial was ended from outside; the same command goes on") from None
+        return conclude(planned, study, apply)
+
+
+@contextlib.contextmanager
+def _worker(trials: Trials, launcher: Launcher) -> Iterator[Work]:
+    def work(trial: "Trial") -> Outcome:
+        run.show(f"start trial {trial.number}")
+        return trials.run(trial, lambda line: run.show(f"trial {trial.number} | {line}"))
+
+    yield work
+
+
+def conduct(
+    sweep: Sweep,
+    study: "Study",
+    jobs: int,
+    worker: Callable[[Trials, Launcher], contextlib.AbstractContextManager[Work]],
+    **environment: str,
+) -> None:
+    """Run the trials that are missing, in threads and processes that end with this call.
+
+    Within the context that `worker` makes, its value is what runs one. The processes see
+    `environment`.
+
+    Raises:
+        Cancelled: processes were ended from outside; their trials are not over.
+    """
+    finished, started = study.finished(), time.monotonic()
+    run.show(f"study {sweep.recipe.folder.name}: {finished} of {sweep.trials} trials have ended")
+    if finished >= sweep.trials:
+        return
+    with (
+        _tracked(sweep, study) as tracked,
+        ThreadPoolExecutor(jobs) as pool,
+        run.start_launcher(sweep.recipe.root, SHELL, **environment) as launcher,
+        worker(Trials(sweep.recipe, study, launcher), launcher) as work,
+    ):
+        for outcome in schedule(study, work, pool, jobs, sweep.trials):
+            finished += 1
+            run.show(
+                "\n".join(
+                    [
+                        f"[{finished}/{sweep.trials}] {outcome}",
+                        *(f"    {line}" for line in outcome.lines),
+                    ]
+                )
+            )
+            if best := study.best():
+                tracked.log({"best": best.value or 0.0}, finished)
+        _summarise(sweep, study, tracked)
+    run.show(f"{tally(study)} in {time.monotonic() - started:.1f} s")
+
+
+def tally(study: "Study") -> str:
+    """How many trials are in which state."""
+    counts = Counter(record.state for record in study.records())
+    told = [f"{counts[state]} {state}" for state in ("done", "pruned", "failed")]
+    left = counts["running"]
+    return ", ".join(told + [f"{left} left in the middle"] * bool(left))
+
+
+def _tracked(sweep: Sweep, study: "Study") -> tracking.Run:
+    """The tracked run of the study, under which those of its trials are shown."""
+    recipe = sweep.recipe
+    git = stage.git_state()
+    return tracking.Run.start(
+        recipe.folder.name,
+        key=study.key,
+        params={
+            "experiment": recipe.experiment,
+            "metric": recipe.metric,
+            "better": "higher" if sweep.better > 0 else "lower",
+            **{f"search.{dimension.key}": str(dimension) for dimension in sweep.space},
+        },
+        tags={
+            "sweep.study": recipe.folder.name,
+            "git.commit": git["git_commit"],
+            "git.dirty": str(git["git_dirty"]).lower(),
+        },
+        dataset=None,
+    )
+
+
+def _summarise(sweep: Sweep, study: "Study", tracked: tracking.Run) -> None:
+    """Leave what came out in the tracked run of the study."""
+    counts = Counter(record.state for record in study.records())
+    tracked.log_final({f"trials_{state}": counts[state] for state in ("done", "pruned", "failed")})
+    if best := study.best():
+        texts = {f"best.{key}": text for key, text in best.trial.texts.items()}
+        tracked.tag({"best.trial": str(best.trial.number), **texts})
+    tracked.artifact(write_table(sweep, study))
+
+
+def rows(study: "Study") -> list[dict[str, Any]]:
+    """The trials as a table."""
+    return [
+        {
+            "trial": record.trial.number,
+            "state": record.state,
+            "value": record.value,
+            **record.trial.texts,
+            "reason": record.reason,
+        }
+        for record in study.records()
+    ]
+
+
+def write_table(sweep: Sweep, study: "Study") -> Path:
+    """Write `trials.csv`."""
+    path = sweep.recipe.folder / "trials.csv"
+    names = ["trial", "state", "value", *(dimension.key for dimension in sweep.space), "reason"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows(study))
+    return path
+
+
+def conclude(sweep: Sweep, study: "Study", apply: bool) -> bool:
+    """Say which trial is the best, and write its parameters as a patch of `params.yaml` as it is
+    now; with `apply`, into that file."""
+    best = study.best()
+    if best is None:
+        run.show("no trial is done, so there are no best parameters")
+        return False
+    recipe = sweep.recipe
+    path = recipe.root / "params.yaml"
+    now = path.read_text(encoding="utf-8")
+    new = space.patched(now, recipe.experiment, best.trial.texts)
+    sweep.file.write_text(patch.diff(now, new, "params.yaml"), encoding="utf-8")
+    tried = ", ".join(f"{key} {text}" for key, text in best.trial.texts.items())
+    run.show(f"best: trial {best.trial.number}, {recipe.metric} {best.value:.6g}: {tried}")
+    if now == new:
+        run.show("params.yaml has these parameters already")
+    elif apply:
+        fresh = path.with_name("params.yaml.new")
+        fresh.write_text(new, encoding="utf-8")
+        fresh.replace(path)
+        run.show("params.yaml has these parameters now")
+    else:
+        run.show(f"git apply {sweep.file.relative_to(recipe.root)}  # or again with --apply")
+    return True
+
+
+def main(execute: Callable[..., bool] = sweep) -> int:
+    """The command line, for this function or another one with the same arguments."""
+    options = parser().parse_args()
+    return run.command(lambda: execute(**vars(options)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar; the names are those of the arguments of `sweep`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.sweep",
+        description=__doc__,
+        epilog=space.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("experiment", help="a key of params.yaml")
+    add("--metric", required=True, help="what is to be best, of those that evaluate measures")
+    add(
+        "--search",
+        action="append",
+        required=True,
+        metavar="KEY=VALUES",
+        help="a parameter of the experiment and what it may be, see below; repeatable",
+    )
+    add("--trials", type=run.positive, default=20, help="that will have ended (default: 20)")
+    add("-j", "--jobs", type=run.positive, help="trials at a time (default: cores)")
+    add("--prune-by", metavar="SCALAR:higher|lower", help="end trainings that look bad")
+    add("--study", help="its name (default: the experiment's)")
+    add("--seed", type=int, default=0, help="of what is tried (default: 0)")
+    add("--apply", action="store_true", help="write the best parameters into params.yaml")
+    way = parser.add_mutually_exclusive_group()
+    for name, sign in (("higher", +1), ("lower", -1)):
+        way.add_argument(
+            f"--{name}", dest="better", action="store_const", const=sign, help=f"{name} is better"
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
