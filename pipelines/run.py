@@ -97,15 +97,22 @@ def schedule(
 
 
 def reproduce(
-    stage: Stage, launcher: Launcher, log: Path, show: Callable[[str], None], force: bool
+    stage: Stage,
+    launcher: Launcher,
+    log: Path,
+    show: Callable[[str], None],
+    force: bool,
+    *more: str,
 ) -> None:
     """Let DVC run a stage, once; show and keep what it prints.
+
+    The launcher's target is given `more`.
 
     Raises:
         StageFailed: it failed, took too long or was cancelled.
     """
     tail: deque[str] = deque(maxlen=LAST_LINES)
-    process = launcher.start(stage.name, force, timeout=stage.timeout)
+    process = launcher.start(stage.name, force, *more, timeout=stage.timeout)
     with log.open("w", encoding="utf-8", buffering=1) as file:
         for line in process.lines():
             tail.append(line)
@@ -123,7 +130,7 @@ def log_path(stage: Stage, root: Path) -> Path:
     return folder / f"{re.sub(r'[^a-zA-Z0-9@._-]', '_', stage.name)}.log"
 
 
-def start_launcher(root: Path, **extra: str) -> Launcher:
+def start_launcher(root: Path, target: str = "pipelines.dag:reproducer", **extra: str) -> Launcher:
     """What starts stages in a DVC repository, and ends those that run when its context is left.
 
     In the stages' environment, `python` is the one that runs us, nothing phones home unless that
@@ -132,7 +139,7 @@ def start_launcher(root: Path, **extra: str) -> Launcher:
     quiet = {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     changed = {"PATH": path, "PYTHONUNBUFFERED": "1", **extra}
-    return Launcher("pipelines.dag:reproducer", root, {**quiet, **os.environ, **changed})
+    return Launcher(target, root, {**quiet, **os.environ, **changed})
 
 
 def cores() -> int:
@@ -253,9 +260,11 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def main(execute: Callable[..., bool] = run) -> int:
-    """The command line, for this runner or another one with the same arguments."""
-    options = parser().parse_args()
+def main(
+    execute: Callable[..., bool] = run, grammar: argparse.ArgumentParser | None = None
+) -> int:
+    """The command line, for this runner or another one with the same arguments, or more."""
+    options = (grammar or parser()).parse_args()
 
     def validated() -> bool:
         from ebm import params
