@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from typing import Any
 
 from dvc.exceptions import DvcException
 from dvc.repo import Repo, lock_repo
+from dvc.scm import map_scm_exception
+from dvc.utils.serialize import dumps_yaml, load_yaml, parse_yaml_for_update
 
 from ebm import EBMError
 from pipelines import ROOT
@@ -36,6 +39,10 @@ DEAF = {"match"}
 
 RESTORED = 64
 """The exit code of `reproduce` where the command did not run, because DVC had its outputs."""
+WRITTEN_BY_DVC = {"dvc.lock", ".gitignore"}
+
+Entry = dict[str, Any]
+"""What stands in `dvc.lock` of a stage: its command and the checksums of what it read and made."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Stage:
         gpu: it uses a GPU where there is one, says `meta: {gpu: true}`.
         params: the keys of parameters that it depends on.
         outs: what it writes, as paths from the root.
+        portable: DVC's remote can carry what it makes, and what it reads, between machines.
     """
 
     name: str
@@ -63,6 +71,7 @@ class Stage:
     gpu: bool = False
     params: tuple[str, ...] = ()
     outs: tuple[str, ...] = ()
+    portable: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Plan:
         return tuple(stage for stage in self.stages if stage.stale)
 
 
-def plan(targets: Sequence[str] = (), root: Path = ROOT) -> Plan:
+def plan(targets: Sequence[str] = (), root: Path = ROOT, made_elsewhere: bool = False) -> Plan:
     """The stages that `targets` need, and which of them are stale.
 
     Args:
@@ -86,6 +95,8 @@ def plan(targets: Sequence[str] = (), root: Path = ROOT) -> Plan:
             which no `*` is a `/`) or paths of `dvc.yaml` files, from the root. None: the
             `dvc.yaml` of the root, as for DVC.
         root: the root of a DVC repository; the current directory does not matter.
+        made_elsewhere: outputs are in the remote, and need not be here: what is stale is told by
+            `dvc.lock` and by what no stage makes.
 
     Raises:
         EBMError: DVC cannot read the graph, something else holds its files, or an unknown target.
@@ -102,8 +113,11 @@ def plan(targets: Sequence[str] = (), root: Path = ROOT) -> Plan:
         needed = _with_upstream(_matching(targets or ["dvc.yaml"], found), upstream)
         stages: dict[str, Stage] = {}
         for name in graphlib.TopologicalSorter(needed).static_order():
-            stale = any(stages[dep].stale for dep in needed[name]) or bool(found[name].status())
-            stages[name] = _stage(name, found[name], tuple(needed[name]), stale)
+            above = [stages[dep] for dep in needed[name]]
+            changed = _outdated(found[name], graph) if made_elsewhere else found[name].status()
+            stale = any(stage.stale for stage in above) or bool(changed)
+            portable = all(stage.portable for stage in above) and _is_portable(found[name])
+            stages[name] = _stage(name, found[name], tuple(needed[name]), stale, portable)
     return Plan(tuple(stages.values()))
 
 
@@ -122,10 +136,7 @@ def reproduce(name: str, force: bool) -> int:
     current directory. A process may call this once, in its main thread: DVC keeps its locks by
     process.
     """
-    for number in (signal.SIGINT, signal.SIGALRM):
-        signal.signal(number, _give_up_unless_there_is_a_result)
-    for chatty in ("dvc.dvcfile", "dvc.repo.scm_context"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    _prepare_process()
     try:
         with _plain_errors(), Repo(_wait_for_lock=True) as repo:
             repo.reproduce(name, single_item=True, force=force)
@@ -138,6 +149,195 @@ def reproduce(name: str, force: bool) -> int:
 def _command_has_ended() -> bool:
     """Whether the stage's command, the only child that DVC starts, has run in this process."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
+
+
+def traveller() -> Callable[[str, bool, str], int]:
+    """`travel`, when all that DVC imports on its first use is imported."""
+    reproducer()
+    return travel
+
+
+def travel(name: str, force: bool, job: str) -> int:
+    """`reproduce` in one of many clones: pull what the stage reads, push what it makes.
+
+    `job` is a JSON file with the `commit` that the clone has to stand at and the `entries` of
+    `dvc.lock` that it may lack: its own and those of what is upstream, which others made. They
+    are lent: when the stage is done, the clone's `dvc.lock` is as it was. (None: the stage runs
+    where the flow does, and `dvc.lock` is its.) The file is replaced by the answer: the `entry` of
+    the stage.
+    """
+    _prepare_process()
+    file = Path(job)
+    asked = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        with _plain_errors(), Repo(_wait_for_lock=True) as repo:
+            _check_commit(repo, asked["commit"])
+            with _lent(repo, asked["entries"] or {}):
+                _carry(repo, name, force)
+                answer = {"entry": _entries([name], Path(repo.root_dir))[name]}
+    except EBMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    file.write_text(json.dumps(answer), encoding="utf-8")
+    return 0 if _command_has_ended() else RESTORED
+
+
+def _carry(repo: Repo, name: str, force: bool) -> None:
+    """Pull, reproduce, push. What lies in the way of what is pulled is a left-over."""
+    (stage,) = repo.stage.collect(name)
+    if sources := [source.addressing for source in repo.index.graph.successors(stage)]:
+        repo.pull(sources, force=True)
+    repo.reproduce(name, single_item=True, force=force, pull=True)
+    repo.push(name, run_cache=True)
+
+
+@contextlib.contextmanager
+def _lent(repo: Repo, entries: Mapping[str, Entry | None]) -> Iterator[None]:
+    """Within this context, `entries` stand in `dvc.lock` (None: nothing does for that stage)."""
+    with lock_repo(repo):
+        _mend(repo)
+        before = _amend(entries, Path(repo.root_dir))
+    try:
+        yield
+    finally:
+        with lock_repo(repo):
+            _amend(before, Path(repo.root_dir))
+
+
+def commit(root: Path = ROOT) -> str:
+    """The commit that this clone stands at, and workers' clones have to stand at too.
+
+    Raises:
+        EBMError: they could not work for it: something is changed and not committed, or there is
+            no remote to exchange results through.
+    """
+    with _plain_errors(), Repo(str(root), _wait_for_lock=True) as repo:
+        repo.cloud.get_remote()
+        if edited := _edited(repo):
+            raise EBMError(f"{edited} is changed and not committed: no other clone would have it")
+        return repo.scm.get_rev()
+
+
+def _check_commit(repo: Repo, expected: str) -> None:
+    found = repo.scm.get_rev()
+    if found != expected:
+        raise EBMError(f"{repo.root_dir} is at commit {found[:10]}, the flow at {expected[:10]}")
+    if edited := _edited(repo):
+        raise EBMError(f"{repo.root_dir}: {edited} is changed and not committed")
+
+
+def _edited(repo: Repo) -> str | None:
+    """A tracked file that differs from the commit, and not because DVC or a stage wrote it."""
+    staged, unstaged, _ = repo.scm.status(untracked_files="no")
+    made = [Path(out.fs_path) for out in repo.index.outs]
+    for name in sorted({*unstaged, *(name for names in staged.values() for name in names)}):
+        file = Path(repo.root_dir, name)
+        if file.name not in WRITTEN_BY_DVC and not any(file.is_relative_to(out) for out in made):
+            return name
+    return None
+
+
+def entries(names: Sequence[str], root: Path = ROOT) -> dict[str, Entry | None]:
+    """What stands in the `dvc.lock` files of these stages: plain data; None if nothing does."""
+    with _plain_errors():
+        return _entries(names, root)
+
+
+def record(name: str, entry: Entry, root: Path = ROOT) -> None:
+    """Put into `dvc.lock` what was made of a stage in another clone.
+
+    Its outputs are in the remote. What lies of them here is as it was, until `dvc pull`.
+    """
+    with _plain_errors(), Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
+        _amend({name: entry}, root)
+
+
+def _entries(names: Sequence[str], root: Path) -> dict[str, Entry | None]:
+    locks: dict[Path, Any] = {}
+    found = {}
+    for name in names:
+        file, key = _place(name, root)
+        if file not in locks:
+            locks[file] = load_yaml(file).get("stages", {}) if file.exists() else {}
+        found[name] = locks[file].get(key)
+    return found
+
+
+def _amend(entries: Mapping[str, Entry | None], root: Path) -> dict[str, Entry | None]:
+    """Put entries into `dvc.lock`, or take them out; what stood there before. A reader sees the
+    old file or the new one. To be called by who holds the repository's lock."""
+    by_file: dict[Path, dict[str, str]] = defaultdict(dict)
+    for name in entries:
+        file, key = _place(name, root)
+        by_file[file][key] = name
+    before: dict[str, Entry | None] = {}
+    for file, names in by_file.items():
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        lock = parse_yaml_for_update(text, file) or {"schema": "2.0"}
+        stages = lock.setdefault("stages", {})
+        before |= {name: stages.get(key) for key, name in names.items()}
+        if all(before[name] == entries[name] for name in names.values()):
+            continue
+        for key, name in names.items():
+            stages[key] = entries[name]
+            if entries[name] is None:
+                del stages[key]
+        _replace(file, dumps_yaml(lock) if stages else "")
+    return before
+
+
+def _place(name: str, root: Path) -> tuple[Path, str]:
+    """The lock file that a stage's entry stands in, and its key there."""
+    path, _, key = name.rpartition(":")
+    return root / Path(path or "dvc.yaml").with_suffix(".lock"), key
+
+
+def _replace(file: Path, text: str) -> None:
+    if not text:
+        file.unlink(missing_ok=True)
+        return
+    fresh = file.with_suffix(".lock.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(file)
+
+
+def _outdated(stage: Any, graph: Any) -> bool:
+    """Whether `dvc.lock` and what no stage makes say that a stage has to run.
+
+    A dependency that is an output of another stage is judged by the entries of both. What is
+    only a part of one, or holds several (`models`), is judged by what lies here, and counts as
+    changed as long as that is not what the entries say.
+    """
+    if stage.changed_stage() or stage.is_callback or stage.always_changed:
+        return True
+    if not all(out.hash_info for out in stage.outs):
+        return True  # it has never run, or not with this output
+    made = {out.fs_path: out for source in graph.successors(stage) for out in source.outs}
+    return not stage.frozen and any(_differs(dep, made) for dep in stage.deps)
+
+
+def _differs(dep: Any, made: Mapping[str, Any]) -> bool:
+    if dep.fs_path in made:
+        return dep.hash_info != made[dep.fs_path].hash_info
+    overlapping = [out for path, out in made.items() if _overlap(Path(path), Path(dep.fs_path))]
+    return bool(dep.status()) or any(out.workspace_status() for out in overlapping)
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def _is_portable(stage: Any) -> bool:
+    """Whether all that a stage makes goes through DVC's cache into its remote."""
+    return bool(stage.outs) and all(out.use_cache and out.can_push for out in stage.outs)
+
+
+def _prepare_process() -> None:
+    """What `reproduce` and `travel` need of the process that they have for themselves."""
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, _give_up_unless_there_is_a_result)
+    for chatty in ("dvc.dvcfile", "dvc.repo.scm_context"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _give_up_unless_there_is_a_result(_: int, frame: FrameType | None) -> None:
@@ -211,7 +411,7 @@ def _with_upstream(
     return {name: deps for name, deps in upstream.items() if name in needed}
 
 
-def _stage(name: str, stage: Any, upstream: tuple[str, ...], stale: bool) -> Stage:
+def _stage(name: str, stage: Any, upstream: tuple[str, ...], stale: bool, portable: bool) -> Stage:
     cmd = stage.cmd if isinstance(stage.cmd, str) else "\n".join(stage.cmd)
     meta = stage.meta or {}
     timeout, retries, gpu = meta.get("timeout"), meta.get("retries", 0), meta.get("gpu", False)
@@ -223,14 +423,17 @@ def _stage(name: str, stage: Any, upstream: tuple[str, ...], stale: bool) -> Sta
         raise EBMError(f"dvc.yaml: {name}: meta.gpu: {gpu!r} is neither true nor false")
     params = tuple(key for dep in stage.deps for key in getattr(dep, "params", ()))
     outs = tuple(os.path.relpath(out.fs_path, stage.repo.root_dir) for out in stage.outs)
-    return Stage(name, cmd, upstream, stale, timeout, retries, gpu, params, outs)
+    return Stage(
+        name, cmd, upstream, stale, timeout, retries, gpu, params, outs, portable=portable
+    )
 
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Turn DVC's errors, and the system's, into one line."""
+    """Turn DVC's errors, git's and the system's into one line."""
     try:
-        yield
+        with map_scm_exception():
+            yield
     except (DvcException, OSError) as error:
         chain: list[str] = []
         cause: BaseException | None = error

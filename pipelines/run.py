@@ -120,15 +120,22 @@ def schedule(
 
 
 def reproduce(
-    stage: Stage, launcher: Launcher, log: Path, show: Callable[[str], None], force: bool
+    stage: Stage,
+    launcher: Launcher,
+    log: Path,
+    show: Callable[[str], None],
+    force: bool,
+    *more: str,
 ) -> bool:
     """Let DVC run a stage, once; show and keep what it prints. True if DVC restored it instead.
+
+    The launcher's target is given `more`.
 
     Raises:
         StageFailed: it failed, took too long or was cancelled.
     """
     tail: deque[str] = deque(maxlen=LAST_LINES)
-    process = launcher.start(stage.name, force, timeout=stage.timeout)
+    process = launcher.start(stage.name, force, *more, timeout=stage.timeout)
     with log.open("w", encoding="utf-8", buffering=1) as file:
         for line in process.lines():
             tail.append(line)
@@ -304,9 +311,11 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def main(execute: Callable[..., bool] = run) -> int:
-    """The command line, for this runner or another one with the same arguments."""
-    options = parser().parse_args()
+def main(
+    execute: Callable[..., bool] = run, grammar: argparse.ArgumentParser | None = None
+) -> int:
+    """The command line, for this runner or another one with the same arguments, or more."""
+    options = (grammar or parser()).parse_args()
 
     def validated() -> bool:
         from ebm import params

@@ -1,9 +1,15 @@
-"""Fixtures: float64, a root without a past, MLflow's database made once."""
+"""Fixtures: float64, a root without a past, MLflow's database made once, a Prefect server."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
 
+import httpx
 import pytest
+from toy_house import free_port, wait_for
 from tracking_store import Lookup, serving
 
 from pipelines import tracking
@@ -72,3 +78,39 @@ def cup(tmp_path, monkeypatch):
     from made_up_tables import publish_cup
 
     return publish_cup(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def prefect(tmp_path_factory):
+    """A Prefect server on the loopback, as a client and the environment of those who use it."""
+    home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    environment = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "true",
+    }
+    command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (
+        (home / "server.log").open("w") as log,
+        httpx.Client(base_url=environment["PREFECT_API_URL"], timeout=30) as client,
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        ) as server,
+    ):
+        try:
+            wait_for(lambda: healthy(client), 120)
+            yield client, environment
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def healthy(client):
+    try:
+        return client.get("/health").is_success
+    except httpx.TransportError:
+        return False

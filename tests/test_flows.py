@@ -3,11 +3,9 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 
-import httpx
 import psutil
 import pytest
 from toy_house import alive, built, wait_for
@@ -24,45 +22,6 @@ def house(tmp_path, tmp_path_factory):
     params = (house.root / "params.yaml").read_text()
     house.write("params.yaml", params.replace("steps: 1", "steps: 2"))
     return house
-
-
-@pytest.fixture(scope="session")
-def prefect(tmp_path_factory):
-    """A Prefect server on the loopback, as a client and the environment of those who use it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    home = tmp_path_factory.mktemp("prefect")
-    environment = {
-        "PREFECT_HOME": str(home),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "true",
-    }
-    command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (
-        (home / "server.log").open("w") as log,
-        httpx.Client(base_url=environment["PREFECT_API_URL"], timeout=30) as client,
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**os.environ, **environment},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        ) as server,
-    ):
-        try:
-            wait_for(lambda: healthy(client), 120)
-            yield client, environment
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-
-
-def healthy(client):
-    try:
-        return client.get("/health").is_success
-    except httpx.TransportError:
-        return False
 
 
 def runs(client, kind="flow_runs", **filters):

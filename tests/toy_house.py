@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+from ruamel.yaml import YAML
 
 T = TypeVar("T")
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -148,6 +150,27 @@ class House:
         """The stages that have come to their end, in that order."""
         return [stage for _, stage, _, _ in self.events("end")]
 
+    def commit(self, message: str = "Everything") -> None:
+        """Commit what is not ignored; what stages are told, and their events, are."""
+        self.write(".gitignore", "/events\n/told/\n/.checkpoints/\n/reports/\n__pycache__/\n")
+        self.git("add", "-A")
+        self.git("commit", "-q", "-m", message)
+
+    def clone(self, root: Path) -> "House":
+        """A clone of it, in which no stage has run."""
+        subprocess.run(["git", "clone", "-q", self.root, root], check=True)
+        (root / "told").mkdir()
+        return House(root)
+
+    def git(self, *arguments: str) -> str:
+        """What git says."""
+        command = ["git", "-c", "user.name=Ada", "-c", "user.email=ada@example.org", *arguments]
+        return subprocess.run(command, cwd=self.root, check=True, stdout=-1, text=True).stdout
+
+    def lock(self) -> dict[str, object]:
+        """The entries of its `dvc.lock`, by stage."""
+        return YAML(typ="safe").load(self.root / "dvc.lock")["stages"]
+
     def forget(self) -> None:
         """Forget the events so far."""
         (self.root / "events").unlink(missing_ok=True)
@@ -217,3 +240,10 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
