@@ -9,7 +9,7 @@ from typing import Any
 
 from ebm import EBMError, params
 from pipelines import page, results, typeset
-from pipelines.spool import public
+from pipelines.spool import Spool, public
 from pipelines.timeline import WORDS, Rebuild, clock
 from pipelines.words import AREAS, METRICS, Metric
 
@@ -36,8 +36,11 @@ class Experiment:
 
     @property
     def address(self) -> str:
-        """The page of its training in MLflow, empty if that was not tracked."""
-        run = self.result.record.mlflow_run_id
+        """The page of its training in MLflow, empty if that was not tracked, or not delivered
+        yet."""
+        record = self.result.record
+        state = Spool(record.tracking_key).state() if record.tracking_key else None
+        run = record.mlflow_run_id or (state and state.mlflow_run_id)
         return f"{_mlflow()}/#/runs/{run}" if run else ""
 
 
@@ -119,7 +122,11 @@ def figures(found: Sequence[Experiment]) -> str:
 def _section(experiment: Experiment) -> Iterator[str]:
     yield f"## {experiment.title}"
     state = "" if experiment.ran else "up to date"
-    link = f"[training in MLflow]({experiment.address})" if experiment.address else "not tracked"
+    link = (
+        f"[training in MLflow]({experiment.address})"
+        if experiment.address
+        else "not in MLflow (yet)"
+    )
     yield ", ".join(filter(None, (link, state)))
     for picture in experiment.result.pictures[: None if experiment.ran else 1]:
         yield f"![{picture.title}]({page.data_uri(picture)})"

@@ -8,6 +8,7 @@ import pytest
 from test_report import MEG, RBM, ROOT, make
 
 from pipelines import summary
+from pipelines.spool import Spool, State
 from pipelines.timeline import UP_TO_DATE, Entry, Rebuild
 
 
@@ -119,6 +120,17 @@ def test_a_link_leads_to_the_run_where_it_is_tracked(found, monkeypatch):
     assert found[0].address.startswith("http://127.0.0.1:5000/")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example/")
     assert found[0].address == f"https://mlflow.example/#/runs/{run}"
+
+
+def test_a_run_that_was_delivered_after_its_training_has_a_link_too(found, monkeypatch, tmp_path):
+    """`run.json` waits a few seconds for MLflow's id, no longer."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    late = found[1]
+    assert late.result.record.mlflow_run_id is None
+    spool = Spool(late.result.record.tracking_key)
+    spool.events.parent.mkdir(parents=True)
+    spool.save(State(mlflow_run_id="e" * 32))
+    assert late.address.endswith(f"/#/runs/{'e' * 32}")
 
 
 def test_keys_are_such_as_prefect_allows(found):
