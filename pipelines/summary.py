@@ -22,8 +22,8 @@ MLFLOW_UI = "http://127.0.0.1:5000"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One that has been evaluated; `title` is its name, in paper/ with that in front. `ran`: the
-    rebuild did something for it."""
+    """One that has been evaluated; `title` is its name, in paper/ with that in front. `ran`: a
+    command of it ran, and not all came from DVC's cache."""
 
     title: str
     result: results.Result
@@ -71,7 +71,7 @@ def experiments(last: Rebuild, root: Path) -> list[Experiment]:
         path, stage = entry.stage.rpartition("dvc.yaml:")[::2]
         group, _, name = stage.partition("@")
         if group in GROUPS and name:
-            ran[path, name] = ran.get((path, name), False) or entry.ran
+            ran[path, name] = ran.get((path, name), False) or (entry.ran and not entry.restored)
     return [found for (path, name), r in ran.items() for found in _read(root, path, name, r)]
 
 

@@ -68,8 +68,13 @@ def test_experiments_are_those_of_the_plan_that_are_evaluated(found):
     assert [(one.title, one.ran) for one in found] == [
         (MEG, True),
         (RBM, False),
-        (f"paper/{MEG}", True),
+        (f"paper/{MEG}", False),
     ]
+
+
+def test_what_was_restored_was_not_measured_now(project):
+    (restored,) = summary.experiments(rebuild(done(f"evaluate@{RBM}", restored=True)), project)
+    assert {row["measured"] for row in summary.table([restored])} == {"before"}
 
 
 def test_an_experiment_of_which_a_file_is_missing_is_left_out(project, tmp_path):
