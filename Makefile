@@ -38,11 +38,12 @@ ui: $(BIN)/.synced  ## Open the tracked runs at http://127.0.0.1:5000
 	python -m pipelines.tracking
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
 
-benchmark: $(BIN)/.synced  ## Time samplers, MEG and flows beside their peers (THREADS=n)
+benchmark: $(BIN)/.synced  ## Time samplers, MEG, flows and orchestration beside their peers (THREADS=n)
 	uv pip install -q --python $(BIN)/python --group benchmark
 	python -m benchmarks.samplers --threads $(THREADS)
 	python -m benchmarks.meg --threads $(THREADS)
 	python -m benchmarks.flow --threads $(THREADS)
+	python -m benchmarks.orchestration
 
 $(BIN)/.synced: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed" if sys.version_info < (3, 11) else 0)'

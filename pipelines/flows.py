@@ -102,6 +102,8 @@ def pipeline(
         keep_going: After a failure, go on with what does not depend on the failed stage.
         dask: The address of a Dask scheduler (`tcp://host:8786`) on whose workers the stages run.
     """
+    if runtime.deployment.id:
+        end_with_parent()
     started = time.time()
     plan = dag.plan(targets, made_elsewhere=bool(dask))
     stages = plan.stages if force else plan.stale
@@ -366,6 +368,22 @@ def _task(name: str, body: Callable[..., Any], **options: Any) -> Task[[], Any]:
     return Task(
         body, name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, **options
     )
+
+
+def end_with_parent() -> None:
+    """From now on, end when the worker that started this flow dies without a word.
+
+    It gives a flow a session of its own, so that no signal to its own reaches us. Our stages end
+    with us. Without this, Prefect would ask a server that is gone for its consent, for minutes.
+    """
+    worker = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == worker:
+            time.sleep(POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from ebm import EBMError, params
 from pipelines import page, results, typeset
-from pipelines.spool import public
+from pipelines.spool import Spool, public
 from pipelines.timeline import WORDS, Rebuild, clock
 from pipelines.words import AREAS, METRICS, Metric
 
@@ -22,8 +22,8 @@ MLFLOW_UI = "http://127.0.0.1:5000"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One that has been evaluated; `title` is its name, in paper/ with that in front. `ran`: the
-    rebuild did something for it."""
+    """One that has been evaluated; `title` is its name, in paper/ with that in front. `ran`: a
+    command of it ran, and not all came from DVC's cache."""
 
     title: str
     result: results.Result
@@ -36,8 +36,11 @@ class Experiment:
 
     @property
     def address(self) -> str:
-        """The page of its training in MLflow, empty if that was not tracked."""
-        run = self.result.record.mlflow_run_id
+        """The page of its training in MLflow, empty if that was not tracked, or not delivered
+        yet."""
+        record = self.result.record
+        state = Spool(record.tracking_key).state() if record.tracking_key else None
+        run = record.mlflow_run_id or (state and state.mlflow_run_id)
         return f"{_mlflow()}/#/runs/{run}" if run else ""
 
 
@@ -68,7 +71,7 @@ def experiments(last: Rebuild, root: Path) -> list[Experiment]:
         path, stage = entry.stage.rpartition("dvc.yaml:")[::2]
         group, _, name = stage.partition("@")
         if group in GROUPS and name:
-            ran[path, name] = ran.get((path, name), False) or entry.ran
+            ran[path, name] = ran.get((path, name), False) or (entry.ran and not entry.restored)
     return [found for (path, name), r in ran.items() for found in _read(root, path, name, r)]
 
 
@@ -119,7 +122,11 @@ def figures(found: Sequence[Experiment]) -> str:
 def _section(experiment: Experiment) -> Iterator[str]:
     yield f"## {experiment.title}"
     state = "" if experiment.ran else "up to date"
-    link = f"[training in MLflow]({experiment.address})" if experiment.address else "not tracked"
+    link = (
+        f"[training in MLflow]({experiment.address})"
+        if experiment.address
+        else "not in MLflow (yet)"
+    )
     yield ", ".join(filter(None, (link, state)))
     for picture in experiment.result.pictures[: None if experiment.ran else 1]:
         yield f"![{picture.title}]({page.data_uri(picture)})"

@@ -8,6 +8,7 @@ import pytest
 from test_report import MEG, RBM, ROOT, make
 
 from pipelines import summary
+from pipelines.spool import Spool, State
 from pipelines.timeline import UP_TO_DATE, Entry, Rebuild
 
 
@@ -67,8 +68,13 @@ def test_experiments_are_those_of_the_plan_that_are_evaluated(found):
     assert [(one.title, one.ran) for one in found] == [
         (MEG, True),
         (RBM, False),
-        (f"paper/{MEG}", True),
+        (f"paper/{MEG}", False),
     ]
+
+
+def test_what_was_restored_was_not_measured_now(project):
+    (restored,) = summary.experiments(rebuild(done(f"evaluate@{RBM}", restored=True)), project)
+    assert {row["measured"] for row in summary.table([restored])} == {"before"}
 
 
 def test_an_experiment_of_which_a_file_is_missing_is_left_out(project, tmp_path):
@@ -119,6 +125,17 @@ def test_a_link_leads_to_the_run_where_it_is_tracked(found, monkeypatch):
     assert found[0].address.startswith("http://127.0.0.1:5000/")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example/")
     assert found[0].address == f"https://mlflow.example/#/runs/{run}"
+
+
+def test_a_run_that_was_delivered_after_its_training_has_a_link_too(found, monkeypatch, tmp_path):
+    """`run.json` waits a few seconds for MLflow's id, no longer."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    late = found[1]
+    assert late.result.record.mlflow_run_id is None
+    spool = Spool(late.result.record.tracking_key)
+    spool.events.parent.mkdir(parents=True)
+    spool.save(State(mlflow_run_id="e" * 32))
+    assert late.address.endswith(f"/#/runs/{'e' * 32}")
 
 
 def test_keys_are_such_as_prefect_allows(found):
