@@ -1,14 +1,14 @@
 """An Optuna study on disk: what its trials try, and how they ended. The only module that imports
 Optuna.
 
-`study.db` is an SQLite database, so it is whole whatever is killed. A process that opens a study
-has it for itself, by a lock that the kernel takes back when the process is gone. So a trial that
-is found RUNNING then was left by a dead process: it is taken up again, under its number and with
-its parameters, before any new one begins. Every trial that has begun thus ends once, and their
-number is exact.
+`journal.log` holds every change, one a line. A process that opens a study has it for itself, by a
+lock that the kernel takes back when the process is gone. So a line without an end was cut off by a
+kill, and goes. And a trial that is RUNNING was left by a dead process: it is taken up again, under
+its number and with its parameters, before any new one begins. Every trial that has begun thus ends
+once, and their number is exact.
 
 What a trial tries is drawn from (seed, number) and the trials that were over when it began: trials
-one at a time are the same whether the sweep was killed on the way or not.
+one at a time are the same whether the sweep was killed while one ran or not.
 """
 
 import fcntl
@@ -25,7 +25,8 @@ from typing import Any, Literal
 import optuna
 from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
-from optuna.storages import RDBStorage
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from ebm import EBMError
@@ -158,19 +159,33 @@ def opened(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise EBMError(f"study {folder.name}: another sweep is at work on it") from None
-        storage = RDBStorage(f"sqlite:///{folder.resolve()}/study.db")
-        try:
-            study = optuna.create_study(
-                storage=storage,
-                study_name=folder.name,
-                direction="maximize" if better > 0 else "minimize",
-                load_if_exists=True,
-                pruner=MedianPruner(STARTUP, round(WARMUP * steps)),
-            )
-            yield Study(study, space, seed, _key(study, json.loads(json.dumps(settings))))
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
+        study = optuna.create_study(
+            storage=_storage(folder / "journal.log"),
+            study_name=folder.name,
+            direction="maximize" if better > 0 else "minimize",
+            load_if_exists=True,
+            pruner=MedianPruner(STARTUP, round(WARMUP * steps)),
+        )
+        yield Study(study, space, seed, _key(study, json.loads(json.dumps(settings))))
+
+
+class Held:
+    """In place of Optuna's lock, which a killed process would leave behind: ours is held."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def _storage(path: Path) -> JournalStorage:
+    """The journal at `path`, without a last line that has no end."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        whole, end, _ = file.read().rpartition(b"\n")
+        file.truncate(len(whole + end))
+    return JournalStorage(JournalFileBackend(str(path), Held()))
 
 
 def _key(study: optuna.Study, settings: Mapping[str, Any]) -> str:

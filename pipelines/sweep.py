@@ -43,8 +43,12 @@ NOT_READY = "what the trials need could not be brought up to date"
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep whose every part was found to be right. `upstream`: the stages that no trial
-    changes; `better`: +1 if a higher metric is better, -1 if a lower one."""
+    """A sweep whose every part was found to be right.
+
+    Attributes:
+        upstream: the stages that no trial changes and that are not up to date.
+        better: +1 if a higher metric is better, -1 if a lower one.
+    """
 
     recipe: Recipe
     space: Space
@@ -97,7 +101,7 @@ def plan(
         stages=own,
         linked=[out for one in stages if one not in own for out in one.outs],
     )
-    upstream = tuple(one.name for one in stages if one not in own)
+    upstream = tuple(one.name for one in stages if one not in own and one.stale)
     return Sweep(recipe, spanned, upstream, better, trials, seed)
 
 

@@ -1,0 +1,412 @@
+"""A sweep ends with exactly the trials that were asked for, whatever is killed, and its patch
+changes the best parameters and nothing else."""
+
+import csv
+import itertools
+import json
+import random
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import psutil
+import pytest
+import sweep_house
+from toy_house import CHECKOUT, alive, wait_for
+from tracking_store import MLFLOW_WARNS, Lookup
+
+from ebm import EBMError, params
+from pipelines import dag, patch, space, study, sweep, trial
+
+slow = pytest.mark.slow
+PARAMS = (CHECKOUT / "params.yaml").read_text(encoding="utf-8")
+RATE = space.Range("model.learning_rate", 1e-4, 1e-1, log=True)
+HIDDEN = space.Range("model.hidden", 50, 400, log=False)
+SPACE = (RATE, HIDDEN, space.Choice("model.k", ("1", "5", "10")))
+
+
+def parse(*arguments):
+    return space.parse(arguments, PARAMS, "rbm-digits")
+
+
+def test_the_grammar_has_ranges_of_the_type_in_params_and_choices():
+    given = "model.learning_rate=1e-4..1e-1:log", "model.hidden=50..400", "model.k=1,5,10"
+    assert parse(*given) == SPACE
+    assert parse("model.momentum=0..1") == (space.Range("model.momentum", 0.0, 1.0, log=False),)
+    (watch,) = parse("train.watch={limits: {}, restarts: 0}, {limits: {a: 1.0}, restarts: 1}")
+    assert watch.options == ("{limits: {}, restarts: 0}", "{limits: {a: 1.0}, restarts: 1}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "complaint"),
+    [
+        ("model.hiden=1..2", "model.hiden: no such key; did you mean 'hidden'?"),
+        ("model.hidden", "expected KEY=LOW..HIGH, KEY=LOW..HIGH:log or KEY=A,B,C"),
+        ("model.hidden=9..1", "9 is not below 1"),
+        ("model.hidden=1..x", "'x' is not a number"),
+        ("model.hidden=1..9:lin", "after the colon only 'log' may stand"),
+        ("model.momentum=0..1:log", "a logarithm needs a lower end above 0"),
+        ("model.k=1,1", "a value is given twice"),
+        ("model.k=[1", "not values of YAML"),
+        ("model=1", "a block of several lines; name a key in it"),
+        ("dataset=digits-grey", "another dataset is another experiment"),
+        ("model.hidden=0..9", "params.yaml: experiments.rbm-digits.model.hidden = 0: should be"),
+        ("model.hidden=0.5..9", "should be a valid integer"),
+        ("model.k=1,five", "model.k = 'five': should be a valid integer"),
+    ],
+)
+def test_a_search_that_cannot_be_is_one_line(argument, complaint):
+    with pytest.raises(EBMError) as error:
+        parse(argument)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_is_searched_once():
+    with pytest.raises(EBMError, match=r"model.k: given twice"):
+        parse("model.k=1,2", "model.k=3,4")
+
+
+@pytest.mark.parametrize("number", [1e-05, 1.5e-07, 0.1, 1e22, 12, -3.0])
+def test_a_number_is_one_for_every_reader_of_yaml(number):
+    text = patch.scalar(number)
+    assert patch.value(text) == number
+    assert "e" not in text or "." in text  # YAML 1.1 takes 1e-05 for a text
+
+
+def test_a_number_of_a_range_is_short_and_within_it():
+    narrow = space.Range("x", 0.12346, 0.123478, log=False)
+    assert narrow.text(0.12347) == "0.123478"  # 0.1235 is beyond
+    assert RATE.text(0.001234567) == "0.001235"
+    assert HIDDEN.text(123) == "123"
+
+
+def test_what_is_replaced_is_all_that_changes():
+    texts = {"model.learning_rate": "0.01", "model.k": "5", "sample.steps": "7"}
+    new = space.patched(PARAMS, "rbm-digits", texts)
+    old_lines, new_lines = PARAMS.splitlines(), new.splitlines()
+    changed = [(a, b) for a, b in zip(old_lines, new_lines, strict=True) if a != b]
+    assert changed == [
+        ("      k: 1", "      k: 5"),
+        ("      learning_rate: 0.1", "      learning_rate: 0.01"),
+        ("    sample: {count: 512, steps: 3000}", "    sample: {count: 512, steps: 7}"),
+    ]
+    assert patch.value(new)["experiments"]["rbm-digits-cd1"]["model"]["k"] == 1
+
+
+def test_a_value_that_an_anchor_shares_is_not_replaced():
+    shared = "a: {x: &one 1}\nb: {y: *one}\n"
+    with pytest.raises(EBMError, match="cannot be changed each by itself"):
+        patch.replaced(shared, {"a.x": "2"})
+    with pytest.raises(EBMError, match="cannot be changed each by itself"):
+        patch.replaced("a:\n  x:\n", {"a.x": "2"})  # an empty value has no place
+
+
+def test_the_patch_is_one_for_git(tmp_path):
+    for text in (PARAMS, PARAMS.rstrip("\n")):
+        (tmp_path / "params.yaml").write_text(text)
+        new = space.patched(text, "fce-digits", {"evaluate.grid": "3", "model.radius": "0.5"})
+        difference = patch.diff(text, new, "params.yaml")
+        command = ["git", "apply", "--unsafe-paths", f"--directory={tmp_path}"]
+        subprocess.run(command, input=difference, text=True, check=True, cwd=tmp_path)
+        assert (tmp_path / "params.yaml").read_text() == new
+        params.load(tmp_path / "params.yaml")
+
+
+def stage(name, *upstream, params=()):
+    return dag.Stage(name, "true", upstream, False, params=tuple(params))
+
+
+def test_a_trial_is_what_depends_on_the_searched():
+    chain = [
+        stage("prepare", params=["datasets.d"]),
+        stage("train", "prepare", params=["experiments.e.model"]),
+        stage("sample", "train", params=["experiments.e.sample"]),
+        stage("evaluate", "sample", "prepare", params=["experiments.e.evaluate"]),
+    ]
+
+    def names(*keys):
+        return [one.name for one in sweep.dependent(chain, keys)]
+
+    assert names("experiments.e.model.hidden") == ["train", "sample", "evaluate"]
+    assert names("experiments.e.sample") == ["sample", "evaluate"]
+    assert names("experiments.e.sample.steps", "experiments.e.evaluate.grid") == names(
+        "experiments.e.sample.steps"
+    )
+    assert names("experiments.e.modelling") == []
+
+
+def opened(folder, spanned=SPACE, **changes):
+    options = {"settings": {"metric": "m"}, "better": 1, "steps": 100, "seed": 0, **changes}
+    return study.opened(folder / "s", space=spanned, **options)
+
+
+def outcome_of(tried):
+    """A trial without processes: every seventh fails, every fifth is pruned."""
+    rate = float(tried.texts["model.learning_rate"])
+    if tried.number % 7 == 6:
+        return trial.Outcome(tried, "failed", 0.0, reason="diverged")
+    if tried.number % 5 == 4:
+        return trial.Outcome(tried, "pruned", 0.0, reason="hopeless")
+    return trial.Outcome(tried, "done", 0.0, -rate)
+
+
+def conduct(opened_study, work, wanted, jobs=1):
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(sweep.schedule(opened_study, work, pool, jobs, wanted))
+
+
+class KilledError(BaseException):
+    pass
+
+
+def test_as_many_trials_end_as_were_asked_for_and_more_can_be_added(tmp_path):
+    with opened(tmp_path) as begun:
+        assert len(conduct(begun, outcome_of, 8, jobs=3)) == 8
+        assert conduct(begun, outcome_of, 8, jobs=3) == []
+        assert len(conduct(begun, outcome_of, 11, jobs=3)) == 3
+        assert begun.finished() == len(begun.records()) == 11
+
+
+def test_trials_that_were_killed_go_on_and_no_trial_comes_out_different(tmp_path):
+    with opened(tmp_path / "whole") as begun:
+        conduct(begun, outcome_of, 12)
+        expected = begun.records()
+    chance, deaths = random.Random(0), 0
+
+    def work(tried):
+        if chance.random() < 0.4:
+            raise KilledError
+        return outcome_of(tried)
+
+    while True:
+        with opened(tmp_path / "killed") as begun:
+            try:
+                conduct(begun, work, 12)
+                break
+            except KilledError:
+                deaths += 1
+    with opened(tmp_path / "killed") as begun:
+        assert begun.records() == expected
+    assert deaths > 2
+    assert {record.state for record in expected} == {"done", "pruned", "failed"}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_kill_at_any_change_of_the_journal_leaves_the_number_exact(tmp_path, monkeypatch, share):
+    """Every process dies soon, at a change of which a part has come to the disk."""
+    append = study.JournalFileBackend.append_logs
+
+    def append_or_die(backend, logs):
+        if next(changes) == 2 + deaths % 3:
+            line = "".join(f"{json.dumps(log)}\n" for log in logs)
+            with open(backend._file_path, "a") as file:
+                file.write(line[: round(share * len(line))])
+            raise KilledError
+        append(backend, logs)
+
+    monkeypatch.setattr(study.JournalFileBackend, "append_logs", append_or_die)
+    for deaths in itertools.count():  # noqa: B007 (a function above reads it)
+        changes = itertools.count()
+        with suppress(KilledError), opened(tmp_path) as begun:
+            conduct(begun, outcome_of, 6)
+            break
+    assert deaths > 10
+    assert [record.trial.number for record in begun.records()] == list(range(6))
+    assert begun.finished() == 6
+
+
+def test_what_was_left_is_not_taken_up_if_no_more_is_asked_for(tmp_path):
+    def work(tried):
+        if tried.number == 2:
+            raise KilledError
+        return outcome_of(tried)
+
+    with opened(tmp_path) as begun, pytest.raises(KilledError):
+        conduct(begun, work, 5)
+    with opened(tmp_path) as begun:
+        assert conduct(begun, outcome_of, 2) == []
+        (outcome,) = conduct(begun, outcome_of, 3)
+    assert outcome.trial.number == 2
+
+
+def test_a_study_belongs_to_one_process(tmp_path):
+    with (
+        opened(tmp_path),
+        pytest.raises(EBMError, match="another sweep is at work"),
+        opened(tmp_path),
+    ):
+        pass
+
+
+def test_a_study_goes_on_only_with_what_it_began_with(tmp_path):
+    with opened(tmp_path, settings={"metric": "m", "search": {"a": "1"}}):
+        pass
+    with (
+        pytest.raises(EBMError, match="began with another search; --study NAME"),
+        opened(tmp_path, settings={"metric": "m", "search": {"a": "2"}}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("better", "number"), [(1, 0), (-1, 3)])
+def test_the_best_is_the_first_of_equals_among_those_done(tmp_path, better, number):
+    values = [3.0, 3.0, None, 1.0, 1.0]
+
+    def work(tried):
+        value = values[tried.number]
+        return trial.Outcome(tried, "done" if value else "pruned", 0.0, value)
+
+    with opened(tmp_path, better=better) as begun:
+        conduct(begun, work, 5)
+        assert begun.best().trial.number == number
+
+
+def test_a_trial_worse_than_the_median_is_pruned_after_the_warm_up(tmp_path):
+    """Of 100 steps the first quarter is warm-up, and the first five trials are spared."""
+    asked = {}
+
+    def work(tried):
+        good = 0.0 if tried.number == 6 else 1.0
+        steps = range(10, 101, 10)
+        asked[tried.number] = [begun.report(tried.number, step, good) for step in steps]
+        return outcome_of(tried)
+
+    with opened(tmp_path) as begun:
+        conduct(begun, work, 7)
+    assert not any(any(asked[number]) for number in range(6))
+    assert asked[6] == [False, False] + [True] * 8
+
+
+def test_steps_that_were_reported_are_remembered(tmp_path):
+    def work(tried):
+        begun.report(tried.number, 10, 0.5)
+        begun.report(tried.number, 20, 0.5)
+        raise KilledError
+
+    with opened(tmp_path) as begun, pytest.raises(KilledError):
+        conduct(begun, work, 1)
+    with opened(tmp_path) as begun:
+        assert begun.reported(begun.next(1).number) == 20
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    for name in ("EBM_TRACKING", "MLFLOW_TRACKING_URI", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    return sweep_house.build(tmp_path / "house")
+
+
+OPTIONS = (
+    *("rbm-digits", "--metric", "log_likelihood", "-j2"),
+    *("--search", "model.hidden=50..100", "--search", "model.learning_rate=0.1,1.0"),
+)
+
+
+def swept(house, *options, **environment):
+    return house.run(*OPTIONS, *options, module="sweep", **environment)
+
+
+def table(house, name="rbm-digits"):
+    with open(house.root / ".sweeps" / name / "trials.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@slow
+def test_a_sweep_ends_with_the_best_parameters_in_params(house):
+    house.write("told", json.dumps({"diverges": list(range(85, 101))}))
+    code, output = swept(house, "--trials", "8", EBM_TRACKING="0")
+    assert code == 0, output
+    rows = table(house)
+    assert len(rows) == 8
+    failed = [row for row in rows if row["state"] == "failed"]
+    assert all("exit code 1" in row["reason"] for row in failed)
+    assert "    error: diverged" in output.splitlines() or not failed
+    best = max((row for row in rows if row["value"]), key=lambda row: float(row["value"]))
+    before = (house.root / "params.yaml").read_text()
+    subprocess.run(["git", "apply", ".sweeps/rbm-digits/best.patch"], cwd=house.root, check=True)
+    after = (house.root / "params.yaml").read_text()
+    texts = {key: best[key] for key in ("model.hidden", "model.learning_rate")}
+    assert after == space.patched(before, "rbm-digits", texts)
+    params.load(house.root / "params.yaml")
+    code, output = swept(house, "--trials", "8", "--apply", EBM_TRACKING="0")
+    assert "params.yaml has these parameters already" in output, output
+
+
+@slow
+def test_a_sweep_killed_half_way_leaves_no_process_and_ends_exactly(house):
+    house.write("told", json.dumps({"seconds": 1.0, "child": True}))
+    with house.start(*OPTIONS, "--trials", "6", module="sweep", EBM_TRACKING="0") as process:
+        wait_for(lambda: len(house.events("end")) >= 6, 120)
+        wait_for(lambda: len(house.events("start")) > len(house.events("end")), 60)
+        below = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        process.kill()
+        process.communicate(timeout=30)
+    running = [pid for _, _, _, pid in house.events("start")]
+    wait_for(lambda: not any(map(alive, below + running)), 30)
+    begun = {name for kind, name, *_ in house.events("start")}
+    house.write("told", "{}")
+    code, output = swept(house, "--trials", "6", EBM_TRACKING="0")
+    assert code == 0, output
+    assert [(row["trial"], row["state"]) for row in table(house)] == [
+        (str(number), "done") for number in range(6)
+    ]
+    ends = [name for _, name, *_ in house.events("end") if name.startswith("evaluate")]
+    assert sorted(ends) == [f"evaluate trial-{number}" for number in range(6)]
+    assert len(begun) > 2
+
+
+@slow
+@pytest.mark.parametrize(("ends", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_sweep_says_so_and_fails_no_trial(house, ends, code):
+    house.write("told", json.dumps({"seconds": 60.0}))
+    with house.start(*OPTIONS, "--trials", "2", module="sweep", EBM_TRACKING="0") as process:
+        wait_for(lambda: len(house.events("start")) >= 3, 120)  # prepare, and two trials
+        process.send_signal(ends)
+        process.communicate(timeout=30)
+    assert process.returncode == code
+    house.write("told", "{}")
+    code, output = swept(house, "--trials", "2", EBM_TRACKING="0")
+    assert code == 0, output
+    assert [row["state"] for row in table(house)] == ["done", "done"]
+
+
+@slow
+def test_what_is_not_searched_is_not_trained_again(house):
+    search = ("--search", "evaluate.burn_in=10..20", "--metric", "burn_in", "--higher")
+    code, output = house.run("rbm-digits", *search, "--trials", "3", module="sweep")
+    assert code == 0, output
+    trained = [name for _, name, *_ in house.events("end") if name.startswith("train")]
+    assert trained == ["train house"]
+
+
+@slow
+@MLFLOW_WARNS
+def test_a_study_is_the_parent_of_its_trials_in_mlflow_and_the_bad_are_pruned(house):
+    house.write("told", json.dumps({"seconds": 4.0}))
+    pruned = ("--prune-by", "loss:lower", "--trials", "9", "--seed", "1")
+    code, output = swept(house, *pruned)
+    assert code == 0, output
+    states = [row["state"] for row in table(house)]
+    assert "pruned" in states
+    delivered = house.run(module="tracking")
+    assert delivered[0] == 0, delivered
+    store = Lookup(f"sqlite:///{house.root}/mlflow.db")
+    runs = store.runs()
+    (parent,) = [run for run in runs if run.info.run_name == "rbm-digits"]
+    children = {run.data.tags["sweep.trial"]: run for run in runs if run is not parent}
+    assert sorted(children) == [str(number) for number in range(9)]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {
+        parent.info.run_id
+    }
+    assert [children[str(n)].data.tags["sweep.state"] for n in range(9)] == states
+    for row in table(house):
+        child = children[row["trial"]]
+        assert child.data.params["model.hidden"] == row["model.hidden"]
+        assert child.info.status == trial.CLOSED[row["state"]]
+    assert parent.data.metrics["trials_done"] == states.count("done")
+    assert parent.data.params["search.model.hidden"] == "50..100"
+    best = max(float(row["value"]) for row in table(house) if row["value"])
+    assert parent.data.metrics["best"] == best
+    assert parent.info.status == "FINISHED"
