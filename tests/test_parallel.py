@@ -122,9 +122,6 @@ def shared(tmp_path_factory):
         except t.Killed:
             pass
         torch.save(t.quadratic(), folder / f"gradient {rank}.pt")
-        torch.manual_seed(0)
-        with parallel.same_draws():
-            torch.save(t.drawn(4), folder / f"draws {rank}.pt")
         for count, case in [(9, "rbm"), (10, "rbm, an ensemble")]:
             try:
                 t.train(case, folder / "refused", batch_size=count)
@@ -163,8 +160,8 @@ def test_two_processes_end_with_the_weights_of_one(double, stratified, shared, t
     assert_close(state, weights(model), ROUNDED.get(case, CLOSE))
     assert [row["step"] for row in history] == [row["step"] for row in expected]
     for row, other in zip(history, expected, strict=True):
-        gap = other["energy_gap"]
-        assert row["energy_gap"] == pytest.approx(gap, rel=1e-6, abs=1e-9)
+        close = pytest.approx(other["energy_gap"], rel=1e-2 if case in ROUNDED else 1e-6, abs=1e-9)
+        assert row["energy_gap"] == close
 
 
 def test_every_variant_is_among_the_cases():
@@ -221,33 +218,66 @@ def test_the_gradient_is_that_of_the_whole_batch(double, gradients):
     torch.testing.assert_close(gradients[0], quadratic(), **CLOSE)
 
 
-def test_several_processes_draw_what_one_draws(double, shared):
-    parts = [torch.load(shared / f"draws {rank}.pt") for rank in (0, 1)]
+DRAWN = {
+    "rand": lambda n: torch.rand(n),
+    "rand of a size": lambda n: torch.rand(size=(n, 3)),
+    "randn": lambda n: torch.randn(n, 3),
+    "randn of a tuple": lambda n: torch.randn((n, 3), dtype=torch.float),
+    "randint": lambda n: torch.randint(9, (n, 2)),
+    "randint between": lambda n: torch.randint(3, 9, size=(n,)),
+    "rand_like of one row": lambda n: torch.rand_like(torch.zeros(1, 5).expand(n, 5)),
+    "randn_like, channels last": lambda n: torch.randn_like(
+        torch.zeros(n, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    ),
+    "uniform_": lambda n: torch.empty(n, 2).uniform_(-1, 2),
+    "dropout": lambda n: torch.nn.functional.dropout(torch.full((n, 30), 3.0), 0.3),
+    "a distribution": lambda n: torch.distributions.Normal(torch.zeros(3), 1.0).rsample((n,)),
+}
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Calls a function with the draws that one process of several makes in a step."""
+
+    def call(rank, world, function):
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel, "rank", lambda: rank)
+            patch.setattr(parallel, "world", lambda: world)
+            torch.manual_seed(0)
+            with parallel.same_draws():
+                return function()
+
+    return call
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", DRAWN)
+def test_several_processes_draw_the_rows_that_one_draws(name, world, as_rank):
+    """And what comes next as well: a number alike in all of them, rows of their own."""
+
+    def draws(n):
+        return DRAWN[name](n), torch.rand(()), torch.rand(n)
+
     torch.manual_seed(0)
-    *expected, order = drawn(8)
-    for *pair, whole in zip(*parts, expected, strict=False):
-        torch.testing.assert_close(torch.stack(pair, 1).flatten(0, 1), whole, rtol=0, atol=0)
-    for rank, part in enumerate(parts):
-        assert part[-1].tolist() == (order[order % 2 == rank] // 2).tolist()
+    first, number, last = draws(4 * world)
+    for rank in range(world):
+        ours = as_rank(rank, world, lambda: draws(4))
+        assert torch.equal(ours[0], first[rank::world])
+        assert torch.equal(ours[1], number)
+        assert torch.equal(ours[2], last[rank::world])
 
 
-def drawn(n):
-    """One draw of every kind, of n rows; memory not in the order of the axes where it can be."""
-    like = torch.ones(n, 3, 2, 2).contiguous(memory_format=torch.channels_last)
-    normal = torch.distributions.Normal(torch.zeros(n, 2), torch.ones(n, 2))
-    return [
-        torch.rand(n),
-        torch.randn(n, 3),
-        torch.randn((n, 3)),
-        torch.randint(10, (n, 2)),
-        torch.randint(3, 10, (n,)),
-        torch.rand_like(like),
-        torch.randn_like(like),
-        torch.nn.functional.dropout(like, 0.3),
-        normal.rsample(),
-        torch.empty(n, 2).uniform_(-1, 1),
-        torch.randperm(n),
-    ]
+def test_a_process_permutes_its_own_rows_as_the_permutation_of_all_does(as_rank):
+    torch.manual_seed(0)
+    order = torch.randperm(12)
+    for rank in range(3):
+        found = as_rank(rank, 3, lambda: torch.randperm(4))
+        assert found.tolist() == [row // 3 for row in order.tolist() if row % 3 == rank]
+
+
+def test_what_would_be_drawn_alike_by_all_is_refused(as_rank):
+    with pytest.raises(NotImplementedError, match="bernoulli"):
+        as_rank(0, 2, lambda: torch.bernoulli(torch.ones(3)))
 
 
 def test_one_process_is_left_alone():

@@ -184,20 +184,30 @@ def _as_it_is(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return function(*args, **kwargs)
 
 
-def _of_size(function: Callable[..., Tensor], *size: Any, **kwargs: Any) -> Tensor:
+def _of_size(
+    function: Callable[..., Tensor], *args: Any, size: Any = None, **kwargs: Any
+) -> Tensor:
     """torch.rand, torch.randn."""
-    if "generator" in kwargs or not size:
-        return function(*size, **kwargs)
-    n, *rest = size[0] if isinstance(size[0], Sequence) else size
-    return mine(function((world() * n, *rest), **kwargs)).contiguous()
+    size = size or (args[0] if args and isinstance(args[0], Sequence) else args)
+    return _rows(lambda whole: function(whole, **kwargs), size, kwargs)
 
 
-def _integers(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def _integers(
+    function: Callable[..., Tensor], *bounds: Any, size: Any = None, **kwargs: Any
+) -> Tensor:
     """torch.randint."""
-    *bounds, size = args
+    *limits, size = bounds if size is None else (*bounds, size)
+    return _rows(lambda whole: function(*limits, whole, **kwargs), size, kwargs)
+
+
+def _rows(
+    draw: Callable[[tuple[int, ...]], Tensor], size: Sequence[int], kwargs: dict[str, Any]
+) -> Tensor:
+    """This process' rows of what is drawn; a number, and what has a generator of its own, is
+    alike in all."""
     if "generator" in kwargs or not size:
-        return function(*args, **kwargs)
-    return mine(function(*bounds, (world() * size[0], *size[1:]), **kwargs)).contiguous()
+        return draw(tuple(size))
+    return mine(draw((world() * size[0], *size[1:]))).contiguous()
 
 
 def _like(function: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
@@ -211,7 +221,12 @@ def _in_place(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: 
 
 
 def _repeated(x: Tensor) -> Tensor:
-    return torch.cat([x.detach()] * world()) if x.dim() else x
+    return torch.cat([x.detach()] * world())
+
+
+def _refuse(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """What is not known here would draw the same in every process."""
+    raise NotImplementedError(f"{function.__name__}: not drawn by several processes yet")
 
 
 def _permutation(function: Callable[..., Tensor], n: int, **kwargs: Any) -> Tensor:
@@ -274,5 +289,16 @@ DRAWS: dict[Any, Callable[..., Tensor]] = {
     torch.Tensor.uniform_: _in_place,
     F.dropout: _dropout,
     F.batch_norm: _batch_norm,
+    **dict.fromkeys(
+        [
+            *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.binomial),
+            *(torch.randint_like, torch.Tensor.random_, torch.Tensor.bernoulli_),
+            *(torch.Tensor.bernoulli, torch.Tensor.multinomial, torch.Tensor.exponential_),
+            *(torch.Tensor.cauchy_, torch.Tensor.geometric_, torch.Tensor.log_normal_),
+            *(torch.dropout, torch.dropout_, F.alpha_dropout, F.feature_alpha_dropout),
+            *(F.dropout1d, F.dropout2d, F.dropout3d, F.rrelu, F.gumbel_softmax),
+        ],
+        _refuse,
+    ),
 }
 """What `SameDraws` does in the place of a function, to which the function itself is given."""
