@@ -74,10 +74,14 @@ class Cluster:
             *("--port", port, "--dashboard-address", "127.0.0.1:0"),
         )
 
-    def worker(self, name):
-        """A clone with a worker in it, and the worker's nanny."""
-        clone = self._house.clone(self._house.root.parent / name)
-        return clone, self._start(clone.root, "pipelines.worker", self.address)
+    def workers(self, *names):
+        """Clones with a worker in each, when these are ready, and the workers' nannies."""
+        clones = [self._house.clone(self._house.root.parent / name) for name in names]
+        nannies = [self._start(c.root, "pipelines.worker", self.address) for c in clones]
+        for clone in clones:
+            log = clone.root.with_suffix(".pipelines.worker.log")
+            wait_for(lambda log=log: "Registered to" in log.read_text(), 120)
+        return dict(zip(clones, nannies, strict=True))
 
     def _start(self, root, *module):
         with (root.parent / f"{root.name}.{module[0]}.log").open("w") as log:
@@ -143,7 +147,7 @@ def newest(client):
 @pytest.mark.parametrize("home", ["folder", "s3"], indirect=True)
 def test_two_clones_make_together_what_one_machine_makes(home, cluster):
     """And what no remote can carry is made where the flow runs, from what they made."""
-    (one, _), (two, _) = cluster.worker("one"), cluster.worker("two")
+    one, two = cluster.workers("one", "two")
     code, output = cluster.run()
     assert code == 0, output
     assert ran(one, two) == sorted({*ALL} - {"report"})
@@ -162,7 +166,7 @@ def test_two_clones_make_together_what_one_machine_makes(home, cluster):
 @slow
 @pytest.mark.parametrize("victim", ["worker", "nanny"])
 def test_the_stage_of_a_killed_worker_runs_again_and_no_other(home, cluster, victim):
-    clones = dict([cluster.worker("one"), cluster.worker("two")])
+    clones = cluster.workers("one", "two")
     for clone in clones:
         clone.tell("train@a", seconds=600, child=True)
     with cluster.start() as flow:
@@ -184,7 +188,7 @@ def test_the_stage_of_a_killed_worker_runs_again_and_no_other(home, cluster, vic
 
 @slow
 def test_a_failed_stage_is_told_as_on_one_machine_and_what_is_done_is_kept(home, cluster):
-    (one, _), (two, _) = cluster.worker("one"), cluster.worker("two")
+    one, two = cluster.workers("one", "two")
     for clone in (one, two):
         clone.tell("train@a", failures=1)
     code, output = cluster.run()
@@ -204,7 +208,7 @@ def test_a_failed_stage_is_told_as_on_one_machine_and_what_is_done_is_kept(home,
 @slow
 @pytest.mark.parametrize("end", ["cancel", "SIGINT", "SIGKILL"])
 def test_stages_elsewhere_end_with_their_flow(home, cluster, prefect, end):
-    clone, nanny = cluster.worker("one")
+    ((clone, nanny),) = cluster.workers("one").items()
     clone.tell("prepare", seconds=600, child=True)
     with cluster.start() as flow:
         wait_for(lambda: len(starts(clone)) == 2, 120)
