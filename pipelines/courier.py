@@ -109,7 +109,7 @@ class Courier:
                     getattr(self._store(state), op)(_run_id(state), files, event)
                     shutil.rmtree(files)
             case "close":
-                if not state.measured and time.time() - event["time"] / 1000 < MEASURE:
+                if not state.measured and time.time() - event["time"] / 1000 < LINGER:
                     self._measure(spool, state)
                 self._store(state).end(_run_id(state), event["status"], event["time"])
                 state.open = False

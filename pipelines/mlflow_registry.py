@@ -23,11 +23,13 @@ from pipelines.spool import public
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run, with the latest value of each of its metrics."""
+    """A run, with the latest value of each of its metrics, and the id of the model that it has
+    logged last, if any."""
 
     id: str
     finished: bool
     metrics: dict[str, float]
+    model: str | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ class Registry:
         found = self._client.get_experiment_by_name(EXPERIMENT)
         runs = self._search(found.experiment_id, name) if found else ()
         return [
-            Recorded(run.info.run_id, run.info.status == "FINISHED", run.data.metrics)
+            Recorded(
+                run.info.run_id,
+                run.info.status == "FINISHED",
+                run.data.metrics,
+                run.data.tags.get(MODEL),
+            )
             for run in runs
         ]
 
@@ -65,10 +72,12 @@ class Registry:
                 raise
             return None
 
-    def model(self, run_id: str) -> str | None:
-        """The id of the latest model that a run has logged, if it is complete."""
-        model = self._client.get_run(run_id).data.tags.get(MODEL)
-        return model if model and self._complete(model) else None
+    def complete(self, model_id: str) -> bool:
+        """Whether all of a model has arrived."""
+        model: LoggedModel = self._client.get_logged_model(model_id)
+        files = self._client.list_logged_model_artifacts(model_id)
+        ready = model.status == LoggedModelStatus.READY
+        return ready and any(file.path == "MLmodel" for file in files)
 
     def present(self, name: str, alias: str) -> Version | None:
         """The version that an alias points at."""
@@ -122,12 +131,6 @@ class Registry:
             yield from page
             if not (token := page.token):
                 return
-
-    def _complete(self, model_id: str) -> bool:
-        model: LoggedModel = self._client.get_logged_model(model_id)
-        files = self._client.list_logged_model_artifacts(model_id)
-        ready = model.status == LoggedModelStatus.READY
-        return ready and any(file.path == "MLmodel" for file in files)
 
     def _registered(self, name: str) -> dict[str, Any]:
         """Its aliases and tags, or nothing if no such model is registered."""

@@ -38,15 +38,16 @@ def promote(experiment: str, metric: str, alias: str, better: int | None) -> str
     None (as the report has it). What was done, in one line; EBMError if there is nothing to do."""
     better = better or direction(metric)
     with _registry() as registry:
-        best = _best(registry.runs(experiment), experiment, metric, better)
-        value, present = best.metrics[metric], registry.present(experiment, alias)
-        model, before = registry.model(best.id), "the first one"
+        present = registry.present(experiment, alias)
+        own = present.run if present else None
+        best = _best(registry.runs(experiment), experiment, metric, better, own)
+        model, value, before = best.model, best.metrics[metric], "the first one"
         if present:
             held = registry.metric(present, metric)
             before = f"before: version {present.number}, {_shown(metric, held)}"
             renewed = (
                 model is not None
-                and present.run == best.id
+                and best.id == present.run
                 and registry.number(experiment, model) != present.number
             )
             if held is not None and better * value <= better * held and not renewed:
@@ -54,7 +55,7 @@ def promote(experiment: str, metric: str, alias: str, better: int | None) -> str
                     f"{experiment}@{alias} stays version {present.number}, {_shown(metric, held)}:"
                     f" the best finished run, {best.id}, has {value:.6g}"
                 )
-        if model is None:
+        if model is None or not registry.complete(model):
             problem = f"has no complete model; stage evaluate@{experiment} logs it"
             raise EBMError(f"{experiment}: its best run, {best.id}, {problem}")
         number = registry.register(experiment, best.id, model)
@@ -92,8 +93,11 @@ def check_alias(alias: str) -> None:
         raise EBMError(f"--alias {alias}: {problem}")
 
 
-def _best(runs: "list[Recorded]", experiment: str, metric: str, better: int) -> "Recorded":
-    """The best finished run, the oldest of equals. A metric that is NaN is none."""
+def _best(
+    runs: "list[Recorded]", experiment: str, metric: str, better: int, own: str | None
+) -> "Recorded":
+    """The best finished run; of equals one that has a model, then the run `own`, then the oldest.
+    A metric that is NaN is none."""
     if not runs:
         raise EBMError(f"{experiment}: no such experiment among the runs at {_where()}")
     fit = [
@@ -104,7 +108,7 @@ def _best(runs: "list[Recorded]", experiment: str, metric: str, better: int) -> 
         similar = get_close_matches(metric, sorted(known - {metric}))
         hint = f"; similar: {', '.join(similar)}" if similar else ""
         raise EBMError(f"{experiment}: no finished run at {_where()} has a {metric}{hint}")
-    return max(fit, key=lambda run: better * run.metrics[metric])
+    return max(fit, key=lambda run: (better * run.metrics[metric], bool(run.model), run.id == own))
 
 
 def _past(registry: "Registry", experiment: str, alias: str) -> list[str]:

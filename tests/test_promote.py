@@ -112,6 +112,7 @@ def served(uri, points, store, monkeypatch):
 def test_a_worse_run_and_an_equal_one_are_refused(store, record):
     [first] = record({"modes": 8, "mode_kl": 0.1})
     promote("toy", "modes", "champion", None)
+    record({"modes": 9, "mode_kl": 0.2}, model=False)  # as good, but nothing to serve
     [better] = record({"modes": 9, "mode_kl": 0.2})
     assert "stays version 1, mode_kl 0.1" in refusal("--metric", "mode_kl")
     promote("toy", "modes", "champion", None)

@@ -23,6 +23,7 @@ from tracking_store import MLFLOW_WARNS, start
 from ebm import data, seeds, variants
 from ebm.data.table import Transform
 from pipelines import tracking
+from pipelines.evaluate import EXAMPLES, _example
 from pipelines.spool import Spool
 
 pytestmark = [
@@ -64,7 +65,6 @@ MODELS = {
     "kernel_pca": ((4,), {"points": 20, "components": 3, "gamma": 1.0, "standardise": True}),
 }
 SAMPLE = {"rbm": {"steps": 3}, "meg": {"steps": 2, "step_size": 0.1}, "kernel_pca": {}}
-EXAMPLES = 8
 
 CLIENT = """
 import importlib, json, sys
@@ -126,11 +126,8 @@ def packed(tmp_path_factory, empty_database):
         }
 
 
-def pack(variant, points, table, folder):
-    from mlflow.models import Model
-
-    from pipelines.evaluate import _example
-    from pipelines.mlflow_store import save_model
+def log_model(run, variant, points, table, folder):
+    """Log a model of points as the stage does: the model, its transform and its threshold."""
 
     torch.manual_seed(0)
     _, options = MODELS[variant]
@@ -141,19 +138,26 @@ def pack(variant, points, table, folder):
     content = table.transform() if table else None
     about = {"variant": variant, "shape": list(points.shape[1:]), "model": options}
     config.write_text(json.dumps(about | ({"transform": content} if content else {})))
-    model, points = model.eval(), points[:EXAMPLES]
-    threshold = model.energy(points).median().item()
-    serving = {"threshold": threshold, "sample": SAMPLE[variant]}
+    threshold = model.eval().energy(points[:EXAMPLES]).median().item()
     prepared = SimpleNamespace(points=lambda split: points, transform=lambda: content)
+    serving = {"threshold": threshold, "sample": SAMPLE[variant]}
+    run.model(weights, config, serving, _example(prepared))
+    return model, Transform.from_json(content, "it") if content else None, threshold
+
+
+def pack(variant, points, table, folder):
+    from mlflow.models import Model
+
+    from pipelines.mlflow_store import save_model
+
     with start() as run:
-        run.model(weights, config, serving, _example(prepared))
+        model, transform, threshold = log_model(run, variant, points, table, folder)
     [event] = [event for event, _ in Spool(run.key).read() if event["op"] == "model"]
     files = Spool(run.key).files / event["files"]
     save_model(files, event, Model())
     place = (files / "model").rename(folder / "packed")
     shutil.rmtree(files)
-    transform = Transform.from_json(content, "it") if content else None
-    return Packed(place, model, points, transform, threshold)
+    return Packed(place, model, points[:EXAMPLES], transform, threshold)
 
 
 @pytest.fixture(scope="module")

@@ -394,13 +394,11 @@ def test_a_run_knows_how_busy_the_machine_was_while_its_stage_lived(watched):
 
 
 def test_a_stage_that_is_over_at_once_has_one_look_and_one_of_long_ago_none(watched, monkeypatch):
-    with start("ago"):
-        pass
-    assert deliver()
-    with start("now"):
-        pass
-    monkeypatch.setattr(courier, "MEASURE", 60.0)
-    assert deliver()
+    for name, since in (("ago", 0.0), ("now", 60.0)):
+        with start(name):
+            pass
+        monkeypatch.setattr(courier, "LINGER", since)
+        assert deliver()
     looks = {run.info.run_name: watched.rows(MEMORY, run) for run in watched.runs()}
     assert {name: len(rows) for name, rows in looks.items()} == {"ago": 0, "now": 1}
 
