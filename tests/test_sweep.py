@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -410,3 +411,21 @@ def test_a_study_is_the_parent_of_its_trials_in_mlflow_and_the_bad_are_pruned(ho
     best = max(float(row["value"]) for row in table(house) if row["value"])
     assert parent.data.metrics["best"] == best
     assert parent.info.status == "FINISHED"
+
+
+@slow
+@MLFLOW_WARNS
+def test_a_child_that_arrives_before_its_parent_is_shown_under_it(fresh_root, empty_database):
+    from pipelines.mlflow_store import Store
+
+    shutil.copy(empty_database, fresh_root / "mlflow.db")
+    uri = f"sqlite:///{fresh_root}/mlflow.db"
+    event = {"time": 1, "params": {}, "tags": {}, "stage": "later", "dataset": None}
+    store = Store(uri)
+    child = store.begin("k-0", {**event, "experiment": "e-trial-0", "parent": "k"})
+    parent = store.begin("k", {**event, "experiment": "study", "tags": {"sweep.study": "study"}})
+    found = {run.info.run_id: run for run in Lookup(uri).runs()}
+    assert found.keys() == {child, parent}
+    assert found[child].data.tags["mlflow.parentRunId"] == parent
+    assert found[parent].info.run_name == "study"
+    assert found[parent].data.tags["sweep.study"] == "study"
