@@ -10,3 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
+
+from ebm import EBMError  # noqa: E402  # for what Prefect loads by its path: `ebm` is found now
+
+__all__ = ["ROOT", "EBMError"]

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from ebm import EBMError
-from pipelines import ROOT, dag, gpu, run, timeline, worker
+from pipelines import ROOT, EBMError, dag, gpu, run, timeline, worker
 from pipelines.dag import Stage
 from pipelines.run import Result, StageFailed
 from pipelines.supervise import Cancelled, Launcher

@@ -9,7 +9,7 @@ import warnings
 
 import httpx
 import pytest
-from toy_house import free_port, wait_for
+from toy_house import free_port, healthy, wait_for
 from tracking_store import Lookup, serving
 
 from pipelines import tracking
@@ -107,10 +107,3 @@ def prefect(tmp_path_factory):
             yield client, environment
         finally:
             os.killpg(server.pid, signal.SIGKILL)
-
-
-def healthy(client):
-    try:
-        return client.get("/health").is_success
-    except httpx.TransportError:
-        return False

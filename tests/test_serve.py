@@ -10,8 +10,8 @@ import httpx
 import psutil
 import pytest
 from ruamel.yaml import YAML
-from test_flows import healthy, runs, table_of
-from toy_house import alive, built, wait_for
+from test_flows import runs, table_of
+from toy_house import alive, built, healthy, wait_for
 
 from ebm import EBMError
 from pipelines import dag, serve

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import sweep_house
-from test_flows import prefect, runs  # noqa: F401
+from test_flows import runs
 from toy_house import wait_for
 
 
 @pytest.mark.slow
-def test_every_trial_is_a_task_and_the_table_an_artifact(tmp_path, prefect):  # noqa: F811
+def test_every_trial_is_a_task_and_the_table_an_artifact(tmp_path, prefect):
     client, environment = prefect
     house = sweep_house.build(tmp_path / "house")
     house.write("told", json.dumps({"diverges": list(range(50, 75))}))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import httpx
 import psutil
 from ruamel.yaml import YAML
 
@@ -247,3 +248,11 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def healthy(client):
+    """Whether the server that an HTTP client talks to says that it is well."""
+    try:
+        return client.get("/health").is_success
+    except httpx.TransportError:
+        return False
