@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MACHINERY = {
     "mlflow": "courier mlflow_registry mlflow_store served",
     "prefect": "flows",
+    "prefect_dask": "flows",
+    "distributed": "worker",
     "dvc": "dag",
 }
 
