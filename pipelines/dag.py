@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dvc.exceptions import DvcException
+from dvc.exceptions import CheckoutError, DvcException
 from dvc.repo import Repo, lock_repo
 from dvc.scm import map_scm_exception
 from dvc.utils.serialize import dumps_yaml, load_yaml, parse_yaml_for_update
@@ -186,7 +186,11 @@ def _carry(repo: Repo, name: str, force: bool) -> None:
     """Pull, reproduce, push. What lies in the way of what is pulled is a left-over."""
     (stage,) = repo.stage.collect(name)
     if sources := [source.addressing for source in repo.index.graph.successors(stage)]:
-        repo.pull(sources, force=True)
+        try:
+            repo.pull(sources, force=True)
+        except CheckoutError as error:
+            lost = ", ".join(error.target_infos)
+            raise EBMError(f"not in the remote: {lost}; `dvc push` where it was made") from error
     repo.reproduce(name, single_item=True, force=force, pull=True)
     repo.push(name, run_cache=True)
 

@@ -17,6 +17,8 @@ MACHINERY = {
     "mlflow": "courier machine mlflow_registry mlflow_store served",
     "prefect": "flows sweep_flow",
     "optuna": "study",
+    "prefect_dask": "flows",
+    "distributed": "worker",
     "dvc": "dag",
 }
 

@@ -285,9 +285,16 @@ def test_a_clone_at_another_commit_or_with_changes_refuses(home, tmp_path):
     assert one.ran() == []
 
 
-def refusal(clone, commit):
+def test_what_nobody_has_pushed_is_told(home, tmp_path):
+    entry = {"cmd": "python stage.py prepare", "outs": [{"path": "out/prepare", "md5": "0" * 32}]}
+    one = home.clone(tmp_path / "one")
+    told = refusal(one, dag.commit(home.root), "train@a", prepare=entry)
+    assert told == "not in the remote: out/prepare; `dvc push` where it was made"
+
+
+def refusal(clone, commit, name="prepare", **entries):
     with pytest.raises(StageFailed) as refused:
-        carried(clone, "prepare", commit, {"prepare": None})
+        carried(clone, name, commit, {name: None, **entries})
     return refused.value.lines[-1].removeprefix("error: ")
 
 
