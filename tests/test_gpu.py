@@ -72,13 +72,14 @@ def test_each_process_has_a_card_of_its_own_and_who_finds_none_waits_for_the_fir
 
 
 def test_who_asks_for_one_card_waits_for_that_one():
-    with holder() as one, holder({0: CARDS[0]}) as picky:
-        assert said(one) == "0"
-        assert said(picky).startswith("waiting")
-        with holder() as other:
-            assert said(other) == "1"
-        one.kill()
-        assert said(picky) == "0"
+    with holder() as one:
+        assert said(one) == "0"  # before the next one asks
+        with holder({0: CARDS[0]}) as picky:
+            assert said(picky).startswith("waiting")
+            with holder() as other:
+                assert said(other) == "1"
+            one.kill()
+            assert said(picky) == "0"
 
 
 def test_a_process_that_asks_twice_has_one_card():
