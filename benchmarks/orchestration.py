@@ -112,6 +112,7 @@ def side_by_side(house: House, trainings: int, length: float, rounds: int) -> No
 def at_once(house: House, count: int) -> None:
     """Single stages, all at the same time; what is lost of what they did."""
     print(f"\n{count} single-stage runs at once", flush=True)
+    house.edit("dvc.yaml", "timeout: 60", "timeout: 3600")  # all but one wait for DVC's lock
     for number in range(count):
         house.tell(f"train@e{number}", seconds=1.0)
     taken = timed("runner", house.root, "-j", str(count), "train")
