@@ -9,11 +9,10 @@ import contextvars
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from pipelines import ROOT, run, sweep
+from pipelines import run, sweep
 from pipelines.flows import pipeline, watched  # and with it Prefect's settings, before Prefect
 from pipelines.study import Study, Trial
 from pipelines.supervise import Cancelled, Launcher
@@ -39,13 +38,12 @@ def search(
     study: str | None = None,
     seed: int = 0,
     apply: bool = False,
-    root: Path = ROOT,
 ) -> State:
     """Search for the parameters of an experiment with which a metric is best. The parameters are
     the options of `python -m pipelines.sweep`; `better` is 1 for --higher, -1 for --lower."""
-    planned = sweep.plan(experiment, metric, search, trials, prune_by, better, study, seed, root)
+    planned = sweep.plan(experiment, metric, search, trials, prune_by, better, study, seed)
     if planned.upstream:
-        state = pipeline(planned.upstream, jobs, root=root, return_state=True)
+        state = pipeline(planned.upstream, jobs, return_state=True)
         if not state.is_completed():
             return states.Failed(message=sweep.NOT_READY)
     with sweep.begun(planned) as opened:
