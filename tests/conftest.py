@@ -16,6 +16,14 @@ from pipelines import tracking
 from pipelines.courier import SETTINGS, SYSTEM_METRICS
 
 
+@pytest.fixture(scope="session", autouse=True)
+def heard():
+    """An interrupt reaches what the tests start, also where a shell runs them in the background
+    and has them ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def double():
     """Tensors are made in float64."""

@@ -75,8 +75,8 @@ def publish_cup(tmp_path, monkeypatch):
     publish(tmp_path, monkeypatch, kddcup99.FILE, content)
     monkeypatch.setenv(files.MIRROR, str(tmp_path))
 
-    def prepare(protocol, validation=0.25, seed=0):
-        options = {"protocol": protocol, "validation": validation, "seed": seed}
+    def prepare(protocol, scale="none", validation=0.25, seed=0):
+        options = {"protocol": protocol, "scale": scale, "validation": validation, "seed": seed}
         return data.prepare(KDDCup99Data(kind="kddcup99", reference=AS_THEY_ARE, **options))
 
     return prepare

@@ -198,6 +198,7 @@ def test_a_killed_process_ends_those_that_train_with_it_and_the_rerun_ends_with_
 
 @pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_training_that_is_ended_leaves_none_of_its_processes(clone, ends):
+    shutil.rmtree(clone / ".checkpoints/rbm-digits", ignore_errors=True)
     with train_together(clone, "rbm-digits") as victim:
         wait_for(lambda: [*clone.glob(".checkpoints/rbm-digits/*/step-*40.ckpt")], 60)
         together = ranks(victim)

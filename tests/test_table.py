@@ -397,8 +397,8 @@ def test_the_cup_has_121_columns_and_normal_is_the_anomaly(cup, protocol):
             assert prepared.manifest["anomalies"][split] == anomalous(rows).sum()
 
 
-def test_the_published_protocol_halves_the_rows_and_scales_nothing(cup):
-    prepared = cup("paper")
+def test_the_published_protocol_halves_the_rows(cup):
+    prepared = cup("paper", "none")
     index = {split: set(prepared.tensors[f"{split}_index"].tolist()) for split in data.SPLITS}
     train, validation, test = index.values()
     assert len(test) == ROWS // 2
@@ -412,8 +412,20 @@ def test_the_published_protocol_halves_the_rows_and_scales_nothing(cup):
     assert prepared.points("train")[:, column].tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("protocol", ["paper", "strict"])
+def test_numbers_are_scaled_by_train_alone_where_that_is_asked_for(cup, protocol):
+    raw, scaled = cup(protocol, "none"), cup(protocol, "minmax")
+    low, high = raw.points("train").amin(0), raw.points("train").amax(0)
+    varies = high > low
+    for split in data.SPLITS:
+        assert torch.equal(raw.tensors[f"{split}_index"], scaled.tensors[f"{split}_index"])
+        expected = (raw.points(split) - low) / (high - low)
+        torch.testing.assert_close(scaled.points(split)[:, varies], expected[:, varies])
+    assert not torch.equal(scaled.points("train"), raw.points("train"))
+
+
 def test_the_strict_protocol_shares_no_row_and_scales_by_train(cup):
-    prepared = cup("strict")
+    prepared = cup("strict", "minmax")
     index = torch.cat([prepared.tensors[f"{split}_index"] for split in data.SPLITS])
     assert len(index.unique()) == len(index)
     rows = connections().iloc[index.tolist()][kddcup99.COLUMNS]
@@ -470,6 +482,7 @@ TABLES = {
         "cup": {
             "kind": "kddcup99",
             "protocol": "strict",
+            "scale": "minmax",
             "validation": 0.2,
             "seed": 0,
             "reference": {"kind": "coordinates"},

@@ -197,10 +197,12 @@ def _less_than_all(share: float, section: ValidationInfo) -> float:
 class KDDCup99Data(Section):
     """The 10 % file of the KDD Cup 1999 under a `protocol` (`ebm.data.kddcup99`), split by `seed`.
     `validation` is, of `paper`, the share of the training attacks that validation holds as well;
-    of `strict`, the share of the attacks not trained on that it is given."""
+    of `strict`, the share of the attacks not trained on that it is given. `scale` is what happens
+    to numbers."""
 
     kind: Literal["kddcup99"]
     protocol: Literal["paper", "strict"]
+    scale: Literal["none", "minmax"]
     validation: Annotated[float, Field(gt=0, le=1), AfterValidator(_less_than_all)]
     seed: Seed
     reference: CoordinatesReference

@@ -7,7 +7,6 @@ anomaly. Seven columns are categorical and have 3, 66, 11, 2, 2, 1 and 2 categor
 
 Protocol `paper` is what the code of MEG does, as its forerunners did:
 
-- Numbers stay as they are: a scaler is fitted and its result thrown away.
 - Half of the rows, drawn at random, are test, anomalies and attacks as they come (19.8 % are
   anomalies). The attacks of the other half are train. Most test rows have a twin in train.
 - Nothing is set apart to choose a threshold with. Here validation is the anomalies of the first
@@ -19,7 +18,9 @@ Protocol `strict` mends that:
 - Half of the attacks, drawn at random, are train; a share `validation` of the others is in
   validation, the rest in test. No row is in two of them.
 - Anomalies are drawn at random so that they are exactly 20 % of validation and of test.
-- Numbers are scaled by the bounds of train.
+
+`scale: minmax` scales numbers by the bounds of train. The released code fits such a scaler and
+throws its result away: what it trains on is `scale: none`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -61,12 +62,12 @@ def prepare(settings: KDDCup99Data) -> table.Made:
     say how many rows were dropped, how many anomalies are where, and what validation shares with
     train."""
     frame, anomaly = _read()
-    paper = settings.protocol == "paper"
-    index, notes = (_paper if paper else _strict)(frame, anomaly, settings)
+    split = _paper if settings.protocol == "paper" else _strict
+    index, notes = split(frame, anomaly, settings)
     transform = table.fit(
         frame.iloc[index["train"].numpy()],
         CATEGORICAL,
-        "none" if paper else "minmax",
+        settings.scale,
         FILE,
         others=[LABEL],
         vocabulary=frame,  # so that points have the published 121 dimensions
