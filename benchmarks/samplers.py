@@ -142,6 +142,8 @@ def images(chains: int, options: argparse.Namespace, machine: Machine) -> None:
         "bfloat16 autocast": Recorded(autocast(evaluate(ours, y)), x),
         "bfloat16 layers": Recorded(evaluate(half, y), x),
     }
+    if not options.small:
+        ways["bfloat16 layers, compiled"] = Recorded(evaluate(half, y), x, compile=True)
     print()
     exact = value_and_gradient(evaluate(network, y), x)[1]
     for way, energy in ways.items():
