@@ -62,8 +62,8 @@ def prepare(settings: KDDCup99Data) -> table.Made:
     say how many rows were dropped, how many anomalies are where, and what validation shares with
     train."""
     frame, anomaly = _read()
-    split = _paper if settings.protocol == "paper" else _strict
-    index, notes = split(frame, anomaly, settings)
+    divide = _paper if settings.protocol == "paper" else _strict
+    index, notes = divide(frame, anomaly, settings)
     transform = table.fit(
         frame.iloc[index["train"].numpy()],
         CATEGORICAL,
