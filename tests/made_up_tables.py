@@ -75,7 +75,8 @@ def publish_cup(tmp_path, monkeypatch):
     publish(tmp_path, monkeypatch, kddcup99.FILE, content)
     monkeypatch.setenv(files.MIRROR, str(tmp_path))
 
-    def prepare(protocol, scale="none", validation=0.25, seed=0):
+    def prepare(protocol, scale=None, validation=0.25, seed=0):
+        scale = scale or {"paper": "none", "strict": "minmax"}[protocol]  # as in paper/params.yaml
         options = {"protocol": protocol, "scale": scale, "validation": validation, "seed": seed}
         return data.prepare(KDDCup99Data(kind="kddcup99", reference=AS_THEY_ARE, **options))
 

@@ -398,7 +398,7 @@ def test_the_cup_has_121_columns_and_normal_is_the_anomaly(cup, protocol):
 
 
 def test_the_published_protocol_halves_the_rows(cup):
-    prepared = cup("paper", "none")
+    prepared = cup("paper")
     index = {split: set(prepared.tensors[f"{split}_index"].tolist()) for split in data.SPLITS}
     train, validation, test = index.values()
     assert len(test) == ROWS // 2
@@ -425,7 +425,7 @@ def test_numbers_are_scaled_by_train_alone_where_that_is_asked_for(cup, protocol
 
 
 def test_the_strict_protocol_shares_no_row_and_scales_by_train(cup):
-    prepared = cup("strict", "minmax")
+    prepared = cup("strict")
     index = torch.cat([prepared.tensors[f"{split}_index"] for split in data.SPLITS])
     assert len(index.unique()) == len(index)
     rows = connections().iloc[index.tolist()][kddcup99.COLUMNS]
