@@ -17,18 +17,19 @@ from mlflow.exceptions import MlflowException
 
 from ebm import EBMError
 from pipelines.courier import reason
-from pipelines.mlflow_store import EXPERIMENT, MODEL
+from pipelines.mlflow_store import DATA, EXPERIMENT, MODEL
 from pipelines.spool import public
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run, with the latest value of each of its metrics, and the id of the model that it has
-    logged last, if any."""
+    """A run, with the latest value of each of its metrics, the checksum of its data, and the id of
+    the model that it has logged last, if any."""
 
     id: str
     finished: bool
     metrics: dict[str, float]
+    data: str | None
     model: str | None
 
 
@@ -58,6 +59,7 @@ class Registry:
                 run.info.run_id,
                 run.info.status == "FINISHED",
                 run.data.metrics,
+                run.data.tags.get(DATA),
                 run.data.tags.get(MODEL),
             )
             for run in runs
