@@ -2,6 +2,7 @@
 
 import json
 import math
+from hashlib import sha256
 from statistics import stdev
 
 import numpy as np
@@ -515,7 +516,11 @@ def test_stacks_are_counted_by_a_classifier_or_not_at_all(stacks):
 def test_the_stage_writes_a_threshold_where_there_is_one(tmp_path):
     from pipelines import evaluate as stage
 
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_bytes(b"weights")
     stage._write(tmp_path / "a", Evaluation({"f1": 0.5}, thresholds={"energy": 1.25}))
-    assert json.loads((tmp_path / "a" / "threshold.json").read_text()) == {"energy": 1.25}
+    found = json.loads((tmp_path / "a" / "evaluation" / "threshold.json").read_text())
+    assert found == {"energy": 1.25, "weights_sha256": sha256(b"weights").hexdigest()}
     stage._write(tmp_path / "b", Evaluation({"modes": 8}))
-    assert not (tmp_path / "b" / "threshold.json").exists()
+    assert not (tmp_path / "b" / "evaluation" / "threshold.json").exists()
