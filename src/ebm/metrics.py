@@ -235,8 +235,8 @@ def share_threshold(scores: Tensor, share: float) -> float:
 
 def best_f1_threshold(inliers: Tensor, outliers: Tensor) -> float:
     """The threshold of the best F1 on scores [N] and [M]; of several rules the one that flags
-    fewest. All thresholds between two neighbouring scores flag the same of these; the middle leaves
-    new points as much room on either side. NaN if a score is NaN."""
+    fewest. All thresholds between two neighbouring scores flag the same of these; the middle
+    leaves new points as much room on either side. NaN if a score is NaN."""
     if _unordered(inliers, outliers):
         return math.nan
     thresholds, true, false = operating_points(inliers, outliers)
