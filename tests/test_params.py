@@ -172,6 +172,38 @@ def test_the_published_file_is_right():
     assert set(loaded.datasets) >= {"mnist", "fashion-mnist", "cifar10"}
 
 
+def keys_below(content, path):
+    """The path of every key of nested mappings; which limits there are is the writer's choice."""
+    for key, value in content.items():
+        yield (*path, key)
+        if isinstance(value, dict) and key != "limits":
+            yield from keys_below(value, (*path, key))
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "paper/params.yaml"])
+def test_any_key_that_is_missing_misspelt_or_holds_nonsense_is_named(monkeypatch, file):
+    """Every key below every experiment, one after another."""
+    content = YAML(typ="safe").load(ROOT / file)
+    monkeypatch.setattr(params, "_read", lambda path: content)
+    paths = [p for p in keys_below(content["experiments"], ("experiments",)) if len(p) > 2]
+    for path in paths:
+        holder, key = at(content, ".".join(path))
+        value = holder.pop(key)
+        misspelt = key if key in ("variant", "kind") else f"{key}_"  # what tells the others' names
+        broken = [(key, {}), (misspelt, {f"{key}_": value}), (key, {key: ["nonsense", None]})]
+        for name, held in broken:
+            holder |= held
+            with pytest.raises(ParamsError) as caught:
+                params.load(Path(file))
+            line, named = str(caught.value), ".".join([*path[:-1], name])
+            assert "\n" not in line
+            assert line.startswith(f"params.yaml: {named}")
+            for added in held:
+                del holder[added]
+        holder[key] = value
+    assert len(paths) > 300
+
+
 @pytest.mark.parametrize("outliers", [["mnist"], ["usps", "usps"], ["uspss"], "usps"])
 def test_outliers_are_other_sets_each_once(tmp_path, outliers):
     content = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")
@@ -194,6 +226,15 @@ def test_outliers_are_other_sets_each_once(tmp_path, outliers):
 )
 def test_a_typo_gets_a_suggestion(tmp_path, path, value, hint):
     assert f"did you mean {hint}" in complaint(tmp_path, broken(put(path, value)))
+
+
+def test_a_value_that_is_none_of_several_things_hears_of_all_of_them(monkeypatch):
+    content = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")
+    monkeypatch.setattr(params, "_read", lambda path: content)
+    content["experiments"]["one-class-svm-kdd99-strict"]["model"]["gamma"] = "auto"
+    with pytest.raises(ParamsError) as caught:
+        params.load(Path("params.yaml"))
+    assert str(caught.value).endswith(".gamma = 'auto': should be a valid number or 'scale'")
 
 
 @pytest.mark.parametrize(

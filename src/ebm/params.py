@@ -57,7 +57,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
-        raise ParamsError(f"{path.name}: {_explain(error)}") from None
+        raise ParamsError(f"{path.name}: {_explain(error, raw)}") from None
     for name, experiment in params.experiments.items():
         _check_experiment(path, name, experiment, params)
     return params
@@ -124,30 +124,49 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem in one line, in the words of the file and not of the library."""
+def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
+    """The first problem in one line, in the words of the file and not of the library. A value that
+    is none of several things has one for each of them."""
     problems = error.errors(include_url=False)
     first = min(problems, key=_severity)
-    keys, tags = _key_path(first["loc"])
+    keys, tags = _key_path(first["loc"], raw)
+    alike = [p for p in problems if p["input"] is first["input"] and p["type"] not in _OF_KEYS]
+    alike = [p for p in alike if _key_path(p["loc"], raw)[0] == keys and p is not first]
     line = f"{'.'.join(map(str, keys)) or 'the file'}{_complaint(first, keys, tags)}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return " ".join(line.split()) + more
+    line = " or ".join([line, *(_message(p).removeprefix("should be ") for p in alike)])
+    others = len(problems) - 1 - len(alike)
+    return " ".join(line.split()) + (f" (and {others} more)" if others else "")
+
+
+_OF_KEYS = {"extra_forbidden": 0, "missing": 2}
+"""What is wrong with a key rather than a value; an unknown key is told first: it usually explains
+the one that is missing beside it."""
 
 
 def _severity(problem: Any) -> int:
-    """An unknown key first: it usually explains the key that is missing beside it."""
-    return {"extra_forbidden": 0, "missing": 2}.get(problem["type"], 1)
+    return _OF_KEYS.get(problem["type"], 1)
 
 
-def _key_path(location: Sequence[int | str]) -> tuple[list[int | str], list[str]]:
-    """Split pydantic's location into the keys of the file and the tags of unions, which stand
-    third and behind `reference`."""
-    keys, tags = [part for part in location if part != "[key]"], []
-    if len(keys) > 2 and keys[0] in TAGGED:
-        tags.append(str(keys.pop(2)))
-    if len(keys) > 4 and keys[2] == "reference":
-        tags.append(str(keys.pop(3)))
+def _key_path(location: Sequence[int | str], raw: Any) -> tuple[list[int | str], list[str]]:
+    """Split pydantic's location in the content `raw` into the keys of the file and the tags of
+    unions: the third part of a tagged section, and what the file does not have where it has more
+    below. The last key may be one that is missing."""
+    parts = [part for part in location if part != "[key]"]
+    keys, tags = [], []
+    for i, part in enumerate(parts):
+        last, found = i == len(parts) - 1, _has(raw, part)
+        if (i == 2 and parts[0] in TAGGED) or not (found or (last and isinstance(raw, dict))):
+            tags.append(str(part))
+        else:
+            keys.append(part)
+            raw = raw[part] if found else None
     return keys, tags
+
+
+def _has(content: Any, part: int | str) -> bool:
+    if isinstance(content, list):
+        return isinstance(part, int) and part < len(content)
+    return isinstance(content, dict) and part in content
 
 
 def _complaint(problem: Any, keys: Sequence[int | str], tags: Sequence[str]) -> str:
@@ -165,12 +184,15 @@ def _complaint(problem: Any, keys: Sequence[int | str], tags: Sequence[str]) -> 
         return f".{field}: {_unknown(context['tag'], known)}"
     if kind == "string_pattern_mismatch":
         return ": a name must be made of lower-case letters, digits and '-'"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     close = ""
     if kind == "literal_error":
         known = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
         close = _did_you_mean(str(value), known)
-    return f" = {_short(value)}: {message}{close}"
+    return f" = {_short(value)}: {_message(problem)}{close}"
+
+
+def _message(problem: Any) -> str:
+    return problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
 
 
 def _short(value: object) -> str:
@@ -183,13 +205,14 @@ def _known_keys(keys: Sequence[int | str], tags: Sequence[str]) -> list[str]:
     model: type[BaseModel] = Samplers if keys[0] == "samplers" else Params
     if len(keys) > 2 and keys[0] in TAGGED:
         choices = _EXPERIMENTS if keys[0] == "experiments" else get_args(get_args(Dataset)[0])
-        model = _tagged(choices, tags[0])
+        told = iter(tags)
+        model = _tagged(choices, next(told))
         for key in keys[2:-1]:
             inner = model.model_fields[str(key)].annotation
             sections = [c for c in (inner, *get_args(inner)) if _is_section(c)]
             if not sections:
                 return []
-            model = sections[0] if len(sections) == 1 else _tagged(sections, tags[1])
+            model = sections[0] if len(sections) == 1 else _tagged(sections, next(told))
     return list(model.model_fields)
 
 
