@@ -211,6 +211,45 @@ def test_outliers_are_other_sets_each_once(tmp_path, outliers):
     assert complaint(tmp_path, content).startswith("params.yaml: datasets.mnist.outliers")
 
 
+TABLE = {
+    "kind": "table",
+    "path": "tables/mine.csv",
+    "label": "state",
+    "normal": ["ok"],
+    "categorical": [],
+    "ignore": [],
+    "missing": "drop",
+    "validation": 0.1,
+    "test": 0.2,
+    "seed": 0,
+    "reference": {"kind": "coordinates"},
+}
+
+
+@pytest.mark.parametrize("path", ["mine.csv", "/tables/mine.csv", "tables/../mine.csv"])
+def test_a_table_that_dvc_does_not_watch_is_refused(tmp_path, path):
+    line = complaint(tmp_path, broken(put("datasets.mine", TABLE | {"path": path})))
+    assert line.startswith(f"params.yaml: datasets.mine.path = {path!r}: should lie in tables/")
+
+
+def test_without_labels_a_share_to_flag_is_needed_before_anything_is_trained(tmp_path):
+    paper = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")["experiments"]
+    mine = paper["meg-kdd99-strict"] | {"dataset": "mine"}
+    content = broken(put("datasets.mine", TABLE))
+    content["experiments"]["meg-mine"] = mine
+    file = tmp_path / "params.yaml"
+    YAML().dump(content, file)
+    params.load(file)
+    content["datasets"]["mine"] = TABLE | {"label": None, "normal": []}
+    line = complaint(tmp_path, content)
+    assert line.startswith("params.yaml: experiments.meg-mine.evaluate.flagged = None: should be ")
+    mine["evaluate"] = mine["evaluate"] | {"flagged": 0.1}
+    YAML().dump(content, file)
+    params.load(file)
+    content["experiments"]["rbm-mine"] = content["experiments"]["rbm-digits"] | {"dataset": "mine"}
+    assert "variant rbm can flag no rows" in complaint(tmp_path, content)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "hint"),
     [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 from importlib import import_module
 from operator import or_
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError
@@ -35,6 +35,9 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 TAGGED = ("datasets", "experiments")
 """The sections whose members are told apart by a tag, such as `variant`."""
 
+TABLES = "tables"
+"""The folder of users' tables, a dependency of stage prepare."""
+
 RESERVED = {
     "reference": "what images are measured with",
     "samplers": "the comparison of samplers",
@@ -58,6 +61,8 @@ def load(path: Path = Path("params.yaml")) -> Params:
         params = Params.model_validate(raw)
     except ValidationError as error:
         raise ParamsError(f"{path.name}: {_explain(error, raw)}") from None
+    for name, dataset in params.datasets.items():
+        _check_dataset(path, name, dataset)
     for name, experiment in params.experiments.items():
         _check_experiment(path, name, experiment, params)
     return params
@@ -89,6 +94,15 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _check_dataset(path: Path, name: str, dataset: Dataset) -> None:
+    """That DVC sees a change of a table."""
+    if dataset.kind == "table":
+        parts = PurePosixPath(dataset.path).parts
+        if parts[0] != TABLES or ".." in parts:
+            where = f"{path.name}: datasets.{name}.path = {dataset.path!r}"
+            raise ParamsError(f"{where}: should lie in {TABLES}/, where DVC sees it change")
+
+
 def _check_experiment(path: Path, name: str, experiment: Experiment, params: Params) -> None:
     """What relates one key to another."""
     where = f"{path.name}: experiments.{name}"
@@ -97,6 +111,7 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
     train = experiment.train
     if experiment.dataset not in params.datasets:
         raise ParamsError(f"{where}.dataset: {_unknown(experiment.dataset, params.datasets)}")
+    _check_threshold(where, experiment, params.datasets[experiment.dataset])
     if train.checkpoint_every % train.log_every:
         raise ParamsError(
             f"{where}.train.checkpoint_every = {train.checkpoint_every}: "
@@ -113,6 +128,18 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
                 f"{where}.ensemble: snapshots * every = {taken}: "
                 f"more than train.steps = {train.steps}"
             )
+
+
+def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> None:
+    """That rows without labels have a rule by which they are flagged."""
+    if dataset.kind != "table" or dataset.label is not None:
+        return
+    if not hasattr(experiment.evaluate, "flagged"):
+        problem = f"a table without label, of which variant {experiment.variant} can flag no rows"
+        raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
+    if experiment.evaluate.flagged is None:
+        wanted = "the share of rows to flag, as no labels set a threshold"
+        raise ParamsError(f"{where}.evaluate.flagged = None: should be {wanted}")
 
 
 def _unknown(name: str, known: Sequence[str] | dict[str, Any]) -> str:
