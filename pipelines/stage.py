@@ -62,9 +62,10 @@ def device(threads: int) -> "torch.device":
     import torch
 
     torch.set_num_threads(threads)
-    chosen = torch.device(
-        os.environ.get("EBM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    name = os.environ.get("EBM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not gpu.known_device(name):
+        raise EBMError(f"EBM_DEVICE = {name}: expected {gpu.DEVICES}")
+    chosen = torch.device(name)
     if chosen.type != "cuda":
         return chosen
     cards = {
