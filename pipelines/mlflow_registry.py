@@ -47,7 +47,9 @@ class Registry:
     def __init__(self, uri: str) -> None:
         path = uri.removeprefix("sqlite:///")
         if path != uri and not Path(path).exists():
-            raise EBMError(f"{public(uri)}: no such file, so nothing is recorded yet")
+            problem = "no such file, so nothing is recorded yet"
+            advice = "`python -m pipelines.tracking` delivers what waits"
+            raise EBMError(f"{public(uri)}: {problem}; {advice}")
         self._client = MlflowClient(uri)
 
     def runs(self, name: str) -> list[Recorded]:

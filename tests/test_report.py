@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from ebm import EBMError, figures, params
-from pipelines import page, report, tracking
+from pipelines import page, report, results, tracking
 from pipelines.results import Record, Reference, Result
 
 ROOT = Path(__file__).parents[1]
@@ -231,6 +231,16 @@ def test_an_experiment_that_is_not_trained_here_is_left_out_and_its_results_stay
     assert MEG not in (project / "reports" / "index.html").read_text()
     kept = {path for path in before if MEG in path.name and path.parts[0] != "models"}
     assert len(kept) >= 3
+    assert kept <= set(snapshot(project))
+
+
+def test_a_comparison_that_is_not_made_here_stays_too_where_not_all_is_trained(project):
+    before = snapshot(project)
+    for name in (MEG, results.COMPARISON):
+        (project / "models" / name).rename(project / name)
+    report.write(project, all_params())
+    kept = {p for p in before if results.COMPARISON in p.name and p.parts[0] != "models"}
+    assert kept
     assert kept <= set(snapshot(project))
 
 
