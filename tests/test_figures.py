@@ -51,9 +51,10 @@ def spot(x, y, value=0.0, size=4):
     return field
 
 
-def panels(true, learned, samples=((0.0, 0.0),), generator=None):
-    points = None if generator is None else np.array(generator)
-    return figures.density_panels(true, learned, np.array(samples), points, EXTENT)
+def panels(true, learned, samples=((0.0, 0.0),), before=None):
+    points = {"Samples": samples} if before is None else {"Before": before, "After": samples}
+    arrays = {title: np.array(x) for title, x in points.items()}
+    return figures.density_panels(true, learned, arrays, EXTENT)
 
 
 def titled(figure, title):
@@ -82,9 +83,9 @@ def test_equal_densities_have_equal_colours_in_both_panels():
 
 
 def test_samples_land_where_they_are_and_before_and_after_are_not_confused():
-    figure = panels(None, np.zeros((N, N)), [(2.0, 1.0)], generator=[(-1.0, -2.0)])
+    figure = panels(None, np.zeros((N, N)), [(2.0, 1.0)], before=[(-1.0, -2.0)])
     pixels = drawn(figure)
-    before, after = titled(figure, "Generator, before MCMC"), titled(figure, "After MCMC")
+    before, after = titled(figure, "Before"), titled(figure, "After")
     assert darkness(pixels, after, 2, 1) > 100
     assert darkness(pixels, before, -1, -2) > 100
     for ax, x, y in [
@@ -101,7 +102,7 @@ def test_the_contour_stands_at_four_standard_deviations():
     centres = -3 + 6 * (np.arange(200) + 0.5) / 200
     squared = centres[None, :] ** 2 + (centres[:, None] - 0.6) ** 2
     gaussian = -squared / (2 * 0.5**2)
-    figure = figures.density_panels(gaussian, gaussian, np.zeros((0, 2)), None, EXTENT)
+    figure = figures.density_panels(gaussian, gaussian, {"Samples": np.zeros((0, 2))}, EXTENT)
     pixels, ax = drawn(figure), titled(figure, "Samples")
     for angle in np.linspace(0.1, 6.2, 7):
         x, y = np.cos(angle), np.sin(angle)
@@ -328,7 +329,7 @@ def densities():
     density = np.logaddexp.reduce([-s / (2 * 0.12**2) for s in squared])
     samples = modes[r.integers(0, 25, 10000)] + 0.12 * r.normal(size=(10000, 2))
     spread = samples + 0.2 * r.normal(size=samples.shape)
-    return figures.density_panels(density, density / 2, samples, spread, EXTENT)
+    return figures.density_panels(density, density / 2, {"Before": spread, "After": samples}, EXTENT)
 
 
 REALISTIC = {

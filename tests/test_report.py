@@ -61,7 +61,9 @@ def pictures(name):
     r = np.random.default_rng(0)
     if name == MEG:
         field, points = -r.uniform(0, 20, (40, 40)), r.uniform(-2, 2, (500, 2))
-        panels = figures.density_panels(field, field, points, points, (-2, 2, -2, 2))
+        panels = figures.density_panels(
+            field, field, {"Before": points, "After": points}, (-2, 2, -2, 2)
+        )
         return {"density": panels}
     return {
         "samples": figures.image_grid(r.uniform(size=(32, 8, 8)), 16),

@@ -88,25 +88,21 @@ def _pixels(figure: Figure) -> Image.Image:
 def density_panels(
     true_log_density: Array | None,
     learned_log_density: Array,
-    samples: Array,
-    generator_samples: Array | None,
+    points: Mapping[str, Array],
     extent: Extent,
 ) -> Figure:
-    """True density, learned density and samples in the plane, side by side.
+    """True density, learned density and sets of `points` in the plane, side by side.
 
     Densities [n, n] are normalised log densities in nats at the centres of the cells that fill
     `extent` (x_min, x_max, y_min, y_max), row 0 at the lowest y. They share one colour scale,
     whose top is the highest value of the first panel, so that a spike in the learned density
-    cannot fade the truth. Samples are [m, 2]; `generator_samples` get a panel of their own, before
-    MCMC. What is None gets no panel. A thin contour around the samples shows where the first
-    density has fallen by 8 nats, as a Gaussian has at 4 standard deviations.
+    cannot fade the truth. A true density that is None gets no panel. Points are [m, 2], each set
+    under its name. A thin contour around them shows where the first density has fallen by 8 nats,
+    as a Gaussian has at 4 standard deviations.
     """
     densities = {"Learned density": learned_log_density}
     if true_log_density is not None:
         densities = {"True density": true_log_density} | densities
-    points = {"Samples": samples}
-    if generator_samples is not None:
-        points = {"Generator, before MCMC": generator_samples, "After MCMC": samples}
     count = len(densities) + len(points)
     figure = Figure(figsize=(2.35 * count + 0.8, 2.6), layout="constrained")
     axes = list(figure.subplots(1, count, sharex=True, sharey=True))
