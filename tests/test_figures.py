@@ -232,18 +232,33 @@ def test_a_line_of_modes_ends_where_they_do():
     assert figure.axes[0].get_xlim() == (0, 4)
 
 
+def same_colour(a, b):
+    return np.array_equal(a.get_edgecolor(), b.get_edgecolor())
+
+
 def test_numbers_by_class_stand_beside_each_other_over_their_class():
     kinds = {"released": ([0.1, 0.2], [0.0, 0.1]), "strict": ([0.3, 0.4], [0.0, 0.1])}
     panels = {"energy": kinds, "gradient": kinds}
-    figure = figures.by_class(panels, {"chance": [0.35, 0.36]}, ["4", "9"], "AUPRC")
+    lines = {
+        "chance": {"released": [0.35, 0.36], "strict": [0.37, 0.38]},
+        "floor": {"released": [0.25, 0.26], "strict": [0.27, 0.28]},
+    }
+    figure = figures.by_class(panels, lines, ["4", "9"], "AUPRC")
     drawn(figure)
     assert [text.get_text() for text in figure.axes[-1].get_xticklabels()] == ["4", "9"]
     for ax in figure.axes:
         first, second = (container.lines[0].get_xydata() for container in ax.containers)
         assert first[:, 1].tolist() == [0.1, 0.2]
-        np.testing.assert_allclose(first[:, 0], [-0.15, 0.85])
-        np.testing.assert_allclose(second[:, 0], [0.15, 1.15])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["chance", *kinds]
+        np.testing.assert_allclose(first[:, 0], [-0.18, 0.82])
+        np.testing.assert_allclose(second[:, 0], [0.18, 1.18])
+        for kind, container in zip(kinds, ax.containers, strict=True):
+            points, _, (bars,) = container.lines
+            own = [c for c in ax.collections if same_colour(c, bars) and c is not bars]
+            for short, values in zip(own, lines.values(), strict=True):
+                ends = np.array(short.get_segments())
+                np.testing.assert_allclose(ends[:, :, 0].mean(1), points.get_xdata())
+                assert ends[:, 0, 1].tolist() == ends[:, 1, 1].tolist() == values[kind]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*lines, *kinds]
 
 
 def test_error_curves_have_the_line_of_exact_draws_and_a_colour_for_each_sampler():

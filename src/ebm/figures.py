@@ -378,23 +378,24 @@ Spread = tuple[Sequence[float], Sequence[float]]
 @rc_context(STYLE)
 def by_class(
     panels: Mapping[str, Mapping[str, Spread]],
-    lines: Mapping[str, Sequence[float]],
+    lines: Mapping[str, Mapping[str, Sequence[float]]],
     classes: Sequence[str],
     label: str,
 ) -> Figure:
     """A panel for each score, below each other: of each of several kinds a number called `label`
-    for every class, and short lines at values that all panels share."""
+    for every class. `lines` by their names: values of each kind for every class, which all panels
+    share, as short lines of its colour."""
     figure = Figure(figsize=(5.4, 0.5 + 2.1 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    x = np.arange(len(classes))
+    x, forms = np.arange(len(classes)), ("--", ":")
     for ax, (title, kinds) in zip(axes, panels.items(), strict=True):
         for number, (name, (means, spreads)) in enumerate(kinds.items()):
-            place = x + 0.3 * (number - (len(kinds) - 1) / 2)
-            style: Any = {"fmt": "o", "ms": 4, "color": SERIES[number], "label": name}
-            ax.errorbar(place, means, spreads, capsize=2, **style)
-        for (name, values), form in zip(lines.items(), ("--", ":"), strict=False):
-            ends: Any = {"linestyles": form, "colors": MUTED, "label": name}
-            ax.hlines(values, x - 0.4, x + 0.4, **ends)
+            place, colour = x + 0.36 * (number - (len(kinds) - 1) / 2), SERIES[number]
+            ax.errorbar(place, means, spreads, fmt="o", ms=4, capsize=2, color=colour, label=name)
+            for values, form in zip(lines.values(), forms, strict=False):
+                ax.hlines(values[name], place - 0.16, place + 0.16, colour, form, lw=1)
+        for name, form in zip(lines, forms, strict=False):
+            ax.plot([], [], color=MUTED, ls=form, lw=1, label=name)
         ax.set(ylabel=label, xticks=x, xticklabels=classes)
         ax.set_title(title, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
