@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -261,12 +262,14 @@ def test_numbers_by_class_stand_beside_each_other_over_their_class():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [*lines, *kinds]
 
 
-def test_error_curves_have_the_line_of_exact_draws_and_a_colour_for_each_sampler():
+def test_error_curves_have_the_line_of_exact_draws_and_a_look_for_each_sampler():
     n = np.array([1.0, 10.0, 100.0])
     lines = {"slow": (n, n**-0.1), "lost": (n, np.array([1.0, 1e9, np.nan]))}
     figure = figures.error_curves({"one": lines, "two": lines, "three": {"slow": lines["slow"]}})
     assert [ax.get_title() for ax in figure.axes] == ["one", "two", "three"]
-    assert [ax.get_legend() is not None for ax in figure.axes] == [True, False, True]
+    assert not any(ax.get_legend() for ax in figure.axes), "over no line"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["slow", "lost", "exact draws"]
     slow, lost, exact = figure.axes[0].lines
     assert slow.get_color() != lost.get_color()
     np.testing.assert_allclose(exact.get_ydata(), np.asarray(exact.get_xdata()) ** -0.5)
@@ -274,6 +277,22 @@ def test_error_curves_have_the_line_of_exact_draws_and_a_colour_for_each_sampler
     low, high = figure.axes[0].get_ylim()
     assert low < 0.1 < 1 < high < 1e3, "the line that is lost leaves the panel"
     drawn(figure)
+    bottom = min(ax.get_tightbbox().y0 for ax in figure.axes)
+    assert legend.get_window_extent().y1 <= bottom
+
+
+def test_error_curves_that_lie_on_one_another_show_all_their_marks():
+    n = np.geomspace(1, 1000, 80)
+    names = ["a", "b", "c", "d", "e", "f", "g", "h", "i"]
+    figure = figures.error_curves({"flat": {name: (n, np.ones(80)) for name in names}})
+    pixels, (ax,) = drawn(figure), figure.axes
+    *lines, _ = ax.lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(names)
+    row = pixels.shape[0] - 1 - int(ax.transData.transform((1, 1))[1])
+    beside = pixels[[row - 3, row - 2, row + 2, row + 3], int(ax.bbox.x0) : int(ax.bbox.x1)]
+    for line in lines:  # beside the one that lies on top there are the marks of all
+        colour = np.round(255 * np.array(to_rgb(line.get_color())))
+        assert (beside == colour).all(-1).any(), line.get_marker()
 
 
 def test_paths_lie_over_the_density_they_explore():
@@ -344,7 +363,9 @@ def densities():
     density = np.logaddexp.reduce([-s / (2 * 0.12**2) for s in squared])
     samples = modes[r.integers(0, 25, 10000)] + 0.12 * r.normal(size=(10000, 2))
     spread = samples + 0.2 * r.normal(size=samples.shape)
-    return figures.density_panels(density, density / 2, {"Before": spread, "After": samples}, EXTENT)
+    return figures.density_panels(
+        density, density / 2, {"Before": spread, "After": samples}, EXTENT
+    )
 
 
 REALISTIC = {

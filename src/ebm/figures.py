@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -55,6 +56,8 @@ LARGEST_PIXEL = 12  # of the file, for one pixel of an image
 LABEL = 11  # points: a mosaic is often shown at half its size
 GAP = 4
 FRAME_TIME = 250  # milliseconds
+MARKS = "osD^vXP"  # with SERIES, a look of its own for each of 42 lines
+SPACING = 0.3  # of the marks on a line, in diagonals of its panel
 FAR = 4.0  # widths of the data's energies: beyond, histograms stop
 SMOOTH: Any = {"interpolation": "bilinear", "interpolation_stage": "data"}
 
@@ -408,21 +411,28 @@ def by_class(
 def error_curves(curves: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> Figure:
     """A panel for each target, a line (evaluations [k], error [k]) for each sampler, both axes
     logarithmic. Dashed: what independent exact draws have, 1 / sqrt(n). A line that leaves the
-    panel upwards has left the target. Panels with the same samplers share the first's legend."""
-    figure = Figure(figsize=(2.5 * len(curves) + 0.3, 3.1), layout="constrained")
-    axes = list(figure.subplots(1, len(curves), squeeze=False)[0])
-    explained: list[str] = []
+    panel upwards has left the target. Marks stand at other places on each line of a panel, so that
+    lines that lie on one another can be told apart."""
+    figure = Figure(figsize=(2.5 * len(curves) + 0.3, 3.6), layout="constrained")
+    axes = list(figure.subplots(1, len(curves), sharey=True, squeeze=False)[0])
+    names = dict.fromkeys(name for lines in curves.values() for name in lines)
+    looks = dict(zip(names, zip(cycle(SERIES), cycle(MARKS), strict=False), strict=False))
+    shown: dict[str, Line2D] = {}
+    longest = 1.0
     for ax, (title, lines) in zip(axes, curves.items(), strict=True):
-        for (name, line), colour in zip(lines.items(), cycle(SERIES), strict=False):
-            ax.loglog(*line, color=colour, label=name)
+        for number, (name, line) in enumerate(lines.items()):
+            colour, mark = looks[name]
+            every = (SPACING * number / len(lines), SPACING)
+            style: Any = {"color": colour, "marker": mark, "ms": 4.5, "markevery": every}
+            (shown[name],) = ax.loglog(*line, **style)
         reach = np.array([1.0, max(evaluations[-1] for evaluations, _ in lines.values())])
-        ax.loglog(reach, reach**-0.5, "--", color=MUTED, lw=0.9, label="exact draws")
-        ax.set(title=title, xlabel="evaluations per chain", ylim=(reach[1] ** -0.5 / 2, 3))
+        (shown["exact draws"],) = ax.loglog(reach, reach**-0.5, "--", color=MUTED, lw=0.9)
+        ax.set(title=title, xlabel="evaluations per chain")
         ax.spines[["top", "right"]].set_visible(False)
-        if explained != list(lines):
-            ax.legend(fontsize=7.5, loc="lower left")
-        explained = list(lines)
-    axes[0].set_ylabel("error, in standard deviations")
+        longest = max(longest, reach[1])
+    axes[0].set(ylabel="error, in standard deviations", ylim=(longest**-0.5 / 2, 3))
+    shown["exact draws"] = shown.pop("exact draws")
+    figure.legend(shown.values(), list(shown), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
