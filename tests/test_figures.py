@@ -205,13 +205,49 @@ def test_scores_of_rows_are_shares_of_them_and_the_threshold_is_dashed():
     wide = {"normal": np.exp(r.normal(0, 3, 900)), "anomalous": np.exp(r.normal(9, 3, 100))}
     figure = figures.score_histograms({"energy": (near, 1.5), "gradient": (wide, 20.0)})
     drawn(figure)
-    assert [ax.get_title("left") for ax in figure.axes] == ["energy", "gradient"]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["score: energy", "score: gradient"]
     assert [ax.get_xscale() for ax in figure.axes] == ["linear", "log"]
     assert [ax.lines[0].get_xdata()[0] for ax in figure.axes] == [1.5, 20.0]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["normal", "anomalous", "threshold"]
     three_to_one = {"test": np.repeat([0.0, 10.0], [30, 10]), "constant": np.zeros(9)}
     figure = figures.score_histograms({"energy": (three_to_one, 5.0)})
     outlines = [patch.get_path().vertices[:, 1].round(9) for patch in figure.axes[0].patches]
     assert [sorted({*y} - {y.min()}) for y in outlines] == [[0.25, 0.75], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("normal", "anomalous", "threshold"),
+    [
+        ((-1519, 4, 800), (5e4, 5e4, 200), -1382),  # anomalies that are far away
+        ((0, 1e-3, 800), (-4000, 2000, 200), 0.01),  # anomalies far below the normal rows
+        ((8, 0, 800), (9, 1, 200), 8.0),  # a tie of most rows with the threshold
+        ((0, 1, 800), (1, 1, 200), 50.0),  # a threshold above all rows
+        ((0, 0, 800), (0, 0, 200), 0.0),
+    ],
+)
+def test_the_frame_of_scores_shows_their_threshold_and_most_rows(normal, anomalous, threshold):
+    r = np.random.default_rng(0)
+    sets = {"normal": r.normal(*normal), "anomalous": r.normal(*anomalous)}
+    figure = figures.score_histograms({"energy": (sets, threshold)})
+    pixels, (ax,) = drawn(figure), figure.axes
+    low, high = ax.get_xlim()
+    margin = (high - low) / 100
+    assert low + margin < threshold < high - margin
+    assert darkness(pixels, ax, threshold, np.sqrt(np.prod(ax.get_ylim()))) > 100
+    assert ((low <= sets["normal"]) & (sets["normal"] <= high)).mean() > 0.99
+    assert abs(normal[0] - threshold) < 1 or abs(normal[0] - threshold) > 10 * margin
+
+
+@pytest.mark.parametrize("threshold", [np.nan, np.inf])
+def test_a_threshold_that_is_no_number_is_not_drawn(threshold):
+    scores = {"test": np.random.default_rng(0).normal(size=500)}
+    figure = figures.score_histograms({"energy": (scores, threshold)})
+    drawn(figure)
+    (ax,) = figure.axes
+    assert not ax.lines
+    low, high = ax.get_xlim()
+    assert low < np.median(scores["test"]) < high
 
 
 def test_curves_of_detectors_begin_at_nothing_flagged_and_have_their_chance():

@@ -58,6 +58,7 @@ GAP = 4
 FRAME_TIME = 250  # milliseconds
 MARKS = "osD^vXP"  # with SERIES, a look of its own for each of 42 lines
 SPACING = 0.3  # of the marks on a line, in diagonals of its panel
+NEAR = 3.0  # times three quarters of the rows' distance to a threshold: histograms stop there
 FAR = 4.0  # widths of the data's energies: beyond, histograms stop
 SMOOTH: Any = {"interpolation": "bilinear", "interpolation_stage": "data"}
 
@@ -292,34 +293,48 @@ def score_histograms(panels: Mapping[str, tuple[Mapping[str, Array], float]]) ->
     """A panel for each score, below each other: its values [n] in several sets of rows and its
     threshold, dashed. The height of a bin is its share of a set, on a logarithmic axis.
 
-    The bins reach as far as those of `energy_histogram`; their axis is logarithmic where the
-    scores are positive and spread over two orders of magnitude.
+    The frame reaches NEAR times as far from the threshold as three quarters of all rows lie, and
+    no further than the rows do: few that are far away, of whatever set, cannot squeeze the others.
+    What lies beyond is counted in the outermost bin. Where the threshold is not finite, the frame
+    lies around the median. The axis of scores is logarithmic where they are positive and spread
+    over two orders of magnitude.
     """
-    figure = Figure(figsize=(5.4, 0.3 + 1.75 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(5.4, 0.4 + 1.9 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for ax, (title, (sets, threshold)) in zip(axes, panels.items(), strict=True):
-        if logarithmic := _spread(np.concatenate(list(sets.values()))):
-            sets = {name: np.log10(score) for name, score in sets.items()}
-            ax.set_xscale("log")
-        values, bins = _framed(sets)
-        if logarithmic:
-            values, bins = {name: 10**score for name, score in values.items()}, 10**bins
-        for (name, score), colour in zip(values.items(), cycle(SERIES), strict=False):
+    for ax, (name, (sets, threshold)) in zip(axes, panels.items(), strict=True):
+        values = np.concatenate(list(sets.values()))
+        middle = threshold if math.isfinite(threshold) else float(np.median(values))
+        if logarithmic := middle > 0 and _spread(values):
+            bins = 10 ** _bins_around(math.log10(middle), np.log10(values[values > 0]))
+        else:
+            bins = _bins_around(middle, values)
+        for (kind, score), colour in zip(sets.items(), cycle(SERIES), strict=False):
             style: Any = {"histtype": "stepfilled", "alpha": 0.45, "color": colour}
             share = np.full(len(score), 1 / len(score))
-            ax.hist(score, bins.tolist(), weights=share, label=name, **style)
-        ax.axvline(float(np.clip(threshold, bins[0], bins[-1])), color=INK, ls="--", lw=0.9)
-        ax.set(yscale="log", ylabel="share of rows", xlim=(bins[0], bins[-1]))
-        ax.set_title(title, loc="left")
+            framed = np.clip(score, bins[0], bins[-1])
+            ax.hist(framed, bins.tolist(), weights=share, label=kind, **style)
+        if middle == threshold:
+            ax.axvline(threshold, color=INK, ls="--", lw=0.9, label="threshold")
+        ax.set(xscale="log" if logarithmic else "linear", xlim=(bins[0], bins[-1]))
+        ax.set(xlabel=f"score: {name}", yscale="log", ylabel="share of rows")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     return figure
 
 
 def _spread(values: Array) -> bool:
-    """Whether they are positive and most of them not within two orders of magnitude."""
+    """Whether nearly all are positive and most of them not within two orders of magnitude."""
     low, high = np.quantile(values, (0.005, 0.995))
-    return bool(values.min() > 0 and high > 100 * low)
+    return bool(low > 0 and high > 100 * low)
+
+
+def _bins_around(middle: float, values: Array) -> Array:
+    """The edges of 80 bins; the middle lies within them, not at an end."""
+    distance = np.abs(values - middle)
+    reach = NEAR * (np.quantile(distance, 0.75) or distance.max() or 1.0)
+    low, high = np.clip((values.min(), values.max()), middle - reach, middle + reach)
+    return np.linspace(min(low, middle - reach / 20), max(high, middle + reach / 20), 81)
 
 
 def _framed(sets: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
