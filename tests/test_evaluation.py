@@ -317,6 +317,8 @@ def test_an_energy_told_from_noise_is_measured_beside_that_noise(monkeypatch):
     assert theory["value"] == pytest.approx(math.sqrt(1.3 / 200), rel=0.05)
     assert [name for name, *_ in found.figures] == ["noise", "theory", "density"]
     (ax,) = found.figures[1][-1].axes
+    assert ax.get_xlabel() == "ν, noise draws per data point"
+    assert ax.get_ylabel() == "RMS error of log Z"
     expected, shown = (line.get_ydata() for line in ax.lines)
     for nu, a, b in zip(contrast.RATIOS, shown, expected, strict=True):
         assert nu < 1 or 0.3 < a / b < 2.5  # the theory is one of many points

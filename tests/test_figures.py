@@ -254,6 +254,8 @@ def test_curves_of_detectors_begin_at_nothing_flagged_and_have_their_chance():
     steps = np.array([0.5, 1.0])
     figure = figures.detection_curves({"energy": (steps / 2, steps, steps)}, 0.3)
     roc, pr = figure.axes
+    assert (roc.get_xlabel(), roc.get_ylabel()) == ("false positive rate", "recall")
+    assert (pr.get_xlabel(), pr.get_ylabel()) == ("recall", "precision")
     assert roc.lines[0].get_xydata()[0].tolist() == [0, 0]
     assert pr.lines[0].get_xydata().tolist() == [[0.5, 0.5], [1, 1]]
     assert [list(line.get_ydata()) for line in (roc.lines[1], pr.lines[1])] == [[0, 1], [0.3, 0.3]]

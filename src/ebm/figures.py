@@ -350,20 +350,20 @@ def _framed(sets: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
 def detection_curves(
     curves: Mapping[str, tuple[Array, Array, Array]], prevalence: float
 ) -> Figure:
-    """ROC and precision-recall curves of several scores: false alarm rates, recalls and precisions
-    [k] from the highest threshold down. Dashed: what scores that know nothing have, on rows of
-    which the share `prevalence` are anomalies."""
+    """ROC and precision-recall curves of several scores: false positive rates, recalls and
+    precisions [k] from the highest threshold down. Dashed: what scores that know nothing have, on
+    rows of which the share `prevalence` are anomalies."""
     figure = Figure(figsize=(5.4, 2.9), layout="constrained")
     roc, pr = figure.subplots(1, 2)
-    for (name, (alarm, recall, precision)), colour in zip(
+    for (name, (false, recall, precision)), colour in zip(
         curves.items(), cycle(SERIES), strict=False
     ):
-        roc.plot([0.0, *alarm], [0.0, *recall], color=colour)
+        roc.plot([0.0, *false], [0.0, *recall], color=colour)
         pr.plot(recall, precision, color=colour, label=name)
     chance: Any = {"ls": "--", "color": MUTED, "lw": 0.9}
     roc.plot([0, 1], [0, 1], **chance)
     pr.plot([0, 1], [prevalence, prevalence], **chance, label="chance")
-    roc.set(xlabel="false alarm rate", ylabel="recall", title="ROC")
+    roc.set(xlabel="false positive rate", ylabel="recall", title="ROC")
     pr.set(xlabel="recall", ylabel="precision", title="Precision and recall")
     for ax in (roc, pr):
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))

@@ -190,8 +190,8 @@ def _draw_scores(
 
 
 def _curves(inliers: Tensor, outliers: Tensor) -> tuple[Any, Any, Any]:
-    """False alarm rates, recalls and precisions [K] from the highest threshold down, as arrays."""
+    """False positive rates, recalls and precisions [K] from the highest threshold down."""
     _, true, false = metrics.operating_points(inliers, outliers)
     lines = false / len(inliers), true / len(outliers), true / (true + false)
-    alarm, recall, precision = (line.cpu().numpy() for line in lines)
-    return alarm, recall, precision
+    false_rate, recall, precision = (line.cpu().numpy() for line in lines)
+    return false_rate, recall, precision
