@@ -364,7 +364,7 @@ def test_the_overview_shows_numbers_with_their_references(html):
         "Training time": "1 min 33 s",
     }
     assert cells(html, RBM) == {
-        "Log-likelihood": "−22.57 −22.572 to −22.571 baseline −27.00",
+        "Log-likelihood": "−22.57 −22.572 and −22.571 baseline −27.00",
         "Fréchet distance": "1.23 × 10⁻⁵",
         "Training time": "1 min 33 s",
     }
