@@ -478,6 +478,15 @@ def test_real_stacks_score_as_their_references_say(stacks, measure):
     assert [name for name, *_ in found.figures] == ["modes", "samples", "data", "energies"]
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_parts_of_a_stack_are_drawn_side_by_side_in_their_order(parts):
+    stacks = torch.linspace(0, 1, 2 * parts).view(2, parts, 1, 1).expand(-1, -1, 8, 8)
+    (ax,) = stacked._grid(stacks).axes
+    ink, *_ = ax.images[0].get_array().filled(torch.nan)  # grey
+    runs = [float(a) for a, b in zip(ink, [*ink[1:], None], strict=True) if a != b]
+    assert [a for a in runs if a == a] == pytest.approx(stacks[:, :, 0, 0].flatten().tolist())
+
+
 def test_a_generator_that_knows_one_mode_is_found_out(stacks, measure):
     prepared, _ = stacks
     one = prepared.points("train")[:1].expand(300, -1, -1, -1)

@@ -61,7 +61,9 @@ def pictures(name):
     r = np.random.default_rng(0)
     if name == MEG:
         field, points = -r.uniform(0, 20, (40, 40)), r.uniform(-2, 2, (500, 2))
-        panels = figures.density_panels(field, field, points, points, (-2, 2, -2, 2))
+        panels = figures.density_panels(
+            field, field, {"Before": points, "After": points}, (-2, 2, -2, 2)
+        )
         return {"density": panels}
     return {
         "samples": figures.image_grid(r.uniform(size=(32, 8, 8)), 16),
@@ -372,7 +374,7 @@ def test_the_overview_shows_numbers_with_their_references(html):
         "Training time": "1 min 33 s",
     }
     assert cells(html, RBM) == {
-        "Log-likelihood": "−22.57 −22.572 to −22.571 baseline −27.00",
+        "Log-likelihood": "−22.57 −22.572 and −22.571 baseline −27.00",
         "Fréchet distance": "1.23 × 10⁻⁵",
         "Training time": "1 min 33 s",
     }
