@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines import ROOT
+from pipelines import ROOT, gpu
 from pipelines.spool import Spool
 
 Environment = Mapping[str, str]
@@ -267,6 +267,9 @@ def _busy(pid: int, command: str) -> Finding:
 def device(_: Path, environment: Environment) -> Iterator[Finding]:
     """The GPU that EBM_DEVICE asks for is there."""
     name = environment.get("EBM_DEVICE", "")
+    if name and not gpu.known_device(name):
+        yield wrong(f"EBM_DEVICE is {name}", f"`unset EBM_DEVICE`, or set it to {gpu.DEVICES}")
+        return
     if name.partition(":")[0] != "cuda":
         yield ok(f"EBM_DEVICE {name or 'not set'}")
         return

@@ -30,7 +30,7 @@ def evaluate(name: str) -> None:
     measure = reference.read(Path("models/reference", experiment.dataset), prepared, device)
     seeds.seed("evaluate", experiment.seed)
     result = evaluate(model, samples, prepared, measure, experiment.evaluate.model_dump())
-    _write(folder / "evaluation", result)
+    _write(folder, result)
     drawing = experiment.sample.model_dump(exclude={"count"})
     serving = {"threshold": result.thresholds.get("energy"), "sample": drawing}
     _track(name, folder, result, serving, _example(prepared))
@@ -47,12 +47,16 @@ def _samples(path: Path) -> "dict[str, Tensor]":
         raise EBMError(f"{path}: not a usable sample file ({error}); sample again") from None
 
 
-def _write(folder: Path, result: "Evaluation") -> None:
+def _write(model: Path, result: "Evaluation") -> None:
+    """What was found, beside the model; a threshold with the checksum of the weights that it
+    belongs to."""
+    folder = model / "evaluation"
     stage.write_figures(folder, result.figures)
     stage.write_json(folder / "metrics.json", result.metrics)
     stage.write_json(folder / "references.json", result.references)
     if result.thresholds:
-        stage.write_json(folder / "threshold.json", result.thresholds)
+        weights = {"weights_sha256": stage.file_digest(model / "weights.safetensors")}
+        stage.write_json(folder / "threshold.json", result.thresholds | weights)
 
 
 def _example(prepared: "Prepared") -> dict[str, Any]:

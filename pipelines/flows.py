@@ -1,8 +1,8 @@
 """`python -m pipelines.flows -j 4`: what `pipelines.run` does as a Prefect flow, one task a stage.
 
 The plan is DVC's and the scheduler is the runner's. Prefect shows, logs, retries and cancels, and
-starts the flow on a schedule. If no server runs, it starts one for the time of the flow. This is
-the only module that imports Prefect.
+starts the flow on a schedule. If no server runs, it starts one for the time of the flow. Only this
+module and `sweep_flow` import Prefect.
 
 With `--dask tcp://host:8786`, stages run in the clones of a Dask cluster's workers
 (`pipelines.worker`). What they make goes through DVC's remote, and what has to be known of it here

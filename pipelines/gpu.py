@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,15 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 TOLD = 64  # bytes of a lock's file that say who has the card
 
+DEVICES = "cpu, cuda or cuda:N"
+
 _held: list[int] = []  # descriptors of the locks, open until this process ends
 _claimed: list[int] = []  # the index of the card that this process has, once it has one
+
+
+def known_device(name: str) -> bool:
+    """Whether EBM_DEVICE may be that: one of DEVICES."""
+    return re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None
 
 
 def count() -> int:

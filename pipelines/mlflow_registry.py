@@ -17,18 +17,19 @@ from mlflow.exceptions import MlflowException
 
 from ebm import EBMError
 from pipelines.courier import reason
-from pipelines.mlflow_store import EXPERIMENT, MODEL
+from pipelines.mlflow_store import DATA, EXPERIMENT, MODEL
 from pipelines.spool import public
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run, with the latest value of each of its metrics, and the id of the model that it has
-    logged last, if any."""
+    """A run, with the latest value of each of its metrics, the checksum of its data, and the id of
+    the model that it has logged last, if any."""
 
     id: str
     finished: bool
     metrics: dict[str, float]
+    data: str | None
     model: str | None
 
 
@@ -46,7 +47,9 @@ class Registry:
     def __init__(self, uri: str) -> None:
         path = uri.removeprefix("sqlite:///")
         if path != uri and not Path(path).exists():
-            raise EBMError(f"{public(uri)}: no such file, so nothing is recorded yet")
+            problem = "no such file, so nothing is recorded yet"
+            advice = "`python -m pipelines.tracking` delivers what waits"
+            raise EBMError(f"{public(uri)}: {problem}; {advice}")
         self._client = MlflowClient(uri)
 
     def runs(self, name: str) -> list[Recorded]:
@@ -58,6 +61,7 @@ class Registry:
                 run.info.run_id,
                 run.info.status == "FINISHED",
                 run.data.metrics,
+                run.data.tags.get(DATA),
                 run.data.tags.get(MODEL),
             )
             for run in runs

@@ -45,6 +45,7 @@ from pipelines.spool import Event, UnfitError
 EXPERIMENT = "ebm"
 KEY = "ebm.key"
 PACKED = "ebm.packed_sha256"
+DATA = "data.sha256"  # of a run: the checksum of its data
 MODEL = "ebm.model_id"  # of a run: the model that it has logged last
 REQUIREMENTS = (
     "mlflow",

@@ -27,14 +27,14 @@ from pipelines.words import (
 
 @dataclass(frozen=True)
 class Row:
-    """A metric of one experiment; `bracket`, `generator` (before MCMC) and `gradient` (by the norm
-    of the gradient as score) are empty where there is none."""
+    """A metric of one experiment; `estimates` (that err low and high), `generator` (before MCMC)
+    and `gradient` (by the norm of the gradient as score) are empty where there is none."""
 
     name: str
     metric: Metric
     value: str
     exact: float
-    bracket: str
+    estimates: str
     generator: str
     gradient: str
     references: Sequence[Reference]
@@ -123,7 +123,7 @@ def _row(result: Result, name: str) -> Row:
         metric=metric(name),
         value=_value(numbers, name),
         exact=numbers[name],
-        bracket="" if low is None or high is None else _bracket(low, high),
+        estimates="" if low is None or high is None else _estimates(low, high),
         generator=_value(numbers, generator) if generator in numbers else "",
         gradient=_value(numbers, gradient) if gradient in numbers else "",
         references=result.references.get(name, ()),
@@ -131,11 +131,11 @@ def _row(result: Result, name: str) -> Row:
     )
 
 
-def _bracket(low: float, high: float) -> str:
-    """Both ends, with as many digits as tell them apart."""
+def _estimates(low: float, high: float) -> str:
+    """Both, with as many digits as tell them apart."""
     forms = (f"#.{digits}g" for digits in range(4, 9))
     form = next((f for f in forms if number(low, f) != number(high, f)), "#.8g")
-    return f"{number(low, form)} to {number(high, form)}"
+    return f"{number(low, form)} and {number(high, form)}"
 
 
 def _value(numbers: Mapping[str, float], name: str) -> str:

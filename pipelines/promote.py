@@ -3,12 +3,14 @@
     python -m pipelines.promote EXPERIMENT --metric NAME    # EXPERIMENT@champion: the best run
     python -m pipelines.promote EXPERIMENT --rollback       # and back to the version before
 
-Among the finished runs that MLflow has of the experiment (of `dvc exp run`, of other machines) the
-best one by the metric is registered in MLflow's model registry, under the experiment's name, and
-the alias points at it; the versions it pointed at before are kept as a tag of the registered
-model. Nothing changes if the present version is as good, unless it is of the same run, which was
-evaluated anew since and has another threshold. What is still on its way to MLflow is not seen:
-`python -m pipelines.tracking` delivers it.
+Among the finished runs that MLflow has of the experiment (of `dvc exp run`, of other machines)
+the best one by the metric is registered in MLflow's model registry, under the experiment's name,
+and the alias points at it; the versions it pointed at before are kept as a tag of the registered
+model. Only runs on the data of the newest one are compared: a metric of another test split says
+nothing about them, so a champion of other data gives way. Nothing changes if the present version
+is as good, unless it is of the same run, which was evaluated anew since and has another
+threshold. What is still on its way to MLflow is not seen: `python -m pipelines.tracking` delivers
+it.
 
 Metrics are mostly those of the test split, so the best of many runs looks better than it is: quote
 numbers of a run that was not chosen by them.
@@ -40,11 +42,15 @@ def promote(experiment: str, metric: str, alias: str, better: int | None) -> str
     with _registry() as registry:
         present = registry.present(experiment, alias)
         own = present.run if present else None
-        best = _best(registry.runs(experiment), experiment, metric, better, own)
+        runs = registry.runs(experiment)
+        alike = _on_the_newest_data(_measured(runs, experiment, metric))
+        best = _best(alike, metric, better, own)
         model, value, before = best.model, best.metrics[metric], "the first one"
         if present:
-            held = registry.metric(present, metric)
-            before = f"before: version {present.number}, {_shown(metric, held)}"
+            old = own in {run.id for run in runs if run.data != best.data}
+            held = None if old else registry.metric(present, metric)
+            shown = "on other data" if old else _shown(metric, held)
+            before = f"before: version {present.number}, {shown}"
             renewed = (
                 model is not None
                 and best.id == present.run
@@ -93,11 +99,8 @@ def check_alias(alias: str) -> None:
         raise EBMError(f"--alias {alias}: {problem}")
 
 
-def _best(
-    runs: "list[Recorded]", experiment: str, metric: str, better: int, own: str | None
-) -> "Recorded":
-    """The best finished run; of equals one that has a model, then the run `own`, then the oldest.
-    A metric that is NaN is none."""
+def _measured(runs: "list[Recorded]", experiment: str, metric: str) -> "list[Recorded]":
+    """The finished runs that have the metric, at least one; one that is NaN is none."""
     if not runs:
         raise EBMError(f"{experiment}: no such experiment among the runs at {_where()}")
     fit = [
@@ -108,7 +111,18 @@ def _best(
         similar = get_close_matches(metric, sorted(known - {metric}))
         hint = f"; similar: {', '.join(similar)}" if similar else ""
         raise EBMError(f"{experiment}: no finished run at {_where()} has a {metric}{hint}")
-    return max(fit, key=lambda run: (better * run.metrics[metric], bool(run.model), run.id == own))
+    return fit
+
+
+def _on_the_newest_data(runs: "list[Recorded]") -> "list[Recorded]":
+    return [run for run in runs if run.data == runs[-1].data]
+
+
+def _best(runs: "list[Recorded]", metric: str, better: int, own: str | None) -> "Recorded":
+    """The best run; of equals one that has a model, then the run `own`, then the oldest."""
+    return max(
+        runs, key=lambda run: (better * run.metrics[metric], bool(run.model), run.id == own)
+    )
 
 
 def _past(registry: "Registry", experiment: str, alias: str) -> list[str]:

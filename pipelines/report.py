@@ -45,7 +45,11 @@ def write(root: Path, settings: Mapping[str, Any], timeline: str = "timeline.htm
         log.warning("not trained here and left out: %s", ", ".join(absent))
     found = [results.read(root / "models", name, settings) for name in trained]
     found = [replace(result, history=thin(result.history)) for result in found]
-    comparison = results.read_comparison(root / "models", settings)
+    comparison = None
+    if (root / "models" / results.COMPARISON).is_dir() or not absent:
+        comparison = results.read_comparison(root / "models", settings)
+    else:
+        absent.append(results.COMPARISON)
     reports = root / "reports"
     html = page.render(found, comparison, timeline)
     named: list[tuple[str, Result | Comparison]] = [(result.name, result) for result in found]

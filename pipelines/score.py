@@ -128,11 +128,15 @@ def _threshold(model: Path) -> float | None:
     if not path.exists():
         return None
     try:
-        value = float(json.loads(path.read_text(encoding="utf-8"))["energy"])
+        found = json.loads(path.read_text(encoding="utf-8"))
+        value, weights = float(found["energy"]), str(found["weights_sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EBMError(f"{path}: not a threshold ({error!r}); give one by --threshold") from None
     if not math.isfinite(value):
         raise EBMError(f"{path}: energy = {value}; give a threshold by --threshold")
+    if weights != stage.file_digest(model / "weights.safetensors"):
+        again = f"run evaluate@{model.name} again or give one by --threshold"
+        raise EBMError(f"{path}: the threshold of other weights; {again}")
     return value
 
 

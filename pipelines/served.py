@@ -1,7 +1,8 @@
 """The model that MLflow serves: rows in, energies and flags out, or samples.
 
     a model of   takes
-    a table      its columns by name, numbers and text as in the CSV file; MLflow drops others
+    a table      its columns by name, numbers and text as in the CSV file; MLflow drops others.
+                 A category spelled NA or None is empty in MLflow's CSV: send it as JSON
     vectors      their numbers [B, D]; of a CSV file all columns in their order, under any names
     images       their levels [B, *shape]; no CSV
 
@@ -40,6 +41,8 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ebm.data.table import Transform
 
 MOST_ROWS, MOST_SAMPLES = 10_000, 256  # in one request
 AT_ONCE = 2**18  # numbers that go through the network at once
@@ -138,11 +141,24 @@ class Energy(PythonModel):
         first = 1 - FIRST_ROW  # so that messages count the rows from 1
         try:
             rows = given.set_axis(pd.RangeIndex(first, first + len(given)))
+            rows = _without_padding(rows, self.transform)
             points, unseen = self.transform.encode(rows, "input")
         except EBMError as error:
             _refuse(str(error))
         warn_of_unseen(unseen, "input")
         return points
+
+
+def _without_padding(rows: pd.DataFrame, transform: "Transform") -> pd.DataFrame:
+    """The rows with no blanks before a category that is known without them: MLflow keeps those
+    behind a comma of a CSV file, where preparation and `pipelines.score` skip them."""
+    for column in transform.columns:
+        if column.kind == "categorical" and column.name in rows:
+            known = set(column.categories)
+            bare = rows[column.name].map(lambda cell: str(cell).lstrip(" "))
+            padded = rows[column.name].map(lambda cell: isinstance(cell, str)) & bare.isin(known)
+            rows = rows.assign(**{column.name: rows[column.name].mask(padded, bare)})
+    return rows
 
 
 def _numbers(given: "np.ndarray | pd.DataFrame", shape: tuple[int, ...]) -> np.ndarray:

@@ -62,9 +62,10 @@ def device(threads: int) -> "torch.device":
     import torch
 
     torch.set_num_threads(threads)
-    chosen = torch.device(
-        os.environ.get("EBM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    name = os.environ.get("EBM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not gpu.known_device(name):
+        raise EBMError(f"EBM_DEVICE = {name}: expected {gpu.DEVICES}")
+    chosen = torch.device(name)
     if chosen.type != "cuda":
         return chosen
     cards = {
@@ -79,6 +80,15 @@ def device(threads: int) -> "torch.device":
 def digest(content: object) -> str:
     """SHA-256 of a JSON-able value, the same for equal values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content; EBMError where there is none to read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EBMError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def write_json(path: Path, content: object) -> None:

@@ -85,7 +85,8 @@ def plan(
     text = (root / "params.yaml").read_text(encoding="utf-8")
     known = root / "metrics" / f"{experiment}.json"
     if known.exists():
-        check_known("metric", metric, stage.read_json(known, "report"))
+        measured = stage.read_json(known, "report")
+        check_known("metric", metric, measured.keys() - {"seconds"})  # that of the training
     better = better or direction(metric)
     spanned = space.parse(search, text, experiment)
     stages = dag.plan([f"evaluate@{experiment}"], root).stages
@@ -347,16 +348,16 @@ def conclude(sweep: Sweep, study: "Study", apply: bool) -> bool:
     return True
 
 
-def main(execute: Callable[..., bool] = sweep) -> int:
-    """The command line, for this function or another one with the same arguments."""
-    options = parser().parse_args()
+def main(execute: Callable[..., bool] = sweep, module: str = "pipelines.sweep") -> int:
+    """The command line of a module, for this function or another one with the same arguments."""
+    options = parser(module).parse_args()
     return run.command(lambda: execute(**vars(options)))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(module: str) -> argparse.ArgumentParser:
     """The command line's grammar; the names are those of the arguments of `sweep`."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.sweep",
+        prog=f"python -m {module}",
         description=__doc__,
         epilog=space.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -104,7 +104,7 @@ def main() -> int:
 
         return sweep_flow.search(**options, return_state=True).is_completed()
 
-    return sweep.main(execute)
+    return sweep.main(execute, "pipelines.sweep_flow")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ in the root; DVC_ROOT, which DVC sets, is that root (in a queued experiment the 
 EBM_RUN is the key of the run that a stage continues, whatever it asks for (a trial of a sweep).
 """
 
+import argparse
 import json
 import logging
 import os
@@ -283,4 +284,8 @@ def _environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m pipelines.tracking",
+        description="Deliver to MLflow what waits in .tracking; exit 1 if not all of it arrives.",
+    ).parse_args()
     sys.exit(0 if flush() else 1)

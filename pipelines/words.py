@@ -37,9 +37,10 @@ METRICS = {
     "log_likelihood": Metric(
         "Log-likelihood",
         +1,
-        "Mean log p of the test split. Where log Z is estimated, a lower and an upper estimate "
-        "bracket it: they come from annealing towards the model and away from it. In the plane Z "
-        "comes from a grid, unless the model has a constant of its own.",
+        "Mean log p of the test split. Where log Z is estimated, it is the middle of two "
+        "estimates: one tends to err low (annealing away from the model), one high (annealing "
+        "towards it); within their noise they may cross. In the plane Z comes from a grid, unless "
+        "the model has a constant of its own.",
         "nats",
     ),
     "log_likelihood_train": Metric(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from hashlib import sha256
 from statistics import stdev
 
 import numpy as np
@@ -477,6 +478,15 @@ def test_real_stacks_score_as_their_references_say(stacks, measure):
     assert [name for name, *_ in found.figures] == ["modes", "samples", "data", "energies"]
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_parts_of_a_stack_are_drawn_side_by_side_in_their_order(parts):
+    stacks = torch.linspace(0, 1, 2 * parts).view(2, parts, 1, 1).expand(-1, -1, 8, 8)
+    (ax,) = stacked._grid(stacks).axes
+    ink, *_ = ax.images[0].get_array().filled(torch.nan)  # grey
+    runs = [float(a) for a, b in zip(ink, [*ink[1:], None], strict=True) if a != b]
+    assert [a for a in runs if a == a] == pytest.approx(stacks[:, :, 0, 0].flatten().tolist())
+
+
 def test_a_generator_that_knows_one_mode_is_found_out(stacks, measure):
     prepared, _ = stacks
     one = prepared.points("train")[:1].expand(300, -1, -1, -1)
@@ -515,7 +525,11 @@ def test_stacks_are_counted_by_a_classifier_or_not_at_all(stacks):
 def test_the_stage_writes_a_threshold_where_there_is_one(tmp_path):
     from pipelines import evaluate as stage
 
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_bytes(b"weights")
     stage._write(tmp_path / "a", Evaluation({"f1": 0.5}, thresholds={"energy": 1.25}))
-    assert json.loads((tmp_path / "a" / "threshold.json").read_text()) == {"energy": 1.25}
+    found = json.loads((tmp_path / "a" / "evaluation" / "threshold.json").read_text())
+    assert found == {"energy": 1.25, "weights_sha256": sha256(b"weights").hexdigest()}
     stage._write(tmp_path / "b", Evaluation({"modes": 8}))
-    assert not (tmp_path / "b" / "threshold.json").exists()
+    assert not (tmp_path / "b" / "evaluation" / "threshold.json").exists()

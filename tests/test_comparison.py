@@ -9,8 +9,9 @@ import torch
 
 from ebm import figures
 from ebm.comparison import Chains, Contender, Meter, compare, error, row, sample, weighted
-from ebm.oracles import ORACLES, Banana, Ising
+from ebm.oracles import ORACLES, TITLES, Banana, Ising
 from ebm.samplers import HMC, MALA, ParallelTempering, RandomWalk, SpinGibbs
+from pipelines import words
 from pipelines.results import Line
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -120,6 +121,12 @@ def test_metrics_are_flat_numbers_and_everything_can_be_written(compared):
         assert title
         assert caption.endswith(".")
         assert len(figures.png(figure)) > 5000
+    assert [ax.get_title() for ax in compared.figures[0][-1].axes] == [*words.ORACLES.values()]
+
+
+def test_a_target_has_one_title_in_figures_and_on_the_page():
+    assert words.ORACLES == TITLES
+    assert TITLES.keys() == ORACLES.keys()
 
 
 def test_the_same_seed_gives_the_same_numbers():

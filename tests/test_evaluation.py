@@ -246,6 +246,30 @@ def test_a_lost_mode_is_seen():
     assert found.metrics["mode_kl"] > 0.1
 
 
+@pytest.mark.parametrize(
+    ("variant", "title"),
+    [
+        ("nce", "Draws of the noise"),
+        ("fce", "Draws of the flow"),
+        ("meg", "Generator, before MCMC"),
+    ],
+)
+def test_what_chains_began_with_has_its_own_name(variant, title):
+    prepared = plane()
+    model = variants.build(variant, (2,), MODELS[variant]).eval()
+    before, after = torch.zeros(40, 2), torch.ones(40, 2)
+    measure = Reference(reference.Network(), {"kind": "coordinates"}, {}, {})
+    samples = {"samples": after, "generator": before}
+    found = measured(model, samples, prepared, measure, {"grid": 40})
+    _, _, caption, picture = found.figures[-1]
+    panels = {ax.get_title(): ax.collections[-1] for ax in picture.axes[2:4]}
+    assert list(panels) == [title, "After MCMC"]
+    for points, x in zip(panels.values(), (before, after), strict=True):
+        assert points.get_offsets().tolist() == x.tolist()
+    assert f"draws of the {title.split(',')[0].split()[-1].lower()}" in caption
+    assert ("broad Gaussian" in caption) == (variant != "meg" and model.defence > 0)
+
+
 def contrasted(name, prepared, **changes):
     """A contrastive energy fitted to a density, and its evaluation on it."""
     seeds.seed("model", 0)
@@ -293,6 +317,8 @@ def test_an_energy_told_from_noise_is_measured_beside_that_noise(monkeypatch):
     assert theory["value"] == pytest.approx(math.sqrt(1.3 / 200), rel=0.05)
     assert [name for name, *_ in found.figures] == ["noise", "theory", "density"]
     (ax,) = found.figures[1][-1].axes
+    assert ax.get_xlabel() == "ν, noise draws per data point"
+    assert ax.get_ylabel() == "RMS error of log Z"
     expected, shown = (line.get_ydata() for line in ax.lines)
     for nu, a, b in zip(contrast.RATIOS, shown, expected, strict=True):
         assert nu < 1 or 0.3 < a / b < 2.5  # the theory is one of many points

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -51,9 +52,10 @@ def spot(x, y, value=0.0, size=4):
     return field
 
 
-def panels(true, learned, samples=((0.0, 0.0),), generator=None):
-    points = None if generator is None else np.array(generator)
-    return figures.density_panels(true, learned, np.array(samples), points, EXTENT)
+def panels(true, learned, samples=((0.0, 0.0),), before=None):
+    points = {"Samples": samples} if before is None else {"Before": before, "After": samples}
+    arrays = {title: np.array(x) for title, x in points.items()}
+    return figures.density_panels(true, learned, arrays, EXTENT)
 
 
 def titled(figure, title):
@@ -82,9 +84,9 @@ def test_equal_densities_have_equal_colours_in_both_panels():
 
 
 def test_samples_land_where_they_are_and_before_and_after_are_not_confused():
-    figure = panels(None, np.zeros((N, N)), [(2.0, 1.0)], generator=[(-1.0, -2.0)])
+    figure = panels(None, np.zeros((N, N)), [(2.0, 1.0)], before=[(-1.0, -2.0)])
     pixels = drawn(figure)
-    before, after = titled(figure, "Generator, before MCMC"), titled(figure, "After MCMC")
+    before, after = titled(figure, "Before"), titled(figure, "After")
     assert darkness(pixels, after, 2, 1) > 100
     assert darkness(pixels, before, -1, -2) > 100
     for ax, x, y in [
@@ -101,7 +103,7 @@ def test_the_contour_stands_at_four_standard_deviations():
     centres = -3 + 6 * (np.arange(200) + 0.5) / 200
     squared = centres[None, :] ** 2 + (centres[:, None] - 0.6) ** 2
     gaussian = -squared / (2 * 0.5**2)
-    figure = figures.density_panels(gaussian, gaussian, np.zeros((0, 2)), None, EXTENT)
+    figure = figures.density_panels(gaussian, gaussian, {"Samples": np.zeros((0, 2))}, EXTENT)
     pixels, ax = drawn(figure), titled(figure, "Samples")
     for angle in np.linspace(0.1, 6.2, 7):
         x, y = np.cos(angle), np.sin(angle)
@@ -203,19 +205,57 @@ def test_scores_of_rows_are_shares_of_them_and_the_threshold_is_dashed():
     wide = {"normal": np.exp(r.normal(0, 3, 900)), "anomalous": np.exp(r.normal(9, 3, 100))}
     figure = figures.score_histograms({"energy": (near, 1.5), "gradient": (wide, 20.0)})
     drawn(figure)
-    assert [ax.get_title("left") for ax in figure.axes] == ["energy", "gradient"]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["score: energy", "score: gradient"]
     assert [ax.get_xscale() for ax in figure.axes] == ["linear", "log"]
     assert [ax.lines[0].get_xdata()[0] for ax in figure.axes] == [1.5, 20.0]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["normal", "anomalous", "threshold"]
     three_to_one = {"test": np.repeat([0.0, 10.0], [30, 10]), "constant": np.zeros(9)}
     figure = figures.score_histograms({"energy": (three_to_one, 5.0)})
     outlines = [patch.get_path().vertices[:, 1].round(9) for patch in figure.axes[0].patches]
     assert [sorted({*y} - {y.min()}) for y in outlines] == [[0.25, 0.75], [1.0]]
 
 
+@pytest.mark.parametrize(
+    ("normal", "anomalous", "threshold"),
+    [
+        ((-1519, 4, 800), (5e4, 5e4, 200), -1382),  # anomalies that are far away
+        ((0, 1e-3, 800), (-4000, 2000, 200), 0.01),  # anomalies far below the normal rows
+        ((8, 0, 800), (9, 1, 200), 8.0),  # a tie of most rows with the threshold
+        ((0, 1, 800), (1, 1, 200), 50.0),  # a threshold above all rows
+        ((0, 0, 800), (0, 0, 200), 0.0),
+    ],
+)
+def test_the_frame_of_scores_shows_their_threshold_and_most_rows(normal, anomalous, threshold):
+    r = np.random.default_rng(0)
+    sets = {"normal": r.normal(*normal), "anomalous": r.normal(*anomalous)}
+    figure = figures.score_histograms({"energy": (sets, threshold)})
+    pixels, (ax,) = drawn(figure), figure.axes
+    low, high = ax.get_xlim()
+    margin = (high - low) / 100
+    assert low + margin < threshold < high - margin
+    assert darkness(pixels, ax, threshold, np.sqrt(np.prod(ax.get_ylim()))) > 100
+    assert ((low <= sets["normal"]) & (sets["normal"] <= high)).mean() > 0.99
+    assert abs(normal[0] - threshold) < 1 or abs(normal[0] - threshold) > 10 * margin
+
+
+@pytest.mark.parametrize("threshold", [np.nan, np.inf])
+def test_a_threshold_that_is_no_number_is_not_drawn(threshold):
+    scores = {"test": np.random.default_rng(0).normal(size=500)}
+    figure = figures.score_histograms({"energy": (scores, threshold)})
+    drawn(figure)
+    (ax,) = figure.axes
+    assert not ax.lines
+    low, high = ax.get_xlim()
+    assert low < np.median(scores["test"]) < high
+
+
 def test_curves_of_detectors_begin_at_nothing_flagged_and_have_their_chance():
     steps = np.array([0.5, 1.0])
     figure = figures.detection_curves({"energy": (steps / 2, steps, steps)}, 0.3)
     roc, pr = figure.axes
+    assert (roc.get_xlabel(), roc.get_ylabel()) == ("false positive rate", "recall")
+    assert (pr.get_xlabel(), pr.get_ylabel()) == ("recall", "precision")
     assert roc.lines[0].get_xydata()[0].tolist() == [0, 0]
     assert pr.lines[0].get_xydata().tolist() == [[0.5, 0.5], [1, 1]]
     assert [list(line.get_ydata()) for line in (roc.lines[1], pr.lines[1])] == [[0, 1], [0.3, 0.3]]
@@ -231,26 +271,43 @@ def test_a_line_of_modes_ends_where_they_do():
     assert figure.axes[0].get_xlim() == (0, 4)
 
 
+def same_colour(a, b):
+    return np.array_equal(a.get_edgecolor(), b.get_edgecolor())
+
+
 def test_numbers_by_class_stand_beside_each_other_over_their_class():
     kinds = {"released": ([0.1, 0.2], [0.0, 0.1]), "strict": ([0.3, 0.4], [0.0, 0.1])}
     panels = {"energy": kinds, "gradient": kinds}
-    figure = figures.by_class(panels, {"chance": [0.35, 0.36]}, ["4", "9"], "AUPRC")
+    lines = {
+        "chance": {"released": [0.35, 0.36], "strict": [0.37, 0.38]},
+        "floor": {"released": [0.25, 0.26], "strict": [0.27, 0.28]},
+    }
+    figure = figures.by_class(panels, lines, ["4", "9"], "AUPRC")
     drawn(figure)
     assert [text.get_text() for text in figure.axes[-1].get_xticklabels()] == ["4", "9"]
     for ax in figure.axes:
         first, second = (container.lines[0].get_xydata() for container in ax.containers)
         assert first[:, 1].tolist() == [0.1, 0.2]
-        np.testing.assert_allclose(first[:, 0], [-0.15, 0.85])
-        np.testing.assert_allclose(second[:, 0], [0.15, 1.15])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["chance", *kinds]
+        np.testing.assert_allclose(first[:, 0], [-0.18, 0.82])
+        np.testing.assert_allclose(second[:, 0], [0.18, 1.18])
+        for kind, container in zip(kinds, ax.containers, strict=True):
+            points, _, (bars,) = container.lines
+            own = [c for c in ax.collections if same_colour(c, bars) and c is not bars]
+            for short, values in zip(own, lines.values(), strict=True):
+                ends = np.array(short.get_segments())
+                np.testing.assert_allclose(ends[:, :, 0].mean(1), points.get_xdata())
+                assert ends[:, 0, 1].tolist() == ends[:, 1, 1].tolist() == values[kind]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*lines, *kinds]
 
 
-def test_error_curves_have_the_line_of_exact_draws_and_a_colour_for_each_sampler():
+def test_error_curves_have_the_line_of_exact_draws_and_a_look_for_each_sampler():
     n = np.array([1.0, 10.0, 100.0])
     lines = {"slow": (n, n**-0.1), "lost": (n, np.array([1.0, 1e9, np.nan]))}
     figure = figures.error_curves({"one": lines, "two": lines, "three": {"slow": lines["slow"]}})
     assert [ax.get_title() for ax in figure.axes] == ["one", "two", "three"]
-    assert [ax.get_legend() is not None for ax in figure.axes] == [True, False, True]
+    assert not any(ax.get_legend() for ax in figure.axes), "over no line"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["slow", "lost", "exact draws"]
     slow, lost, exact = figure.axes[0].lines
     assert slow.get_color() != lost.get_color()
     np.testing.assert_allclose(exact.get_ydata(), np.asarray(exact.get_xdata()) ** -0.5)
@@ -258,6 +315,22 @@ def test_error_curves_have_the_line_of_exact_draws_and_a_colour_for_each_sampler
     low, high = figure.axes[0].get_ylim()
     assert low < 0.1 < 1 < high < 1e3, "the line that is lost leaves the panel"
     drawn(figure)
+    bottom = min(ax.get_tightbbox().y0 for ax in figure.axes)
+    assert legend.get_window_extent().y1 <= bottom
+
+
+def test_error_curves_that_lie_on_one_another_show_all_their_marks():
+    n = np.geomspace(1, 1000, 80)
+    names = ["a", "b", "c", "d", "e", "f", "g", "h", "i"]
+    figure = figures.error_curves({"flat": {name: (n, np.ones(80)) for name in names}})
+    pixels, (ax,) = drawn(figure), figure.axes
+    *lines, _ = ax.lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(names)
+    row = pixels.shape[0] - 1 - int(ax.transData.transform((1, 1))[1])
+    beside = pixels[[row - 3, row - 2, row + 2, row + 3], int(ax.bbox.x0) : int(ax.bbox.x1)]
+    for line in lines:  # beside the one that lies on top there are the marks of all
+        colour = np.round(255 * np.array(to_rgb(line.get_color())))
+        assert (beside == colour).all(-1).any(), line.get_marker()
 
 
 def test_paths_lie_over_the_density_they_explore():
@@ -328,7 +401,9 @@ def densities():
     density = np.logaddexp.reduce([-s / (2 * 0.12**2) for s in squared])
     samples = modes[r.integers(0, 25, 10000)] + 0.12 * r.normal(size=(10000, 2))
     spread = samples + 0.2 * r.normal(size=samples.shape)
-    return figures.density_panels(density, density / 2, samples, spread, EXTENT)
+    return figures.density_panels(
+        density, density / 2, {"Before": spread, "After": samples}, EXTENT
+    )
 
 
 REALISTIC = {

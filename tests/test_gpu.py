@@ -182,6 +182,12 @@ def test_a_stage_computes_on_the_card_that_it_has(cuda):
     assert cuda == [1]
 
 
+def test_what_is_no_device_is_one_line(cuda, monkeypatch):
+    monkeypatch.setenv("EBM_DEVICE", "gpu")
+    with pytest.raises(EBMError, match=r"^EBM_DEVICE = gpu: expected cpu, cuda or cuda:N$"):
+        stage.device(1)
+
+
 def test_a_stage_that_is_told_a_device_takes_that_one(cuda, monkeypatch):
     monkeypatch.setenv("EBM_DEVICE", "cpu")
     assert stage.device(1) == torch.device("cpu")

@@ -302,14 +302,28 @@ def test_no_threshold_has_a_better_f1_than_the_best(ties):
     }
     best = max(others.values())
     assert metrics.detection(inliers, outliers, found)[2] == best
-    assert found == max(t for t, f1 in others.items() if f1 == best)
+    lowest = max(t for t, f1 in others.items() if f1 == best)
+    assert found == (lowest + max(t for t in others if t < lowest)) / 2
 
 
 def test_of_thresholds_alike_the_highest_is_taken():
     inliers, outliers = torch.tensor([1.0, 1.5]), torch.tensor([0.0, 2.0])
     f1 = {t: metrics.detection(inliers, outliers, t)[2] for t in (0.0, 1.0, 1.5, 2.0)}
     assert f1[0.0] == f1[2.0] == max(f1.values())
-    assert metrics.best_f1_threshold(inliers, outliers) == 2
+    assert metrics.best_f1_threshold(inliers, outliers) == 1.75
+
+
+def test_a_threshold_between_two_classes_leaves_room_for_new_points_of_either():
+    assert metrics.best_f1_threshold(torch.tensor([0.0, 1.0]), torch.tensor([3.0, 9.0])) == 2
+
+
+@pytest.mark.parametrize("inlier", [-math.inf, 0.1])
+def test_a_threshold_flags_no_row_more_where_there_is_no_middle(inlier):
+    inliers = torch.tensor([inlier], dtype=torch.float64)
+    outliers = inliers.clamp(min=-1).nextafter(torch.tensor(math.inf))
+    found = metrics.best_f1_threshold(inliers, outliers)
+    assert metrics.detection(inliers, outliers, found)[2] == 1
+    assert metrics.best_f1_threshold(outliers, torch.tensor([math.inf])) == math.inf
 
 
 @pytest.mark.parametrize(("outliers", "flagged"), [(2, 2), (2, 3), (3, 2), (4, 1)])

@@ -172,11 +172,82 @@ def test_the_published_file_is_right():
     assert set(loaded.datasets) >= {"mnist", "fashion-mnist", "cifar10"}
 
 
+def keys_below(content, path):
+    """The path of every key of nested mappings; which limits there are is the writer's choice."""
+    for key, value in content.items():
+        yield (*path, key)
+        if isinstance(value, dict) and key != "limits":
+            yield from keys_below(value, (*path, key))
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "paper/params.yaml"])
+def test_any_key_that_is_missing_misspelt_or_holds_nonsense_is_named(monkeypatch, file):
+    """Every key below every experiment, one after another."""
+    content = YAML(typ="safe").load(ROOT / file)
+    monkeypatch.setattr(params, "_read", lambda path: content)
+    paths = [p for p in keys_below(content["experiments"], ("experiments",)) if len(p) > 2]
+    for path in paths:
+        holder, key = at(content, ".".join(path))
+        value = holder.pop(key)
+        misspelt = key if key in ("variant", "kind") else f"{key}_"  # what tells the others' names
+        broken = [(key, {}), (misspelt, {f"{key}_": value}), (key, {key: ["nonsense", None]})]
+        for name, held in broken:
+            holder |= held
+            with pytest.raises(ParamsError) as caught:
+                params.load(Path(file))
+            line, named = str(caught.value), ".".join([*path[:-1], name])
+            assert "\n" not in line
+            assert line.startswith(f"params.yaml: {named}")
+            for added in held:
+                del holder[added]
+        holder[key] = value
+    assert len(paths) > 300
+
+
 @pytest.mark.parametrize("outliers", [["mnist"], ["usps", "usps"], ["uspss"], "usps"])
 def test_outliers_are_other_sets_each_once(tmp_path, outliers):
     content = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")
     put("datasets.mnist.outliers", outliers)(content)
     assert complaint(tmp_path, content).startswith("params.yaml: datasets.mnist.outliers")
+
+
+TABLE = {
+    "kind": "table",
+    "path": "tables/mine.csv",
+    "label": "state",
+    "normal": ["ok"],
+    "categorical": [],
+    "ignore": [],
+    "missing": "drop",
+    "validation": 0.1,
+    "test": 0.2,
+    "seed": 0,
+    "reference": {"kind": "coordinates"},
+}
+
+
+@pytest.mark.parametrize("path", ["mine.csv", "/tables/mine.csv", "tables/../mine.csv"])
+def test_a_table_that_dvc_does_not_watch_is_refused(tmp_path, path):
+    line = complaint(tmp_path, broken(put("datasets.mine", TABLE | {"path": path})))
+    assert line.startswith(f"params.yaml: datasets.mine.path = {path!r}: should lie in tables/")
+
+
+def test_without_labels_a_share_to_flag_is_needed_before_anything_is_trained(tmp_path):
+    paper = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")["experiments"]
+    mine = paper["meg-kdd99-strict"] | {"dataset": "mine"}
+    content = broken(put("datasets.mine", TABLE))
+    content["experiments"]["meg-mine"] = mine
+    file = tmp_path / "params.yaml"
+    YAML().dump(content, file)
+    params.load(file)
+    content["datasets"]["mine"] = TABLE | {"label": None, "normal": []}
+    line = complaint(tmp_path, content)
+    assert line.startswith("params.yaml: experiments.meg-mine.evaluate.flagged = None: should be ")
+    mine["evaluate"] = mine["evaluate"] | {"flagged": 0.1}
+    YAML().dump(content, file)
+    params.load(file)
+    content["experiments"]["rbm-mine"] = content["experiments"]["rbm-digits"] | {"dataset": "mine"}
+    assert "variant rbm can flag no rows" in complaint(tmp_path, content)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +265,15 @@ def test_outliers_are_other_sets_each_once(tmp_path, outliers):
 )
 def test_a_typo_gets_a_suggestion(tmp_path, path, value, hint):
     assert f"did you mean {hint}" in complaint(tmp_path, broken(put(path, value)))
+
+
+def test_a_value_that_is_none_of_several_things_hears_of_all_of_them(monkeypatch):
+    content = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")
+    monkeypatch.setattr(params, "_read", lambda path: content)
+    content["experiments"]["one-class-svm-kdd99-strict"]["model"]["gamma"] = "auto"
+    with pytest.raises(ParamsError) as caught:
+        params.load(Path("params.yaml"))
+    assert str(caught.value).endswith(".gamma = 'auto': should be a valid number or 'scale'")
 
 
 @pytest.mark.parametrize(

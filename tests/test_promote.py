@@ -35,10 +35,10 @@ def light(monkeypatch):
 def record(store, light, tmp_path):
     """What records runs of `toy`, each with its metrics, in order; their ids in MLflow."""
 
-    def record(*measured, model=True):
+    def record(*measured, model=True, data="a"):
         runs = []
         for metrics in measured:
-            with start() as run:
+            with start(tags={"data.sha256": data}) as run:
                 if model:
                     log_model(run, tmp_path)
                 run.log_final(metrics)
@@ -120,6 +120,19 @@ def test_a_worse_run_and_an_equal_one_are_refused(store, record):
     assert "stays version 2, modes 9: the best finished" in refusal("--metric", "modes")
     assert champion(store) == better != first
     assert len(versions(store)) == 2
+
+
+def test_only_runs_on_the_newest_data_are_compared(store, record, capsys):
+    """The metric of an easier test split would keep a model that knows another table."""
+    record({"modes": 9})
+    promote("toy", "modes", "champion", None)
+    [new, _] = record({"modes": 4}, {"modes": 3}, data="b")
+    main(["toy", "--metric", "modes"])
+    assert champion(store) == new
+    assert capsys.readouterr().out.endswith(", modes 4 (before: version 1, on other data)\n")
+    assert "stays version 2, modes 4" in refusal("--metric", "modes")
+    main(["toy", "--metric", "modes", "--alias", "fresh"])
+    assert champion(store, "fresh") == new
 
 
 def test_the_same_run_evaluated_anew_is_a_new_version(store, record, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from ebm import EBMError, figures, params
-from pipelines import page, report, tracking
+from pipelines import page, report, results, tracking
 from pipelines.results import Record, Reference, Result
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,9 @@ def pictures(name):
     r = np.random.default_rng(0)
     if name == MEG:
         field, points = -r.uniform(0, 20, (40, 40)), r.uniform(-2, 2, (500, 2))
-        panels = figures.density_panels(field, field, points, points, (-2, 2, -2, 2))
+        panels = figures.density_panels(
+            field, field, {"Before": points, "After": points}, (-2, 2, -2, 2)
+        )
         return {"density": panels}
     return {
         "samples": figures.image_grid(r.uniform(size=(32, 8, 8)), 16),
@@ -234,6 +236,16 @@ def test_an_experiment_that_is_not_trained_here_is_left_out_and_its_results_stay
     assert kept <= set(snapshot(project))
 
 
+def test_a_comparison_that_is_not_made_here_stays_too_where_not_all_is_trained(project):
+    before = snapshot(project)
+    for name in (MEG, results.COMPARISON):
+        (project / "models" / name).rename(project / name)
+    report.write(project, all_params())
+    kept = {p for p in before if results.COMPARISON in p.name and p.parts[0] != "models"}
+    assert kept
+    assert kept <= set(snapshot(project))
+
+
 BROKEN = [
     ("run.json", None, "train"),
     ("run.json", b"", "train"),
@@ -362,7 +374,7 @@ def test_the_overview_shows_numbers_with_their_references(html):
         "Training time": "1 min 33 s",
     }
     assert cells(html, RBM) == {
-        "Log-likelihood": "−22.57 −22.572 to −22.571 baseline −27.00",
+        "Log-likelihood": "−22.57 −22.572 and −22.571 baseline −27.00",
         "Fréchet distance": "1.23 × 10⁻⁵",
         "Training time": "1 min 33 s",
     }

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from hashlib import sha256
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from made_up_tables import connections, made_up, settings
+from safetensors.torch import load_file, save_file
 from test_data import density
 from test_train import MODELS
 
@@ -113,18 +115,35 @@ def test_what_is_not_below_the_threshold_is_flagged(home, first, caplog):
     assert "200 rows in" in caplog.text
 
 
+WEIGHTS = Path("models/mine/weights.safetensors")
+
+
 def write_threshold(content):
+    """`content` with the checksum of the weights as they are in the place of SHA."""
     Path("models/mine/evaluation").mkdir()
+    content = content.replace("SHA", sha256(WEIGHTS.read_bytes()).hexdigest())
     Path("models/mine/evaluation/threshold.json").write_text(content)
 
 
 def test_the_threshold_of_the_evaluation_counts_unless_another_is_given(home, first):
-    write_threshold('{"energy": 2.0}')
+    write_threshold('{"energy": 2.0, "weights_sha256": "SHA"}')
     assert set(scored()["anomaly"]) == {"0"}
     assert set(scored(threshold=-1.0)["anomaly"]) == {"1"}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"energy": "high"}', '{"energy": NaN}'])
+def test_the_threshold_of_other_weights_is_not_used(home, first):
+    """As after a training alone, or an evaluation that was killed."""
+    write_threshold('{"energy": 2.0, "weights_sha256": "SHA"}')
+    state = load_file(WEIGHTS)
+    save_file({name: value + 1 for name, value in state.items()}, WEIGHTS)
+    with pytest.raises(EBMError, match=r"of other weights; run evaluate@mine again"):
+        scored()
+    assert len(scored(threshold=-1.0)) == ROWS
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"energy": "high"}', '{"energy": 1}', '{"energy": NaN}']
+)
 def test_a_damaged_threshold_is_one_line(home, content):
     write_threshold(content)
     with pytest.raises(EBMError, match=r"threshold\.json.*--threshold") as caught:

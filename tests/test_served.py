@@ -298,6 +298,17 @@ def test_json_and_csv_of_a_table_say_the_same_and_other_columns_do_not_count(pac
         assert len(set(column(answer, "anomaly"))) == 2
 
 
+def test_blanks_behind_a_comma_do_not_make_another_category(packed, ask):
+    """As in the file of the training data."""
+    one, frame = packed["table"], made_up()[["amount", "colour"]]
+    lines = [f"{amount}, {colour}" for amount, colour in frame.itertuples(index=False)]
+    status, answer = ask("table", "\n".join(["amount,colour", *lines]), CSV)
+    assert status == 200
+    with torch.no_grad():
+        energies = one.model.energy(one.transform.apply(made_up())).tolist()
+    assert column(answer) == pytest.approx(energies, rel=1e-4, abs=1e-6)
+
+
 def test_a_category_is_text_and_one_never_seen_is_none_of_them(packed, ask):
     one = packed["table"]
     for given in ("violet", 7):

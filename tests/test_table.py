@@ -315,8 +315,20 @@ def test_a_table_without_a_column_for_the_model_is_refused(csv):
 
 
 def test_too_few_rows_are_too_few_without_a_label_too(csv):
-    with pytest.raises(EBMError, match="too few for validation"):
+    with pytest.raises(EBMError, match="2 complete rows are too few for validation"):
         csv("a\n1\n2\n", label=None, normal=[], categorical=[], ignore=[])
+
+
+def test_a_table_of_which_no_row_is_complete_names_the_emptiest_column(csv):
+    text = HEAD + "1,,red,fine\n2,,,fine\n"
+    with pytest.raises(EBMError, match="no row is left: column 'amount' is empty in 2 of 2"):
+        csv(text, missing="drop")
+
+
+def test_what_looks_like_a_missing_number_and_is_none_is_told_what_counts(csv):
+    text = HEAD + "1,2,red,fine\n1,NULL,red,fine\n"
+    with pytest.raises(EBMError, match=r"= 'NULL': not a number.*empty cell or NaN counts as mi"):
+        csv(text, missing="drop")
 
 
 def test_a_file_that_is_missing_or_of_another_kind_is_named(csv, tmp_path):
@@ -324,7 +336,12 @@ def test_a_file_that_is_missing_or_of_another_kind_is_named(csv, tmp_path):
         data.prepare(settings("other.csv"))
     (tmp_path / "utf16.csv").write_bytes(HEAD.encode("utf-16"))
     (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(HEAD.encode() * 999)[:-12])
-    for name in ("utf16.csv", "cut.csv.gz", "."):
+    (tmp_path / "plain.zip").write_text(HEAD)
+    (tmp_path / "plain.xz").write_text(HEAD)
+    (tmp_path / "plain.tar").write_text(HEAD)
+    (tmp_path / "plain.csv.zst").write_text(HEAD)
+    packed = ("plain.zip", "plain.xz", "plain.tar", "plain.csv.zst")
+    for name in ("utf16.csv", "cut.csv.gz", ".", *packed):
         with pytest.raises(EBMError, match=name) as caught:
             data.prepare(settings(name))
         assert "\n" not in str(caught.value)
@@ -478,7 +495,7 @@ def test_a_file_may_have_an_address_of_its_own(monkeypatch):
 
 TABLES = {
     "datasets": {
-        "mine": settings("mine.csv").model_dump(),
+        "mine": settings("tables/mine.csv").model_dump(),
         "cup": {
             "kind": "kddcup99",
             "protocol": "strict",
@@ -540,6 +557,7 @@ def test_a_table_with_or_without_label_is_right_in_the_parameters(tmp_path):
     content = altered(f"{MINE}.label", None)
     assert "be empty where the label is null" in complaint(tmp_path, content)
     put(f"{MINE}.normal", [])(content)
+    content["experiments"]["rbm"]["dataset"] = "cup"
     put(f"{CUP}", {**TABLES["datasets"]["cup"], "protocol": "paper", "validation": 1})(content)
     for right in (content, TABLES):
         YAML().dump(right, tmp_path / "params.yaml")

@@ -285,7 +285,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, name, at):
 
 def test_without_steps_a_model_is_what_it_was_initialised_to(tmp_path, monkeypatch):
     model, fitted = build("one_class_svm"), build("one_class_svm")
-    progress = train(model, tmp_path, steps=0)
+    progress = train(model, tmp_path, steps=0, batch_size=10**6)  # which is never drawn
     assert (progress.step, progress.history) == (0, [])
     assert progress.seconds > 0  # the fit counts as training
     seed("model", 0)
@@ -377,9 +377,9 @@ def test_an_epoch_is_a_permutation_and_the_next_another():
     assert torch.equal(batches(3), Batches(50, 8, 0, torch.device("cpu"))(3))
 
 
-def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(EBMError, match="batch_size"):
-        Batches(5, 8, 0, torch.device("cpu"))
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    with pytest.raises(EBMError, match="batch_size = 51 is more than the 50 training rows"):
+        train(build("rbm"), tmp_path, batch_size=51)
 
 
 def test_seeds_are_all_different():

@@ -36,7 +36,7 @@ from torch import Tensor
 from ebm import figures, metrics
 from ebm.diagnostics import diagnose, swap_rates
 from ebm.estimators import kish
-from ebm.oracles import ORACLES, Expectation, Ising, Oracle, Planar
+from ebm.oracles import ORACLES, TITLES, Expectation, Ising, Oracle, Planar
 from ebm.samplers import (
     HMC,
     MALA,
@@ -126,12 +126,12 @@ def compare(settings: dict[str, Any]) -> Comparison:
         if not isinstance(oracle, Ising):
             found.append(weighted(oracle, settings["chains"], settings["evaluations"]))
         result.table += [{"oracle": name, **row(oracle, chains)} for chains in found]
-        curves[name] = {c.contender.name: _curve(c, oracle.expectations) for c in found}
+        curves[TITLES[name]] = {c.contender.name: _curve(c, oracle.expectations) for c in found}
         result.figures.append(_picture(name, oracle, found))
     caption = (
         f"Of the known expectations, over {settings['chains']} chains, by the evaluations that "
         "each chain has paid for. A curve that falls as the dashed line does has found the "
-        "target; one that lies flat has not."
+        "target; one that lies flat has not. Lines that lie on one another differ in their marks."
     )
     picture = figures.error_curves(curves)
     result.figures.insert(0, ("error", "Error against evaluations", caption, picture))
@@ -280,7 +280,7 @@ def _curve(chains: Chains, expectations: Sequence[Expectation]) -> tuple[Any, An
 def _picture(
     name: str, oracle: Planar | Ising, found: Sequence[Chains]
 ) -> tuple[str, str, str, Figure]:
-    title = f"Chains: {name}"
+    title = f"Chains: {TITLES[name]}"
     if isinstance(oracle, Ising):
         lines = {}
         for chains in found:

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -55,6 +56,9 @@ LARGEST_PIXEL = 12  # of the file, for one pixel of an image
 LABEL = 11  # points: a mosaic is often shown at half its size
 GAP = 4
 FRAME_TIME = 250  # milliseconds
+MARKS = "osD^vXP"  # with SERIES, a look of its own for each of 42 lines
+SPACING = 0.3  # of the marks on a line, in diagonals of its panel
+NEAR = 3.0  # times three quarters of the rows' distance to a threshold: histograms stop there
 FAR = 4.0  # widths of the data's energies: beyond, histograms stop
 SMOOTH: Any = {"interpolation": "bilinear", "interpolation_stage": "data"}
 
@@ -88,25 +92,21 @@ def _pixels(figure: Figure) -> Image.Image:
 def density_panels(
     true_log_density: Array | None,
     learned_log_density: Array,
-    samples: Array,
-    generator_samples: Array | None,
+    points: Mapping[str, Array],
     extent: Extent,
 ) -> Figure:
-    """True density, learned density and samples in the plane, side by side.
+    """True density, learned density and sets of `points` in the plane, side by side.
 
     Densities [n, n] are normalised log densities in nats at the centres of the cells that fill
     `extent` (x_min, x_max, y_min, y_max), row 0 at the lowest y. They share one colour scale,
     whose top is the highest value of the first panel, so that a spike in the learned density
-    cannot fade the truth. Samples are [m, 2]; `generator_samples` get a panel of their own, before
-    MCMC. What is None gets no panel. A thin contour around the samples shows where the first
-    density has fallen by 8 nats, as a Gaussian has at 4 standard deviations.
+    cannot fade the truth. A true density that is None gets no panel. Points are [m, 2], each set
+    under its name. A thin contour around them shows where the first density has fallen by 8 nats,
+    as a Gaussian has at 4 standard deviations.
     """
     densities = {"Learned density": learned_log_density}
     if true_log_density is not None:
         densities = {"True density": true_log_density} | densities
-    points = {"Samples": samples}
-    if generator_samples is not None:
-        points = {"Generator, before MCMC": generator_samples, "After MCMC": samples}
     count = len(densities) + len(points)
     figure = Figure(figsize=(2.35 * count + 0.8, 2.6), layout="constrained")
     axes = list(figure.subplots(1, count, sharex=True, sharey=True))
@@ -293,34 +293,48 @@ def score_histograms(panels: Mapping[str, tuple[Mapping[str, Array], float]]) ->
     """A panel for each score, below each other: its values [n] in several sets of rows and its
     threshold, dashed. The height of a bin is its share of a set, on a logarithmic axis.
 
-    The bins reach as far as those of `energy_histogram`; their axis is logarithmic where the
-    scores are positive and spread over two orders of magnitude.
+    The frame reaches NEAR times as far from the threshold as three quarters of all rows lie, and
+    no further than the rows do: few that are far away, of whatever set, cannot squeeze the others.
+    What lies beyond is counted in the outermost bin. Where the threshold is not finite, the frame
+    lies around the median. The axis of scores is logarithmic where they are positive and spread
+    over two orders of magnitude.
     """
-    figure = Figure(figsize=(5.4, 0.3 + 1.75 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(5.4, 0.4 + 1.9 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for ax, (title, (sets, threshold)) in zip(axes, panels.items(), strict=True):
-        if logarithmic := _spread(np.concatenate(list(sets.values()))):
-            sets = {name: np.log10(score) for name, score in sets.items()}
-            ax.set_xscale("log")
-        values, bins = _framed(sets)
-        if logarithmic:
-            values, bins = {name: 10**score for name, score in values.items()}, 10**bins
-        for (name, score), colour in zip(values.items(), cycle(SERIES), strict=False):
+    for ax, (name, (sets, threshold)) in zip(axes, panels.items(), strict=True):
+        values = np.concatenate(list(sets.values()))
+        middle = threshold if math.isfinite(threshold) else float(np.median(values))
+        if logarithmic := middle > 0 and _spread(values):
+            bins = 10 ** _bins_around(math.log10(middle), np.log10(values[values > 0]))
+        else:
+            bins = _bins_around(middle, values)
+        for (kind, score), colour in zip(sets.items(), cycle(SERIES), strict=False):
             style: Any = {"histtype": "stepfilled", "alpha": 0.45, "color": colour}
             share = np.full(len(score), 1 / len(score))
-            ax.hist(score, bins.tolist(), weights=share, label=name, **style)
-        ax.axvline(float(np.clip(threshold, bins[0], bins[-1])), color=INK, ls="--", lw=0.9)
-        ax.set(yscale="log", ylabel="share of rows", xlim=(bins[0], bins[-1]))
-        ax.set_title(title, loc="left")
+            framed = np.clip(score, bins[0], bins[-1])
+            ax.hist(framed, bins.tolist(), weights=share, label=kind, **style)
+        if middle == threshold:
+            ax.axvline(threshold, color=INK, ls="--", lw=0.9, label="threshold")
+        ax.set(xscale="log" if logarithmic else "linear", xlim=(bins[0], bins[-1]))
+        ax.set(xlabel=f"score: {name}", yscale="log", ylabel="share of rows")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     return figure
 
 
 def _spread(values: Array) -> bool:
-    """Whether they are positive and most of them not within two orders of magnitude."""
+    """Whether nearly all are positive and most of them not within two orders of magnitude."""
     low, high = np.quantile(values, (0.005, 0.995))
-    return bool(values.min() > 0 and high > 100 * low)
+    return bool(low > 0 and high > 100 * low)
+
+
+def _bins_around(middle: float, values: Array) -> Array:
+    """The edges of 80 bins; the middle lies within them, not at an end."""
+    distance = np.abs(values - middle)
+    reach = NEAR * (np.quantile(distance, 0.75) or distance.max() or 1.0)
+    low, high = np.clip((values.min(), values.max()), middle - reach, middle + reach)
+    return np.linspace(min(low, middle - reach / 20), max(high, middle + reach / 20), 81)
 
 
 def _framed(sets: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
@@ -336,20 +350,20 @@ def _framed(sets: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
 def detection_curves(
     curves: Mapping[str, tuple[Array, Array, Array]], prevalence: float
 ) -> Figure:
-    """ROC and precision-recall curves of several scores: false alarm rates, recalls and precisions
-    [k] from the highest threshold down. Dashed: what scores that know nothing have, on rows of
-    which the share `prevalence` are anomalies."""
+    """ROC and precision-recall curves of several scores: false positive rates, recalls and
+    precisions [k] from the highest threshold down. Dashed: what scores that know nothing have, on
+    rows of which the share `prevalence` are anomalies."""
     figure = Figure(figsize=(5.4, 2.9), layout="constrained")
     roc, pr = figure.subplots(1, 2)
-    for (name, (alarm, recall, precision)), colour in zip(
+    for (name, (false, recall, precision)), colour in zip(
         curves.items(), cycle(SERIES), strict=False
     ):
-        roc.plot([0.0, *alarm], [0.0, *recall], color=colour)
+        roc.plot([0.0, *false], [0.0, *recall], color=colour)
         pr.plot(recall, precision, color=colour, label=name)
     chance: Any = {"ls": "--", "color": MUTED, "lw": 0.9}
     roc.plot([0, 1], [0, 1], **chance)
     pr.plot([0, 1], [prevalence, prevalence], **chance, label="chance")
-    roc.set(xlabel="false alarm rate", ylabel="recall", title="ROC")
+    roc.set(xlabel="false positive rate", ylabel="recall", title="ROC")
     pr.set(xlabel="recall", ylabel="precision", title="Precision and recall")
     for ax in (roc, pr):
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
@@ -382,23 +396,24 @@ Spread = tuple[Sequence[float], Sequence[float]]
 @rc_context(STYLE)
 def by_class(
     panels: Mapping[str, Mapping[str, Spread]],
-    lines: Mapping[str, Sequence[float]],
+    lines: Mapping[str, Mapping[str, Sequence[float]]],
     classes: Sequence[str],
     label: str,
 ) -> Figure:
     """A panel for each score, below each other: of each of several kinds a number called `label`
-    for every class, and short lines at values that all panels share."""
+    for every class. `lines` by their names: values of each kind for every class, which all panels
+    share, as short lines of its colour."""
     figure = Figure(figsize=(5.4, 0.5 + 2.1 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    x = np.arange(len(classes))
+    x, forms = np.arange(len(classes)), ("--", ":")
     for ax, (title, kinds) in zip(axes, panels.items(), strict=True):
         for number, (name, (means, spreads)) in enumerate(kinds.items()):
-            place = x + 0.3 * (number - (len(kinds) - 1) / 2)
-            style: Any = {"fmt": "o", "ms": 4, "color": SERIES[number], "label": name}
-            ax.errorbar(place, means, spreads, capsize=2, **style)
-        for (name, values), form in zip(lines.items(), ("--", ":"), strict=False):
-            ends: Any = {"linestyles": form, "colors": MUTED, "label": name}
-            ax.hlines(values, x - 0.4, x + 0.4, **ends)
+            place, colour = x + 0.36 * (number - (len(kinds) - 1) / 2), SERIES[number]
+            ax.errorbar(place, means, spreads, fmt="o", ms=4, capsize=2, color=colour, label=name)
+            for values, form in zip(lines.values(), forms, strict=False):
+                ax.hlines(values[name], place - 0.16, place + 0.16, colour, form, lw=1)
+        for name, form in zip(lines, forms, strict=False):
+            ax.plot([], [], color=MUTED, ls=form, lw=1, label=name)
         ax.set(ylabel=label, xticks=x, xticklabels=classes)
         ax.set_title(title, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
@@ -411,21 +426,28 @@ def by_class(
 def error_curves(curves: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> Figure:
     """A panel for each target, a line (evaluations [k], error [k]) for each sampler, both axes
     logarithmic. Dashed: what independent exact draws have, 1 / sqrt(n). A line that leaves the
-    panel upwards has left the target. Panels with the same samplers share the first's legend."""
-    figure = Figure(figsize=(2.5 * len(curves) + 0.3, 3.1), layout="constrained")
-    axes = list(figure.subplots(1, len(curves), squeeze=False)[0])
-    explained: list[str] = []
+    panel upwards has left the target. Marks stand at other places on each line of a panel, so that
+    lines that lie on one another can be told apart."""
+    figure = Figure(figsize=(2.5 * len(curves) + 0.3, 3.6), layout="constrained")
+    axes = list(figure.subplots(1, len(curves), sharey=True, squeeze=False)[0])
+    names = dict.fromkeys(name for lines in curves.values() for name in lines)
+    looks = dict(zip(names, zip(cycle(SERIES), cycle(MARKS), strict=False), strict=False))
+    shown: dict[str, Line2D] = {}
+    longest = 1.0
     for ax, (title, lines) in zip(axes, curves.items(), strict=True):
-        for (name, line), colour in zip(lines.items(), cycle(SERIES), strict=False):
-            ax.loglog(*line, color=colour, label=name)
+        for number, (name, line) in enumerate(lines.items()):
+            colour, mark = looks[name]
+            every = (SPACING * number / len(lines), SPACING)
+            style: Any = {"color": colour, "marker": mark, "ms": 4.5, "markevery": every}
+            (shown[name],) = ax.loglog(*line, **style)
         reach = np.array([1.0, max(evaluations[-1] for evaluations, _ in lines.values())])
-        ax.loglog(reach, reach**-0.5, "--", color=MUTED, lw=0.9, label="exact draws")
-        ax.set(title=title, xlabel="evaluations per chain", ylim=(reach[1] ** -0.5 / 2, 3))
+        (shown["exact draws"],) = ax.loglog(reach, reach**-0.5, "--", color=MUTED, lw=0.9)
+        ax.set(title=title, xlabel="evaluations per chain")
         ax.spines[["top", "right"]].set_visible(False)
-        if explained != list(lines):
-            ax.legend(fontsize=7.5, loc="lower left")
-        explained = list(lines)
-    axes[0].set_ylabel("error, in standard deviations")
+        longest = max(longest, reach[1])
+    axes[0].set(ylabel="error, in standard deviations", ylim=(longest**-0.5 / 2, 3))
+    shown["exact draws"] = shown.pop("exact draws")
+    figure.legend(shown.values(), list(shown), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 

@@ -234,13 +234,17 @@ def share_threshold(scores: Tensor, share: float) -> float:
 
 
 def best_f1_threshold(inliers: Tensor, outliers: Tensor) -> float:
-    """The threshold of the best F1 on scores [N] and [M], itself a score; of several the highest,
-    which flags fewest. NaN if a score is NaN."""
+    """The threshold of the best F1 on scores [N] and [M]; of several rules the one that flags
+    fewest. All thresholds between two neighbouring scores flag the same of these; the middle
+    leaves new points as much room on either side. NaN if a score is NaN."""
     if _unordered(inliers, outliers):
         return math.nan
     thresholds, true, false = operating_points(inliers, outliers)
     f1 = 2 * true.double() / (true + false + len(outliers))
-    return thresholds[f1.argmax()].item()
+    lowest = int(f1.argmax())  # of the flagged scores; the next one is the highest of the others
+    around = thresholds[lowest : lowest + 2].double()
+    middle = around.mean().item()
+    return middle if around[-1] < middle < math.inf else around[0].item()
 
 
 def f1_ceiling(prevalence: float, flagged: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 from importlib import import_module
 from operator import or_
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError
@@ -35,6 +35,9 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 TAGGED = ("datasets", "experiments")
 """The sections whose members are told apart by a tag, such as `variant`."""
 
+TABLES = "tables"
+"""The folder of users' tables, a dependency of stage prepare."""
+
 RESERVED = {
     "reference": "what images are measured with",
     "samplers": "the comparison of samplers",
@@ -57,7 +60,9 @@ def load(path: Path = Path("params.yaml")) -> Params:
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
-        raise ParamsError(f"{path.name}: {_explain(error)}") from None
+        raise ParamsError(f"{path.name}: {_explain(error, raw)}") from None
+    for name, dataset in params.datasets.items():
+        _check_dataset(path, name, dataset)
     for name, experiment in params.experiments.items():
         _check_experiment(path, name, experiment, params)
     return params
@@ -89,6 +94,15 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _check_dataset(path: Path, name: str, dataset: Dataset) -> None:
+    """That DVC sees a change of a table."""
+    if dataset.kind == "table":
+        parts = PurePosixPath(dataset.path).parts
+        if parts[0] != TABLES or ".." in parts:
+            where = f"{path.name}: datasets.{name}.path = {dataset.path!r}"
+            raise ParamsError(f"{where}: should lie in {TABLES}/, where DVC sees it change")
+
+
 def _check_experiment(path: Path, name: str, experiment: Experiment, params: Params) -> None:
     """What relates one key to another."""
     where = f"{path.name}: experiments.{name}"
@@ -97,6 +111,7 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
     train = experiment.train
     if experiment.dataset not in params.datasets:
         raise ParamsError(f"{where}.dataset: {_unknown(experiment.dataset, params.datasets)}")
+    _check_threshold(where, experiment, params.datasets[experiment.dataset])
     if train.checkpoint_every % train.log_every:
         raise ParamsError(
             f"{where}.train.checkpoint_every = {train.checkpoint_every}: "
@@ -115,6 +130,18 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
             )
 
 
+def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> None:
+    """That rows without labels have a rule by which they are flagged."""
+    if dataset.kind != "table" or dataset.label is not None:
+        return
+    if not hasattr(experiment.evaluate, "flagged"):
+        problem = f"a table without label, of which variant {experiment.variant} can flag no rows"
+        raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
+    if experiment.evaluate.flagged is None:
+        wanted = "the share of rows to flag, as no labels set a threshold"
+        raise ParamsError(f"{where}.evaluate.flagged = None: should be {wanted}")
+
+
 def _unknown(name: str, known: Sequence[str] | dict[str, Any]) -> str:
     return f"unknown name {name!r}{_did_you_mean(name, list(known))}; known: {', '.join(known)}"
 
@@ -124,30 +151,49 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem in one line, in the words of the file and not of the library."""
+def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
+    """The first problem in one line, in the words of the file and not of the library. A value that
+    is none of several things has one for each of them."""
     problems = error.errors(include_url=False)
     first = min(problems, key=_severity)
-    keys, tags = _key_path(first["loc"])
+    keys, tags = _key_path(first["loc"], raw)
+    alike = [p for p in problems if p["input"] is first["input"] and p["type"] not in _OF_KEYS]
+    alike = [p for p in alike if _key_path(p["loc"], raw)[0] == keys and p is not first]
     line = f"{'.'.join(map(str, keys)) or 'the file'}{_complaint(first, keys, tags)}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return " ".join(line.split()) + more
+    line = " or ".join([line, *(_message(p).removeprefix("should be ") for p in alike)])
+    others = len(problems) - 1 - len(alike)
+    return " ".join(line.split()) + (f" (and {others} more)" if others else "")
+
+
+_OF_KEYS = {"extra_forbidden": 0, "missing": 2}
+"""What is wrong with a key rather than a value; an unknown key is told first: it usually explains
+the one that is missing beside it."""
 
 
 def _severity(problem: Any) -> int:
-    """An unknown key first: it usually explains the key that is missing beside it."""
-    return {"extra_forbidden": 0, "missing": 2}.get(problem["type"], 1)
+    return _OF_KEYS.get(problem["type"], 1)
 
 
-def _key_path(location: Sequence[int | str]) -> tuple[list[int | str], list[str]]:
-    """Split pydantic's location into the keys of the file and the tags of unions, which stand
-    third and behind `reference`."""
-    keys, tags = [part for part in location if part != "[key]"], []
-    if len(keys) > 2 and keys[0] in TAGGED:
-        tags.append(str(keys.pop(2)))
-    if len(keys) > 4 and keys[2] == "reference":
-        tags.append(str(keys.pop(3)))
+def _key_path(location: Sequence[int | str], raw: Any) -> tuple[list[int | str], list[str]]:
+    """Split pydantic's location in the content `raw` into the keys of the file and the tags of
+    unions: the third part of a tagged section, and what the file does not have where it has more
+    below. The last key may be one that is missing."""
+    parts = [part for part in location if part != "[key]"]
+    keys, tags = [], []
+    for i, part in enumerate(parts):
+        last, found = i == len(parts) - 1, _has(raw, part)
+        if (i == 2 and parts[0] in TAGGED) or not (found or (last and isinstance(raw, dict))):
+            tags.append(str(part))
+        else:
+            keys.append(part)
+            raw = raw[part] if found else None
     return keys, tags
+
+
+def _has(content: Any, part: int | str) -> bool:
+    if isinstance(content, list):
+        return isinstance(part, int) and part < len(content)
+    return isinstance(content, dict) and part in content
 
 
 def _complaint(problem: Any, keys: Sequence[int | str], tags: Sequence[str]) -> str:
@@ -165,12 +211,15 @@ def _complaint(problem: Any, keys: Sequence[int | str], tags: Sequence[str]) -> 
         return f".{field}: {_unknown(context['tag'], known)}"
     if kind == "string_pattern_mismatch":
         return ": a name must be made of lower-case letters, digits and '-'"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     close = ""
     if kind == "literal_error":
         known = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
         close = _did_you_mean(str(value), known)
-    return f" = {_short(value)}: {message}{close}"
+    return f" = {_short(value)}: {_message(problem)}{close}"
+
+
+def _message(problem: Any) -> str:
+    return problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
 
 
 def _short(value: object) -> str:
@@ -183,13 +232,14 @@ def _known_keys(keys: Sequence[int | str], tags: Sequence[str]) -> list[str]:
     model: type[BaseModel] = Samplers if keys[0] == "samplers" else Params
     if len(keys) > 2 and keys[0] in TAGGED:
         choices = _EXPERIMENTS if keys[0] == "experiments" else get_args(get_args(Dataset)[0])
-        model = _tagged(choices, tags[0])
+        told = iter(tags)
+        model = _tagged(choices, next(told))
         for key in keys[2:-1]:
             inner = model.model_fields[str(key)].annotation
             sections = [c for c in (inner, *get_args(inner)) if _is_section(c)]
             if not sections:
                 return []
-            model = sections[0] if len(sections) == 1 else _tagged(sections, tags[1])
+            model = sections[0] if len(sections) == 1 else _tagged(sections, next(told))
     return list(model.model_fields)
 
 

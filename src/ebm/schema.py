@@ -165,8 +165,8 @@ Part = Annotated[float, Field(gt=0, lt=1)]
 
 
 class TableData(Section):
-    """A user's table: a CSV file with a header, at `path` from the folder of `params.yaml`. DVC
-    sees a change of files in `tables`.
+    """A user's table: a CSV file with a header, at `path` from the folder of `params.yaml`, in its
+    folder `tables`, where DVC sees a change.
 
     `label` is the column that says what a row is, or null; rows whose label is in `normal` are not
     anomalous and are all that is trained on. `categorical` columns hold text, or numbers without

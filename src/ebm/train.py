@@ -64,8 +64,6 @@ class Batches:
     from (seed, epoch), cut into whole batches."""
 
     def __init__(self, rows: int, size: int, seed: int, device: torch.device) -> None:
-        if size > rows:
-            raise EBMError(f"batch_size = {size} is more than the {rows} training rows")
         self.rows, self.size, self.seed, self.device = rows, size, seed, device
         self.per_epoch = rows // size
         self._epoch, self._order = -1, torch.empty(0)
@@ -108,6 +106,8 @@ def fit(
     """
     rates = [group["lr"] for o in model.optimizers.values() for group in o.param_groups]
     parallel.share(batch_size, "train: batch_size")
+    if steps and batch_size > len(data):
+        raise EBMError(f"batch_size = {batch_size} is more than the {len(data)} training rows")
     batches = Batches(len(data), batch_size, seed, data.device)
     progress = _resume(model, checkpoints) or _begin(model, data, labels, checkpoints)
     model.train()

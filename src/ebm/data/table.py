@@ -16,7 +16,10 @@ header is row 1 (blank lines do not count).
 import hashlib
 import json
 import logging
+import lzma
+import tarfile
 import warnings
+import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -227,7 +230,8 @@ def _numbers(values: "Series", source: str) -> np.ndarray:
     numbers = pd.to_numeric(values.astype(str), errors="coerce").to_numpy(np.float64)
     if (text := np.isnan(numbers)).any():
         cell = f"{_cell(values, text, source)} = {_short(values[text].iloc[0])}"
-        raise EBMError(f"{cell}: not a number; a column of text belongs in categorical or ignore")
+        advice = "a column of text belongs in categorical or ignore, and nothing but an empty cell"
+        raise EBMError(f"{cell}: not a number; {advice} or {MISSING[-1]} counts as missing")
     return numbers
 
 
@@ -321,6 +325,18 @@ def chunks(path: Path, text: Collection[str], rows: int | None = None) -> "Itera
         raise EBMError(f"{path}: no rows below the header")
 
 
+UNREADABLE = (
+    *(OSError, ValueError, EOFError),
+    *(
+        ImportError,
+        zlib.error,
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+    ),  # packed ones
+)
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """What can go wrong with a file, in one line."""
@@ -332,7 +348,7 @@ def _reading(path: Path) -> Iterator[None]:
             yield
     except ParserWarning:
         raise EBMError(f"{path}: not a table: rows have more cells than the header") from None
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+    except UNREADABLE as error:
         problem = " ".join(str(error).split())[:200]
         raise EBMError(f"{path}: cannot be read as a CSV table ({problem})") from None
 
@@ -392,9 +408,14 @@ def _checked(frame: "DataFrame", settings: TableData, source: str) -> tuple["Dat
     """The rows that are kept, their numbers as such, and how many rows are not: those with an
     empty cell, if they may be. EBMError names the first cell that cannot be used."""
     used = frame.drop(columns=settings.ignore)
-    complete = used.notna().all(axis=1)
+    empty = used.isna()
+    complete = ~empty.any(axis=1)
     dropped = int((~complete).sum())
     if settings.missing == "drop" and dropped:
+        if dropped == len(used):
+            worst = empty.sum().idxmax()
+            where = f"column {str(worst)!r} is empty in {int(empty[worst].sum())}"
+            raise EBMError(f"{source}: no row is left: {where} of {dropped}")
         log.warning("%s: %d rows with an empty cell are left out", source, dropped)
         used = used[complete]
     columns = {str(name): _present(used[name], source) for name in used}
@@ -425,8 +446,8 @@ def split(anomaly: Tensor, settings: TableData) -> dict[str, Tensor]:
         rows = order[anomaly[order] == anomalous]
         sizes = [round(share * len(rows)) for share in (settings.validation, settings.test)]
         if min(*sizes, anomalous or len(rows) - sum(sizes)) < 1:
-            which = "anomalous" if anomalous else "normal"
-            few = f"{len(rows)} {which} rows are too few for" if settings.label else "too few for"
+            which = ("anomalous" if anomalous else "normal") if settings.label else "complete"
+            few = f"{len(rows)} {which} rows are too few for"
             shares = f"validation = {settings.validation}, test = {settings.test}"
             raise EBMError(f"{settings.path}: {few} {shares}")
         validation, test, rest = rows.split([*sizes, len(rows) - sum(sizes)])

@@ -12,8 +12,10 @@ Names of metrics, the same in every experiment:
     mode_kl                 KL(histogram over the modes || uniform), nats
     high_quality_share      share of samples within 4 sigma of a mode (of the curve, if it is one)
     grid_kl                 KL(true density || learned density) on the cells of a square, nats
-    log_likelihood          mean log p of the test split, nats; `_lower`, `_upper` bracket it where
-                            Z is estimated, `_train` is the same of the training split
+    log_likelihood          mean log p of the test split, nats; where Z is estimated, the middle of
+                            `_lower`, `_upper`: estimates that tend to err low and high (reverse
+                            and forward annealed importance sampling), and within their noise may
+                            cross; `_train` is the same of the training split
     log_partition           log Z, nats; of a model with a constant of its own what is left of it,
                             by a grid
     log_partition_error     |error| of log Z of the true density, told from the model's noise

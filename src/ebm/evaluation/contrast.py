@@ -73,14 +73,18 @@ def _theory(result: Evaluation, model: Contrasted, density: GaussianMixture, gri
     errors = [_errors(model, density, nu) for nu in RATIOS]
     measured = [error.square().mean().sqrt().item() for error in errors]
     result.metrics["log_partition_error"] = errors[-1][0].abs().item()
-    source = f"theory: the standard error at nu = {RATIOS[-1]:g} from {POINTS} points"
+    source = f"theory: the standard error at ν = {RATIOS[-1]:g} from {POINTS} points"
     result.refer("log_partition_error", expected[-1], "exact", source)
     picture = figures.log_lines(
-        {"measured": (RATIOS, measured)}, {"theory": (RATIOS, expected)}, "nu", "error of log Z"
+        {"measured": (RATIOS, measured)},
+        {"theory": (RATIOS, expected)},
+        "ν, noise draws per data point",
+        "RMS error of log Z",
     )
     caption = (
-        f"log Z of the true density from {POINTS:,} of its draws and nu times as many of this "
-        f"noise, root mean square error of {TRIALS} trials: what noise can tell, and at what cost."
+        f"log Z of the true density from {POINTS:,} of its draws and ν times as many of this "
+        f"noise, root mean square (RMS) error of {TRIALS} trials: what noise can tell, and at "
+        "what cost."
     )
     result.draw("theory", "Noise-contrastive log Z", caption, picture)
 

@@ -11,11 +11,19 @@ from ebm.data import Prepared
 from ebm.densities import EXTENT, GaussianMixture
 from ebm.evaluation.contrast import measure_classes, measure_contrast
 from ebm.evaluation.result import Evaluation
+from ebm.evaluation.scores import variant
 from ebm.reference import Reference
 from ebm.variants.base import EBM
 
 RADIUS = 4.0
 """A sample within this many standard deviations of a mode counts as of high quality."""
+
+BEFORE = {
+    "nce": ("Draws of the noise", "the noise that the energy was told from"),
+    "fce": ("Draws of the flow", "the flow that the energy was told from"),
+}
+"""What chains begin with, by variant: the title of a panel, and words for a caption. Of all others
+it is draws of a generator."""
 
 
 def evaluate_density(
@@ -99,14 +107,25 @@ def _grid_scores(
         scores, of_noise = density_scores(model.noise, grid, test, true, true_test)
         result.metrics |= {f"{name}_generator": value for name, value in scores.items()}
         measure_contrast(result, model, density, _square(of_noise), grid)
+    _draw_panels(result, model, samples, _square(true), _square(learned))
+
+
+def _draw_panels(
+    result: Evaluation, model: EBM, samples: dict[str, Tensor], true: Any, learned: Any
+) -> None:
+    """Both densities beside the samples, and beside what their chains began with."""
+    points = {"Samples": samples["samples"]}
+    shown = "and samples."
+    if "generator" in samples:
+        title, draws = BEFORE.get(variant(model), ("Generator, before MCMC", "the generator"))
+        points = {title: samples["generator"], "After MCMC": samples["samples"]}
+        shown = f"draws of {draws}, and samples: Markov chains that began with such draws."
+    if isinstance(model, Contrasted) and model.defence:
+        shown += f" {model.defence:.0%} of the draws are of a broad Gaussian beside it."
     picture = figures.density_panels(
-        true_log_density=_square(true),
-        learned_log_density=_square(learned),
-        samples=samples["samples"].cpu().numpy(),
-        generator_samples=samples["generator"].cpu().numpy() if "generator" in samples else None,
-        extent=(*EXTENT, *EXTENT),
+        true, learned, {k: x.cpu().numpy() for k, x in points.items()}, (*EXTENT, *EXTENT)
     )
-    caption = "True density, learned density exp(-E)/Z, and samples without and with MCMC."
+    caption = f"True density, learned density exp(-E)/Z, {shown}"
     result.draw("density", "Density and samples", caption, picture)
 
 

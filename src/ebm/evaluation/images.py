@@ -69,11 +69,12 @@ def evaluate_images(
 def _likelihood(
     result: Evaluation, model: EBM, train: Tensor, test: Tensor, settings: dict[str, Any]
 ) -> None:
-    """log p = -E - log Z with log Z bracketed by the model's own estimators, if it has any."""
-    bracket = model.log_partition(**settings)
-    if bracket is None:
+    """log p = -E - log Z, log Z in the middle of the model's own two estimates, if it has any: one
+    that tends to err low, one that tends to err high."""
+    estimates = model.log_partition(**settings)
+    if estimates is None:
         return
-    low, high = (bound.item() for bound in bracket)
+    low, high = (estimate.item() for estimate in estimates)
     log_p, log_p_train = (
         -metrics.in_batches(model.energy, x).double().mean().item() for x in (test, train)
     )

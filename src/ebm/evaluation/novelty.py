@@ -150,14 +150,21 @@ def _draw_digits(result: Evaluation, digits: list[int]) -> None:
                 spreads = [result.metrics.get(f"{name}_std", 0.0) for name in names]
                 series = [result.metrics[name] for name in names], spreads
                 panels.setdefault(TITLES[score], {})[test] = series
-    entries = [result.references[f"auprc_strict_{digit}"] for digit in digits]
     lines = {
-        kind: [next(e["value"] for e in several if e["kind"] == kind) for several in entries]
+        kind: {
+            test: [_referred(result, f"auprc_{test}_{digit}", kind) for digit in digits]
+            for test in ("released", "strict")
+        }
         for kind in ("chance", "floor")
     }
     caption = (
         "Each class as the anomaly, by members that never saw it: mean and standard deviation of "
-        "the trainings. Short lines: chance and floor of the strict test."
+        "the trainings. Short lines: chance and floor of the same test."
     )
     picture = figures.by_class(panels, lines, [str(digit) for digit in digits], "AUPRC")
     result.draw("classes", "AUPRC by class", caption, picture)
+
+
+def _referred(result: Evaluation, name: str, kind: str) -> float:
+    """The value of a `kind` that a metric is held against."""
+    return next(e["value"] for e in result.references[name] if e["kind"] == kind)

@@ -8,8 +8,8 @@ what the worst possible ranking scores, so they come from a test of another comp
 
 from dataclasses import dataclass
 
-from ebm.ensemble import histories
 from ebm.evaluation.result import Evaluation
+from ebm.evaluation.scores import variant
 from ebm.variants.base import EBM
 
 MEG = "Kumar et al. 2019 (arXiv:1901.08508v1)"
@@ -80,8 +80,7 @@ MNIST_STACKED = {
 def refer_to_published(result: Evaluation, model: EBM, published: dict[str, Published]) -> None:
     """Hold what was measured against what is `published` of the variant of `model`, or of its
     members."""
-    variant = type(histories(model)[0][0]).__module__.rsplit(".", 1)[-1]
-    if found := published.get(variant):
+    if found := published.get(variant(model)):
         for name, value in found.numbers.items():
             if name in result.metrics:
                 result.refer(name, value, "published", found.source)

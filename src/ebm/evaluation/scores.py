@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ebm import metrics
 from ebm.data import unit
-from ebm.ensemble import Ensemble
+from ebm.ensemble import Ensemble, histories
 from ebm.variants.base import EBM
 
 SUFFIXES = {"energy": "", "gradient": "_gradient"}
@@ -66,6 +66,11 @@ def _scored(model: EBM, x: Tensor) -> dict[str, Tensor]:
 
 def _rows(x: Tensor) -> int:
     return max(1, AT_ONCE // max(1, x[:1].numel()))
+
+
+def variant(model: EBM) -> str:
+    """The variant of `model`, or of its members, by the name of the file of its class."""
+    return type(histories(model)[0][0]).__module__.rsplit(".", 1)[-1]
 
 
 def left_out(model: EBM) -> list[int]:

@@ -15,8 +15,8 @@ from ebm.evaluation.scores import Numbers, energies, evaluating
 from ebm.reference import Reference
 from ebm.variants.base import EBM
 
-SHOWN = 64
-"""Stacks in a picture."""
+SHOWN, COLUMNS = 50, 5
+"""Stacks in a picture, and in one of its rows."""
 
 
 def evaluate_stacked(
@@ -89,14 +89,14 @@ def _coverage(counts: Tensor) -> Numbers:
 
 def _pictures(result: Evaluation, drawn: Tensor, test: Tensor) -> None:
     """Samples beside data."""
-    caption = "Each part is a colour." if test.shape[1] == 3 else "Parts side by side."
+    caption = f"Each stack as its {test.shape[1]} parts side by side."
     result.draw("samples", "Samples", caption, _grid(drawn))
-    result.draw("data", "Test stacks", "What the samples should look like.", _grid(test))
+    caption += " What the samples should look like."
+    result.draw("data", "Test stacks", caption, _grid(test))
 
 
 def _grid(stacks: Tensor) -> Figure:
-    """The first of stacks [N, parts, H, W]: three parts as colours, others side by side."""
-    shown = stacks[:SHOWN]
-    if shown.shape[1] != 3:
-        shown = torch.cat(list(shown.unbind(1)), -1)
-    return figures.image_grid(shown.cpu().numpy(), columns=16 if shown.dim() == 4 else 8)
+    """The first of stacks [N, parts, H, W], the parts of each side by side: as colours, three
+    digits of 8 x 8 pixels cannot be told apart."""
+    parts = torch.cat(list(stacks[:SHOWN].unbind(1)), -1)
+    return figures.image_grid(parts.cpu().numpy(), COLUMNS)

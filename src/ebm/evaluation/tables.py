@@ -174,7 +174,7 @@ def _draw_scores(
 ) -> None:
     """The scores of each of several `kinds` of test rows, [N] each; those that are finite."""
     panels = {
-        TITLES[name]: (
+        TITLES[name].lower(): (
             {kind: score[which].cpu().numpy() for kind, which in kinds.items()},
             rule.threshold(scored.known[name]),
         )
@@ -182,16 +182,16 @@ def _draw_scores(
         if score.isfinite().all()
     }
     caption = (
-        f"{rows}. What lies beyond the frame counts in its outermost bins. Dashed: the threshold, "
-        "from which on a row is flagged."
+        f"{rows}. The higher its score, the more anomalous the model finds a row; from the "
+        "threshold on it is flagged. What lies beyond the frame counts in its outermost bins."
     )
     if panels:
         result.draw("scores", "Scores", caption, figures.score_histograms(panels))
 
 
 def _curves(inliers: Tensor, outliers: Tensor) -> tuple[Any, Any, Any]:
-    """False alarm rates, recalls and precisions [K] from the highest threshold down, as arrays."""
+    """False positive rates, recalls and precisions [K] from the highest threshold down."""
     _, true, false = metrics.operating_points(inliers, outliers)
     lines = false / len(inliers), true / len(outliers), true / (true + false)
-    alarm, recall, precision = (line.cpu().numpy() for line in lines)
-    return alarm, recall, precision
+    false_rate, recall, precision = (line.cpu().numpy() for line in lines)
+    return false_rate, recall, precision
