@@ -171,6 +171,14 @@ def test_spectral_normalisation_iterates_once_a_step(monkeypatch):
     assert len(calls) == len(model.network.blocks)
 
 
+def test_spectral_normalisation_leaves_no_weight_untrained():
+    """Chains ask for the normalised weights first, and need no graph of them."""
+    model = build((8, 8), IMAGES, spectral_norm=True, langevin_steps=5)
+    model.training_step(*images())
+    without = [name for name, p in model.network.named_parameters() if p.grad is None]
+    assert not without
+
+
 def test_the_marginal_energy_sums_over_classes():
     model = build((8, 8), IMAGES)
     x, _ = images()

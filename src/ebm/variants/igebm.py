@@ -147,6 +147,7 @@ class IGEBM(EBM):
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         with parametrize.cached():
+            normalised_weights(self.network)  # before chains that need no graph ask for them
             batch = self._draw_batch(len(x))
             negative, chain = self._langevin(batch)
             data = (x + self.data_noise * torch.randn_like(x)).clamp(*self.bounds)
@@ -263,6 +264,15 @@ class Batch(NamedTuple):
     start: Tensor
     label: Tensor | None
     reset: Tensor
+
+
+def normalised_weights(network: Scalar) -> list[Tensor]:
+    """The weights that spectral normalisation has made anew, each with its graph."""
+    return [
+        module.weight
+        for module in network.modules()
+        if parametrize.is_parametrized(module, "weight") and isinstance(module.weight, Tensor)
+    ]
 
 
 def augmented(images: Tensor) -> Tensor:
