@@ -190,8 +190,8 @@ def test_any_key_that_is_missing_misspelt_or_holds_nonsense_is_named(monkeypatch
         holder, key = at(content, ".".join(path))
         value = holder.pop(key)
         misspelt = key if key in ("variant", "kind") else f"{key}_"  # what tells the others' names
-        broken = [(key, {}), (misspelt, {f"{key}_": value}), (key, {key: ["nonsense", None]})]
-        for name, held in broken:
+        changes = [(key, {}), (misspelt, {f"{key}_": value}), (key, {key: ["nonsense", None]})]
+        for name, held in changes:
             holder |= held
             with pytest.raises(ParamsError) as caught:
                 params.load(Path(file))

@@ -157,12 +157,13 @@ def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
     problems = error.errors(include_url=False)
     first = min(problems, key=_severity)
     keys, tags = _key_path(first["loc"], raw)
-    alike = [p for p in problems if p["input"] is first["input"] and p["type"] not in _OF_KEYS]
-    alike = [p for p in alike if _key_path(p["loc"], raw)[0] == keys and p is not first]
+    others = [problem for problem in problems if problem is not first]
+    of_value = [p for p in others if p["input"] is first["input"] and p["type"] not in _OF_KEYS]
+    alike = [p for p in of_value if _key_path(p["loc"], raw)[0] == keys]
     line = f"{'.'.join(map(str, keys)) or 'the file'}{_complaint(first, keys, tags)}"
     line = " or ".join([line, *(_message(p).removeprefix("should be ") for p in alike)])
-    others = len(problems) - 1 - len(alike)
-    return " ".join(line.split()) + (f" (and {others} more)" if others else "")
+    more = len(others) - len(alike)
+    return " ".join(line.split()) + (f" (and {more} more)" if more else "")
 
 
 _OF_KEYS = {"extra_forbidden": 0, "missing": 2}
