@@ -354,14 +354,15 @@ def test_a_sweep_ends_with_the_best_parameters_in_params(house):
 
 @slow
 def test_a_sweep_killed_half_way_leaves_no_process_and_ends_exactly(house):
-    house.write("told", json.dumps({"seconds": 1.0, "child": True}))
+    house.write("told", json.dumps({"seconds": 1.0}))
     with house.start(*OPTIONS, "--trials", "6", module="sweep", EBM_TRACKING="0") as process:
-        wait_for(lambda: len(house.events("end")) >= 6, 120)
-        wait_for(lambda: len(house.events("start")) > len(house.events("end")), 60)
+        wait_for(lambda: len(house.events("end")) >= 5, 120)  # prepare, and two trials
+        house.write("told", json.dumps({"seconds": 60.0, "child": True}))
+        wait_for(lambda: len(house.events("child")) >= 2, 60)
         below = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         process.kill()
         process.communicate(timeout=30)
-    running = [pid for _, _, _, pid in house.events("start")]
+    running = [pid for _, _, _, pid in house.events("start", "child")]
     wait_for(lambda: not any(map(alive, below + running)), 30)
     begun = {name for kind, name, *_ in house.events("start")}
     house.write("told", "{}")
