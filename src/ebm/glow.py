@@ -43,6 +43,9 @@ from ebm import EBMError
 BOUND = 1.0
 """Of |log s| in a coupling."""
 
+SLICE = 4096
+"""So many images pass a coupling at once where all do before training: it is wider than they."""
+
 
 class Glow(nn.Module):
     """Flow over images `shape`, [H, W] or [C, H, W], whose values may be any real numbers.
@@ -165,7 +168,8 @@ class Level(nn.Module):
             variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
             self.log_scale[k] = -(variance + 1e-12).log() / 2
             self.bias[k] = -mean * self.log_scale[k].exp()
-            x, _ = coupling(F.conv2d(x, *self.mixings()[k]))
+            mix = self.mixings()[k]
+            x = torch.cat([coupling(F.conv2d(part, *mix))[0] for part in x.split(SLICE)])
         return x
 
     def log_det(self, x: Tensor) -> Tensor:
