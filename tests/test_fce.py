@@ -168,6 +168,11 @@ def test_the_rate_of_the_warm_up_falls_and_the_flow_is_told_from_the_broad_noise
     assert asked[4:] == ["flow", fce.contrast, "flow"]
 
 
+def test_images_have_no_broad_noise():
+    with pytest.raises(EBMError, match=r"model\.defence = 0\.1: expected 0 for images"):
+        model((8, 8), defence=0.1)
+
+
 def test_a_gaussian_is_no_flow_to_play_with():
     with pytest.raises(EBMError, match=r"model\.flow"):
         model(flow={"kind": "gaussian"})

@@ -142,6 +142,9 @@ def test_data_beyond_the_bounds_are_refused():
 def test_a_buffer_smaller_than_the_batch_is_refused():
     with pytest.raises(EBMError, match=r"model\.buffer"):
         build(buffer=5).training_step(torch.rand(8, 4))
+    with pytest.raises(EBMError, match=r"model\.buffer = 8 leaves no neighbours"):
+        build(buffer=8, entropy=0.1).training_step(torch.rand(8, 4))
+    build(buffer=8, entropy=0.0).training_step(torch.rand(8, 4))
 
 
 def test_vectors_cannot_be_augmented():

@@ -134,6 +134,8 @@ class Contrasted(EBM):
         outputs: int = 1,
     ) -> None:
         super().__init__()
+        if defence and len(shape) > 1:
+            raise EBMError(f"model.defence = {defence}: expected 0 for images")
         self.normalised, self.shape, self.outputs = True, shape, outputs
         self.network = _network(shape, outputs, **network)
         nn.init.zeros_(self.network.head.bias).requires_grad_(False)  # the constant is `log_z`
@@ -143,7 +145,7 @@ class Contrasted(EBM):
         self.noise = Density(shape, noise, levels, margin)
         self.base = frozen(self.flow) if tilted else None
         self.defence = defence
-        self.broad = Gaussian(math.prod(shape)) if defence else None
+        self.broad = Gaussian(*shape) if defence else None
         self.register_buffer("steps", torch.tensor(0))
 
     def initialise(self, data: Tensor) -> None:

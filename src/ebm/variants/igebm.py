@@ -196,8 +196,9 @@ class IGEBM(EBM):
 
     def _draw_batch(self, n: int) -> "Batch":
         """Rows of the buffer, where their chains start now, and other rows to compare with."""
-        if n > len(self.replay):
-            raise EBMError(f"model.buffer = {len(self.replay)} is less than the batch of {n}")
+        if n + bool(self.entropy) > len(self.replay):
+            few = "is less than" if n > len(self.replay) else "leaves no neighbours beside"
+            raise EBMError(f"model.buffer = {len(self.replay)} {few} the batch of {n}")
         device = self.replay.device
         rows = torch.randperm(len(self.replay), device=device)
         rows, others = rows[:n], rows[n : n + NEIGHBOURS // world()]
