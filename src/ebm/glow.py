@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm import EBMError
+from ebm.variants.base import standard_normal
 
 BOUND = 1.0
 """Of |log s| in a coupling."""
@@ -126,8 +127,7 @@ class Glow(nn.Module):
 
     def _noise(self, n: int) -> Tensor:
         """N(0, I) [n, D]."""
-        like = next(self.parameters())
-        return torch.randn(n, self.dimensions, device=like.device, dtype=like.dtype)
+        return standard_normal(self, n, self.dimensions)
 
 
 class Level(nn.Module):
