@@ -34,7 +34,7 @@ _claimed: list[int] = []  # the index of the card that this process has, once it
 
 def known_device(name: str) -> bool:
     """Whether EBM_DEVICE may be that: one of DEVICES."""
-    return re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None
+    return re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name) is not None
 
 
 def count() -> int:

@@ -156,7 +156,10 @@ def _spread(value: float) -> str:
 
 LIKELIHOODS = {
     name: METRICS[name]
-    for name in ("log_likelihood", "bits_per_dim", "grid_kl", "log_density_mse", "log_partition")
+    for name in (
+        *("log_likelihood", "bits_per_dim", "grid_kl", "log_density_mse"),
+        *("log_partition", "log_partition_ess"),
+    )
 }
 """What says how good a model is as a density."""
 

@@ -41,15 +41,14 @@ def write(root: Path, settings: Mapping[str, Any], timeline: str = "timeline.htm
     everyone = list(settings["experiments"])
     trained = [name for name in everyone if (root / "models" / name).is_dir()] or everyone
     absent = [name for name in everyone if name not in trained]
+    compared = (root / "models" / results.COMPARISON).is_dir()
+    if settings.get(results.COMPARISON) and not compared:
+        absent.append(results.COMPARISON)
     if absent:
         log.warning("not trained here and left out: %s", ", ".join(absent))
     found = [results.read(root / "models", name, settings) for name in trained]
     found = [replace(result, history=thin(result.history)) for result in found]
-    comparison = None
-    if (root / "models" / results.COMPARISON).is_dir() or not absent:
-        comparison = results.read_comparison(root / "models", settings)
-    else:
-        absent.append(results.COMPARISON)
+    comparison = results.read_comparison(root / "models", settings) if compared else None
     reports = root / "reports"
     html = page.render(found, comparison, timeline)
     named: list[tuple[str, Result | Comparison]] = [(result.name, result) for result in found]

@@ -358,7 +358,7 @@ def parser(module: str) -> argparse.ArgumentParser:
     """The command line's grammar; the names are those of the arguments of `sweep`."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
-        description=__doc__,
+        description=str(__doc__).replace("pipelines.sweep", module),
         epilog=space.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -69,7 +69,22 @@ METRICS = {
         "nats",
         False,
     ),
-    "log_partition": Metric("log Z", 0, "Logarithm of the partition function.", "nats", False),
+    "log_partition": Metric(
+        "log Z",
+        0,
+        "Logarithm of the partition function; of a model with a constant of its own what is left "
+        "of it, so that 0 is right: by a grid in the plane, of images by importance sampling.",
+        "nats",
+        False,
+    ),
+    "log_partition_ess": Metric(
+        "Effective draws for log Z",
+        0,
+        "Effective size of the sample of the noise by which the constant was checked; with few, "
+        "log Z is not known.",
+        "",
+        False,
+    ),
     "frechet_distance": Metric(
         "Fréchet distance",
         -1,

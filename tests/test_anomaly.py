@@ -533,3 +533,10 @@ def test_the_stage_writes_a_threshold_where_there_is_one(tmp_path):
     assert found == {"energy": 1.25, "weights_sha256": sha256(b"weights").hexdigest()}
     stage._write(tmp_path / "b", Evaluation({"modes": 8}))
     assert not (tmp_path / "b" / "evaluation" / "threshold.json").exists()
+
+
+def test_a_member_without_a_number_leaves_the_others_theirs():
+    found = scores.summarised([[{"f1": math.nan, "auroc": 0.5}], [{"f1": 1.0, "auroc": 0.7}]])
+    assert math.isnan(found["f1"])
+    assert math.isnan(found["f1_std"])
+    assert found["auroc_std"] == pytest.approx(stdev([0.5, 0.7]))

@@ -3,6 +3,8 @@ draws."""
 
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +99,19 @@ def test_importance_sampling_has_weights_that_find_the_expectations():
     found = row(oracle, chains)
     assert 10 < found["ess"] < 1000
     assert found["r_hat"] is None
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_cannot_be_known_of_one_expectation_is_not_known_of_the_worst(order):
+    """NaN is neither smaller nor larger than anything: not lost by the order of expectations."""
+    oracle = Banana()
+    chains = weighted(oracle, 4, 100)
+    chains = replace(chains, log_weight=None, x=chains.x.clone())
+    chains.x[..., 0] = 1.0
+    known = oracle.expectations[::order]
+    found = row(SimpleNamespace(expectations=known, energy=oracle.energy), chains)
+    assert math.isnan(found["ess"])
+    assert math.isnan(found["r_hat"])
 
 
 def test_a_table_has_a_line_for_every_kernel_and_oracle(compared):

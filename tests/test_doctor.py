@@ -298,7 +298,7 @@ def test_a_gpu_that_is_asked_for_and_is_not_there(tmp_path, monkeypatch, name, g
     assert only(doctor.device, tmp_path, EBM_DEVICE=name).kind == kind
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "0", "mps"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:01", "0", "mps"])
 def test_what_is_no_device(tmp_path, name):
     assert only(doctor.device, tmp_path, EBM_DEVICE=name).kind == "wrong"
 

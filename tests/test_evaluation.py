@@ -324,6 +324,25 @@ def test_an_energy_told_from_noise_is_measured_beside_that_noise(monkeypatch):
         assert nu < 1 or 0.3 < a / b < 2.5  # the theory is one of many points
 
 
+def test_of_images_the_noise_tells_what_is_left_of_a_learned_constant():
+    """A tilted energy begins as its noise, so that what is wrong is known."""
+    flow = {"kind": "glow", "levels": 2, "depth": 1, "width": 4}
+    sizes = {"network": {"kind": "conv", "width": 4, "depth": 1}, "levels": 17, "margin": 1e-6}
+    kinds = {"flow": flow, "tilted": True, "defence": 0.0}
+    model = variants.build("fce", (8, 8), MODELS["fce"] | sizes | kinds)
+    draws = contrast.SLICES * contrast.SLICE
+    for off in (0.0, 0.7):
+        torch.nn.init.constant_(model.log_z, off)
+        found = Evaluation()
+        contrast.measure_constant(found, model)
+        assert found.metrics["log_partition"] == pytest.approx(-off, abs=1e-5)
+        assert found.metrics["log_partition_ess"] == pytest.approx(draws, rel=1e-5)
+    assert found.references["log_partition"][0]["value"] == 0
+    torch.nn.init.normal_(model.network.head.weight, std=2.0)
+    contrast.measure_constant(found, model)
+    assert found.metrics["log_partition_ess"] < 0.9 * draws
+
+
 def test_a_semi_supervised_energy_is_measured_as_a_classifier():
     prepared = plane("2spirals")
     few = {"classes": 2, "labelled": 10, "supervision": 1.0}

@@ -134,7 +134,10 @@ def test_a_tilted_energy_is_the_flow_right_after_the_warm_up():
     fce, data = ready(tilted=True, warmup=5, warmup_learning_rate=1e-2)
     energy, _ = parts(fce)
     for _ in range(5):
-        assert all(v == 0 for n, v in fce.training_step(data).items() if n != "log_z")
+        x = fce.space.enter(data)
+        loss, logs = -fce.flow.log_prob(x).mean(), fce.training_step(data)
+        assert {name for name, number in logs.items() if number != 0} <= {"log_z", "noise_loss"}
+        torch.testing.assert_close(logs["noise_loss"], loss.detach())
     assert same(energy, parts(fce)[0])
     x = fce.space.enter(data)
     assert not torch.allclose(fce.log_density(x), fce.flow.log_prob(x))
@@ -163,6 +166,11 @@ def test_the_rate_of_the_warm_up_falls_and_the_flow_is_told_from_the_broad_noise
     assert rates == pytest.approx([1e-3] * 3 + [5e-4] + [1e-3] * 3)
     assert asked[:4] == [fce.broad] * 4
     assert asked[4:] == ["flow", fce.contrast, "flow"]
+
+
+def test_images_have_no_broad_noise():
+    with pytest.raises(EBMError, match=r"model\.defence = 0\.1: expected 0 for images"):
+        model((8, 8), defence=0.1)
 
 
 def test_a_gaussian_is_no_flow_to_play_with():

@@ -8,6 +8,7 @@ from torch.autograd.functional import jacobian
 from torch.distributions import MultivariateNormal
 
 from ebm import EBMError
+from ebm import glow as glow_module
 from ebm.estimators import importance
 from ebm.glow import BOUND, Glow
 
@@ -109,6 +110,22 @@ def test_initialise_gives_every_channel_mean_0_and_variance_1():
         torch.testing.assert_close(normalised.mean((0, 2, 3)), torch.zeros(channels))
         variance = normalised.var((0, 2, 3), correction=0)
         torch.testing.assert_close(variance, torch.ones(channels))
+
+
+def test_initialise_takes_all_images_in_slices(monkeypatch):
+    v = 3 + 5 * torch.randn(64, 8, 8)
+    sizes, actnorms = [], []
+    for limit in (1000, 24):
+        monkeypatch.setattr(glow_module, "SLICE", limit)
+        glow, seen = flow((8, 8), depth=3), []
+        for level in glow.levels:
+            for coupling in level.couplings:
+                coupling.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(len(x[0])))
+        glow.initialise(v)
+        sizes.append(max(seen))
+        actnorms.append({n: p.clone() for n, p in glow.named_parameters() if "couplings" not in n})
+    assert sizes == [64, 24]
+    torch.testing.assert_close(*actnorms)
 
 
 def test_a_fresh_flow_only_rotates():

@@ -182,9 +182,10 @@ def test_a_stage_computes_on_the_card_that_it_has(cuda):
     assert cuda == [1]
 
 
-def test_what_is_no_device_is_one_line(cuda, monkeypatch):
-    monkeypatch.setenv("EBM_DEVICE", "gpu")
-    with pytest.raises(EBMError, match=r"^EBM_DEVICE = gpu: expected cpu, cuda or cuda:N$"):
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:01", "cuda:9999999999"])
+def test_what_is_no_device_is_one_line(cuda, monkeypatch, name):
+    monkeypatch.setenv("EBM_DEVICE", name)
+    with pytest.raises(EBMError, match=rf"^EBM_DEVICE = {name}: expected cpu, cuda or cuda:N$"):
         stage.device(1)
 
 

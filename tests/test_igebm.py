@@ -142,6 +142,9 @@ def test_data_beyond_the_bounds_are_refused():
 def test_a_buffer_smaller_than_the_batch_is_refused():
     with pytest.raises(EBMError, match=r"model\.buffer"):
         build(buffer=5).training_step(torch.rand(8, 4))
+    with pytest.raises(EBMError, match=r"model\.buffer = 8 leaves no neighbours"):
+        build(buffer=8, entropy=0.1).training_step(torch.rand(8, 4))
+    build(buffer=8, entropy=0.0).training_step(torch.rand(8, 4))
 
 
 def test_vectors_cannot_be_augmented():
@@ -169,6 +172,14 @@ def test_spectral_normalisation_iterates_once_a_step(monkeypatch):
     )
     model.training_step(*images())
     assert len(calls) == len(model.network.blocks)
+
+
+def test_spectral_normalisation_leaves_no_weight_untrained():
+    """Chains ask for the normalised weights first, and need no graph of them."""
+    model = build((8, 8), IMAGES, spectral_norm=True, langevin_steps=5)
+    model.training_step(*images())
+    without = [name for name, p in model.network.named_parameters() if p.grad is None]
+    assert not without
 
 
 def test_the_marginal_energy_sums_over_classes():

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import meg as benchmark
 from ebm.samplers import MALA, run
+from ebm.variants.base import autocast
 from ebm.variants.meg import MEG
 
 
@@ -97,7 +98,7 @@ def test_reduced_precision_leaves_energies_and_weights_as_they_are():
     logs = meg.training_step(torch.rand(8, 3, 8, 8))
     assert all(value.isfinite() for value in logs.values())
     assert {p.dtype for p in meg.parameters()} == {torch.float32}
-    with meg._autocast(torch.empty(0)):
+    with autocast(meg.precision, torch.empty(0)):
         energy = meg.energy_network(torch.rand(64, 3, 8, 8))
     assert energy.dtype == torch.float32
     assert len(energy.unique()) > 60

@@ -1,6 +1,7 @@
 """`params.yaml`: the real one is right, and any broken one ends in one line that names the key."""
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -190,14 +191,16 @@ def test_any_key_that_is_missing_misspelt_or_holds_nonsense_is_named(monkeypatch
         holder, key = at(content, ".".join(path))
         value = holder.pop(key)
         misspelt = key if key in ("variant", "kind") else f"{key}_"  # what tells the others' names
-        broken = [(key, {}), (misspelt, {f"{key}_": value}), (key, {key: ["nonsense", None]})]
-        for name, held in broken:
+        changes = [(key, {}), (misspelt, {f"{key}_": value})]
+        changes += [(key, {key: wrong}) for wrong in (["nonsense", None], {"nonsense": None})]
+        for name, held in changes:
             holder |= held
             with pytest.raises(ParamsError) as caught:
                 params.load(Path(file))
             line, named = str(caught.value), ".".join([*path[:-1], name])
             assert "\n" not in line
             assert line.startswith(f"params.yaml: {named}")
+            assert not re.search(r"\.(constrained-|literal\[|list\[|function-)", line)
             for added in held:
                 del holder[added]
         holder[key] = value
@@ -226,7 +229,7 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("path", ["mine.csv", "/tables/mine.csv", "tables/../mine.csv"])
+@pytest.mark.parametrize("path", [".", "mine.csv", "/tables/mine.csv", "tables/../mine.csv"])
 def test_a_table_that_dvc_does_not_watch_is_refused(tmp_path, path):
     line = complaint(tmp_path, broken(put("datasets.mine", TABLE | {"path": path})))
     assert line.startswith(f"params.yaml: datasets.mine.path = {path!r}: should lie in tables/")
@@ -267,13 +270,15 @@ def test_a_typo_gets_a_suggestion(tmp_path, path, value, hint):
     assert f"did you mean {hint}" in complaint(tmp_path, broken(put(path, value)))
 
 
-def test_a_value_that_is_none_of_several_things_hears_of_all_of_them(monkeypatch):
+@pytest.mark.parametrize("value", ["auto", {"a": 1}, [1], None])
+def test_a_value_that_is_none_of_several_things_hears_of_all_of_them(monkeypatch, value):
     content = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")
     monkeypatch.setattr(params, "_read", lambda path: content)
-    content["experiments"]["one-class-svm-kdd99-strict"]["model"]["gamma"] = "auto"
+    content["experiments"]["one-class-svm-kdd99-strict"]["model"]["gamma"] = value
     with pytest.raises(ParamsError) as caught:
         params.load(Path("params.yaml"))
-    assert str(caught.value).endswith(".gamma = 'auto': should be a valid number or 'scale'")
+    end = f".model.gamma = {value!r}: should be a valid number or 'scale'"
+    assert str(caught.value).endswith(end)
 
 
 @pytest.mark.parametrize(

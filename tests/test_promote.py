@@ -67,6 +67,11 @@ def refusal(*arguments):
     return line
 
 
+def test_without_a_database_it_is_told_what_makes_one(fresh_root):
+    line = refusal("--metric", "modes")
+    assert "nothing is recorded yet; `python -m pipelines.tracking` delivers what waits" in line
+
+
 def test_the_best_of_three_by_the_direction_of_the_metric(store, record):
     runs = record(
         {"modes": 3, "mode_kl": 0.2, "gap": 1},

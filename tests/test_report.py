@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from ebm import EBMError, figures, params
-from pipelines import page, report, results, tracking
+from pipelines import page, report, tracking
 from pipelines.results import Record, Reference, Result
 
 ROOT = Path(__file__).parents[1]
@@ -236,12 +236,14 @@ def test_an_experiment_that_is_not_trained_here_is_left_out_and_its_results_stay
     assert kept <= set(snapshot(project))
 
 
-def test_a_comparison_that_is_not_made_here_stays_too_where_not_all_is_trained(project):
+@pytest.mark.parametrize("absent", [[MEG, SAMPLERS], [SAMPLERS]])
+def test_so_do_those_of_a_comparison_that_is_not_made_here(project, caplog, absent):
     before = snapshot(project)
-    for name in (MEG, results.COMPARISON):
+    for name in absent:
         (project / "models" / name).rename(project / name)
     report.write(project, all_params())
-    kept = {p for p in before if results.COMPARISON in p.name and p.parts[0] != "models"}
+    assert f"not trained here and left out: {', '.join(absent)}" in caplog.text
+    kept = {p for p in before if SAMPLERS in p.name and p.parts[0] != "models"}
     assert kept
     assert kept <= set(snapshot(project))
 

@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -113,6 +114,22 @@ def test_the_patch_is_one_for_git(tmp_path):
         subprocess.run(command, input=difference, text=True, check=True, cwd=tmp_path)
         assert (tmp_path / "params.yaml").read_text() == new
         params.load(tmp_path / "params.yaml")
+
+
+def test_the_time_of_training_is_no_metric_of_a_trial(tmp_path):
+    """Though the report has it beside the metrics."""
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "rbm-digits.json").write_text('{"log_likelihood": 1, "seconds": 2}')
+    with pytest.raises(EBMError, match="no metric seconds; there are: log_likelihood"):
+        sweep.plan("rbm-digits", "seconds", ["model.hidden=50,100"], root=tmp_path)
+
+
+@pytest.mark.parametrize("module", ["pipelines.sweep", "pipelines.sweep_flow"])
+def test_help_is_that_of_the_module(module):
+    text = sweep.parser(module).format_help()
+    assert text.startswith(f"usage: python -m {module} ")
+    assert set(re.findall(r"python -m (\S+)", text)) == {module}
 
 
 def stage(name, *upstream, params=()):
@@ -337,14 +354,15 @@ def test_a_sweep_ends_with_the_best_parameters_in_params(house):
 
 @slow
 def test_a_sweep_killed_half_way_leaves_no_process_and_ends_exactly(house):
-    house.write("told", json.dumps({"seconds": 1.0, "child": True}))
+    house.write("told", json.dumps({"seconds": 1.0}))
     with house.start(*OPTIONS, "--trials", "6", module="sweep", EBM_TRACKING="0") as process:
-        wait_for(lambda: len(house.events("end")) >= 6, 120)
-        wait_for(lambda: len(house.events("start")) > len(house.events("end")), 60)
+        wait_for(lambda: len(house.events("end")) >= 5, 120)  # prepare, and two trials
+        house.write("told", json.dumps({"seconds": 60.0, "child": True}))
+        wait_for(lambda: len(house.events("child")) >= 2, 60)
         below = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         process.kill()
         process.communicate(timeout=30)
-    running = [pid for _, _, _, pid in house.events("start")]
+    running = [pid for _, _, _, pid in house.events("start", "child")]
     wait_for(lambda: not any(map(alive, below + running)), 30)
     begun = {name for kind, name, *_ in house.events("start")}
     house.write("told", "{}")

@@ -7,6 +7,8 @@ import hashlib
 import json
 import logging
 import math
+import sys
+import zipfile
 
 import pandas as pd
 import pytest
@@ -331,7 +333,8 @@ def test_what_looks_like_a_missing_number_and_is_none_is_told_what_counts(csv):
         csv(text, missing="drop")
 
 
-def test_a_file_that_is_missing_or_of_another_kind_is_named(csv, tmp_path):
+def test_a_file_that_is_missing_or_of_another_kind_is_named(csv, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(EBMError, match=r"other.csv: no such file"):
         data.prepare(settings("other.csv"))
     (tmp_path / "utf16.csv").write_bytes(HEAD.encode("utf-16"))
@@ -340,7 +343,10 @@ def test_a_file_that_is_missing_or_of_another_kind_is_named(csv, tmp_path):
     (tmp_path / "plain.xz").write_text(HEAD)
     (tmp_path / "plain.tar").write_text(HEAD)
     (tmp_path / "plain.csv.zst").write_text(HEAD)
-    packed = ("plain.zip", "plain.xz", "plain.tar", "plain.csv.zst")
+    with zipfile.ZipFile(tmp_path / "locked.zip", "w") as archive:
+        archive.writestr("locked.csv", HEAD)
+        archive.filelist[0].flag_bits |= 1  # encrypted, as the directory at the end says
+    packed = ("plain.zip", "locked.zip", "plain.xz", "plain.tar", "plain.csv.zst")
     for name in ("utf16.csv", "cut.csv.gz", ".", *packed):
         with pytest.raises(EBMError, match=name) as caught:
             data.prepare(settings(name))

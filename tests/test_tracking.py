@@ -457,3 +457,15 @@ def test_a_password_is_not_shown(fresh_root, monkeypatch):
     monkeypatch.setenv("EBM_TRACKING", "0")
     assert start().tracking_uri == "https://host:5000/path@x"
     assert public(f"sqlite:///{fresh_root}/mlflow.db") == "sqlite:///mlflow.db"
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--hlep", 2)])
+def test_the_command_delivers_nothing_when_it_is_asked_for_something_else(store, argument, code):
+    run = start()
+    run.log_final({"modes": 1.0})
+    command = [sys.executable, "-m", "pipelines.tracking", argument]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == code
+    assert "usage: python -m pipelines.tracking" in ended.stdout + ended.stderr
+    assert undelivered()

@@ -264,9 +264,10 @@ def _trust(oracle: Oracle, chains: Chains, spent: float) -> dict[str, float | No
         ess = kish(chains.log_weight.flatten()).item()
         return {"ess": 1000 * ess / spent, "r_hat": None, "tau": None}
     found = [diagnose(chains.values(e.function)) for e in oracle.expectations]
+    ess, r_hat = torch.tensor([(d.ess_bulk, d.r_hat) for d in found], dtype=torch.float64).T
     return {
-        "ess": 1000 * min(d.ess_bulk for d in found) / spent,
-        "r_hat": max(d.r_hat for d in found),
+        "ess": 1000 * ess.min().item() / spent,
+        "r_hat": r_hat.max().item(),
         "tau": chains.cost * diagnose(chains.values(oracle.energy)).autocorrelation_time,
     }
 

@@ -134,6 +134,8 @@ class Contrasted(EBM):
         outputs: int = 1,
     ) -> None:
         super().__init__()
+        if defence and len(shape) > 1:
+            raise EBMError(f"model.defence = {defence}: expected 0 for images")
         self.normalised, self.shape, self.outputs = True, shape, outputs
         self.network = _network(shape, outputs, **network)
         nn.init.zeros_(self.network.head.bias).requires_grad_(False)  # the constant is `log_z`
@@ -143,7 +145,7 @@ class Contrasted(EBM):
         self.noise = Density(shape, noise, levels, margin)
         self.base = frozen(self.flow) if tilted else None
         self.defence = defence
-        self.broad = Gaussian(math.prod(shape)) if defence else None
+        self.broad = Gaussian(*shape) if defence else None
         self.register_buffer("steps", torch.tensor(0))
 
     def initialise(self, data: Tensor) -> None:
@@ -220,20 +222,24 @@ class Contrasted(EBM):
         ]
         return AdamW(groups, betas=betas, fused=True)
 
-    def warm_up(self, data: Tensor, optimizer: Optimizer | None, steps: int, clip: float) -> bool:
+    def warm_up(
+        self, data: Tensor, optimizer: Optimizer | None, steps: int, clip: float
+    ) -> Tensor | None:
         """One of the first `steps`, in which the flow follows the likelihood of `data`, points of
-        the space, with a learning rate that falls to 0 over the second half of them; whether there
-        is such a step to take. After the last a tilted energy takes up the flow as its base."""
+        the space, with a learning rate that falls to 0 over the second half of them: its loss, or
+        None where there is no such step to take. After the last a tilted energy takes up the flow
+        as its base."""
         left = steps - int(self.steps)
         self.steps += 1
         if left == 0:
             self._take_up_flow()
         if left <= 0 or optimizer is None:
-            return False
+            return None
         for group in optimizer.param_groups:
             group["lr"] *= min(1.0, 2 * left / steps)
-        descend(optimizer, -self.flow.log_prob(data).mean(), clip)
-        return True
+        loss = -self.flow.log_prob(data).mean()
+        descend(optimizer, loss, clip)
+        return loss
 
     def _take_up_flow(self) -> None:
         """The base of a tilted energy is the flow as it is now."""

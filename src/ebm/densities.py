@@ -53,8 +53,10 @@ class GaussianMixture(nn.Module):
 
     def sample_with_classes(self, n: int) -> tuple[Tensor, Tensor]:
         """n independent draws [n, 2] and the classes that they are of [n]."""
-        which = torch.randint(len(self.means), (n,))
-        x = self.means[which] + self.sigma * torch.randn(n, 2, dtype=self.means.dtype)
+        which = torch.randint(len(self.means), (n,))  # on the CPU, so that devices draw alike
+        noise = torch.randn(n, 2, dtype=self.means.dtype).to(self.means.device)
+        which = which.to(self.means.device)
+        x = self.means[which] + self.sigma * noise
         return x, which * self.classes // len(self.means)
 
 

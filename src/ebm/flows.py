@@ -105,7 +105,8 @@ class Defended:
     """The mixture (1 - share) q + share N of a flow and a broad Gaussian: a defensive mixture
     (Hesterberg 1995), which has draws wherever data might be however narrow the flow becomes, so
     that a density told from them is low where nothing lies. The Gaussian has its `share` of every
-    batch of draws, rounded."""
+    batch of draws, rounded up or down at random so that it has it on average too: each draw is one
+    of the mixture, however few there are."""
 
     flow: Flow
     broad: Gaussian
@@ -116,7 +117,7 @@ class Defended:
         return torch.logaddexp(math.log1p(-self.share) + log_q, math.log(self.share) + log_n)
 
     def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
-        broad = round(self.share * n)
+        broad = int(self.share * n + torch.rand(()).item())
         v = torch.cat([self.flow.draw_with_log_prob(n - broad)[0], self.broad.draw(broad)])
         v = v[torch.randperm(n, device=v.device)]
         return v, self.log_prob(v)

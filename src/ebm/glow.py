@@ -39,9 +39,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm import EBMError
+from ebm.variants.base import standard_normal
 
 BOUND = 1.0
 """Of |log s| in a coupling."""
+
+SLICE = 4096
+"""So many images pass a coupling at once where all do before training: it is wider than they."""
 
 
 class Glow(nn.Module):
@@ -123,8 +127,7 @@ class Glow(nn.Module):
 
     def _noise(self, n: int) -> Tensor:
         """N(0, I) [n, D]."""
-        like = next(self.parameters())
-        return torch.randn(n, self.dimensions, device=like.device, dtype=like.dtype)
+        return standard_normal(self, n, self.dimensions)
 
 
 class Level(nn.Module):
@@ -165,7 +168,8 @@ class Level(nn.Module):
             variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
             self.log_scale[k] = -(variance + 1e-12).log() / 2
             self.bias[k] = -mean * self.log_scale[k].exp()
-            x, _ = coupling(F.conv2d(x, *self.mixings()[k]))
+            mix = self.mixings()[k]
+            x = torch.cat([coupling(F.conv2d(part, *mix))[0] for part in x.split(SLICE)])
         return x
 
     def log_det(self, x: Tensor) -> Tensor:

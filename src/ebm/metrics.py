@@ -200,8 +200,8 @@ def auprc_trapezoid(inliers: Tensor, outliers: Tensor) -> float:
 
 
 def worst(area: Callable[[Tensor, Tensor], float], inliers: int, outliers: int) -> float:
-    """What the worst ranking of so many, every inlier above every outlier, scores by `area`: no
-    score can honestly be below it."""
+    """What the worst ranking of so many, every inlier above every outlier and no two alike, scores
+    by `area`."""
     ranks = torch.arange(inliers + outliers)
     return area(ranks[outliers:], ranks[:outliers])
 

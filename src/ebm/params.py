@@ -98,7 +98,7 @@ def _check_dataset(path: Path, name: str, dataset: Dataset) -> None:
     """That DVC sees a change of a table."""
     if dataset.kind == "table":
         parts = PurePosixPath(dataset.path).parts
-        if parts[0] != TABLES or ".." in parts:
+        if parts[:1] != (TABLES,) or ".." in parts:
             where = f"{path.name}: datasets.{name}.path = {dataset.path!r}"
             raise ParamsError(f"{where}: should lie in {TABLES}/, where DVC sees it change")
 
@@ -156,13 +156,14 @@ def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
     is none of several things has one for each of them."""
     problems = error.errors(include_url=False)
     first = min(problems, key=_severity)
-    keys, tags = _key_path(first["loc"], raw)
-    alike = [p for p in problems if p["input"] is first["input"] and p["type"] not in _OF_KEYS]
-    alike = [p for p in alike if _key_path(p["loc"], raw)[0] == keys and p is not first]
+    keys, tags = _key_path(first, raw)
+    others = [problem for problem in problems if problem is not first]
+    of_value = [p for p in others if p["input"] is first["input"] and p["type"] not in _OF_KEYS]
+    alike = [p for p in of_value if _key_path(p, raw)[0] == keys]
     line = f"{'.'.join(map(str, keys)) or 'the file'}{_complaint(first, keys, tags)}"
     line = " or ".join([line, *(_message(p).removeprefix("should be ") for p in alike)])
-    others = len(problems) - 1 - len(alike)
-    return " ".join(line.split()) + (f" (and {others} more)" if others else "")
+    more = len(others) - len(alike)
+    return " ".join(line.split()) + (f" (and {more} more)" if more else "")
 
 
 _OF_KEYS = {"extra_forbidden": 0, "missing": 2}
@@ -174,15 +175,16 @@ def _severity(problem: Any) -> int:
     return _OF_KEYS.get(problem["type"], 1)
 
 
-def _key_path(location: Sequence[int | str], raw: Any) -> tuple[list[int | str], list[str]]:
-    """Split pydantic's location in the content `raw` into the keys of the file and the tags of
-    unions: the third part of a tagged section, and what the file does not have where it has more
-    below. The last key may be one that is missing."""
-    parts = [part for part in location if part != "[key]"]
+def _key_path(problem: Any, raw: Any) -> tuple[list[int | str], list[str]]:
+    """Split pydantic's location of a problem in the content `raw` into the keys of the file and
+    the tags of unions: the third part of a tagged section, and what the file does not have, but
+    for a key that is missing itself."""
+    parts = [part for part in problem["loc"] if part != "[key]"]
     keys, tags = [], []
     for i, part in enumerate(parts):
-        last, found = i == len(parts) - 1, _has(raw, part)
-        if (i == 2 and parts[0] in TAGGED) or not (found or (last and isinstance(raw, dict))):
+        found = _has(raw, part)
+        missing = i == len(parts) - 1 and problem["type"] == "missing"
+        if (i == 2 and parts[0] in TAGGED) or not (found or missing):
             tags.append(str(part))
         else:
             keys.append(part)

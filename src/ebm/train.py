@@ -1,8 +1,9 @@
 """The one training loop: steps, seeds, checkpoints and the divergence watch, for any variant.
 
-Every draw is a function of (seed, restarts, step): the batch, the noise, the chains. A run that is
-killed at any moment and started again therefore ends with the same weights, bit for bit; and with
-the same but for rounding by however many processes (`ebm.parallel`).
+Every draw is a function of where a run is: the order of the rows of (seed, epoch), the noise and
+the chains of (seed, restarts, step). A run that is killed at any moment and started again ends
+with the same weights therefore, bit for bit; and with the same but for rounding by however many
+processes (`ebm.parallel`).
 """
 
 import logging

@@ -325,16 +325,9 @@ def chunks(path: Path, text: Collection[str], rows: int | None = None) -> "Itera
         raise EBMError(f"{path}: no rows below the header")
 
 
-UNREADABLE = (
-    *(OSError, ValueError, EOFError),
-    *(
-        ImportError,
-        zlib.error,
-        lzma.LZMAError,
-        zipfile.BadZipFile,
-        tarfile.TarError,
-    ),  # packed ones
-)
+UNPACKED = (ImportError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+UNREADABLE = (OSError, ValueError, EOFError, tarfile.TarError, *UNPACKED)
+"""What pandas raises of a file that is no table, or that cannot be unpacked."""
 
 
 @contextmanager

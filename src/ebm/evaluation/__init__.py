@@ -17,7 +17,8 @@ Names of metrics, the same in every experiment:
                             and forward annealed importance sampling), and within their noise may
                             cross; `_train` is the same of the training split
     log_partition           log Z, nats; of a model with a constant of its own what is left of it,
-                            by a grid
+                            by a grid, of images by importance sampling from the noise that the
+                            energy was told from; `_ess`, the effective size of that sample
     log_partition_error     |error| of log Z of the true density, told from the model's noise
     log_density_mse         mean squared error of log p at the test points, nats^2
     bits_per_dim            -log2 p per pixel of grey images; `_train` of the training split

@@ -1,5 +1,5 @@
-"""Energies that were told from noise: the classes that they know, the pieces of their density, and
-how much of log Z that noise can tell."""
+"""Energies that were told from noise: the classes that they know, how far the constant that they
+learned is right, the pieces of their density, and how much of log Z that noise can tell."""
 
 import math
 from typing import Any
@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from ebm import figures, metrics
-from ebm.contrastive import Contrasted, log_partition, log_partition_variance
+from ebm.contrastive import (
+    Contrasted,
+    importance_log_partition,
+    log_partition,
+    log_partition_variance,
+)
 from ebm.data import Prepared
 from ebm.densities import EXTENT, GaussianMixture
+from ebm.estimators import kish
 from ebm.evaluation.result import Evaluation
 from ebm.flows import Gaussian
 
@@ -20,6 +26,10 @@ POINTS = 10_000
 """from so many of its draws,"""
 TRIALS = 16
 """so many times."""
+
+SLICES = 16
+SLICE = 512
+"""In so many slices of so many draws the noise tells what is left of a learned log Z."""
 
 
 def measure_classes(result: Evaluation, model: Contrasted, prepared: Prepared) -> None:
@@ -37,6 +47,23 @@ def measure_classes(result: Evaluation, model: Contrasted, prepared: Prepared) -
     result.metrics |= right
     source = "the same network, trained on the same labels alone"
     result.refer("accuracy", right["accuracy_supervised"], "baseline", source)
+
+
+@torch.no_grad()
+def measure_constant(result: Evaluation, model: Contrasted) -> None:
+    """What is left of log Z, the model's own constant in it, by importance sampling from the noise
+    where no grid can tell: 0 where that constant is right. The estimate tends to err low where few
+    draws have most of the weight."""
+    log_p, log_q = list[Tensor](), list[Tensor]()
+    for _ in range(SLICES):
+        v, known = model.contrast.draw_with_log_prob(SLICE)
+        log_p.append(model.log_density(v).double())
+        log_q.append(known.double())
+    p, q = torch.cat(log_p), torch.cat(log_q)
+    result.metrics["log_partition"] = importance_log_partition(-p, q).item()
+    result.metrics["log_partition_ess"] = kish(p - q).item()
+    result.refer("log_partition", 0.0, "exact", "the model's own constant is right")
+    result.refer("log_partition_ess", len(p), "ceiling", "the noise is the model's own density")
 
 
 def measure_contrast(

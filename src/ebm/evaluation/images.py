@@ -12,7 +12,7 @@ from ebm import EBMError, figures, metrics
 from ebm.contrastive import Contrasted
 from ebm.data import Prepared
 from ebm.demonstrations import animate, demonstrate
-from ebm.evaluation.contrast import measure_classes
+from ebm.evaluation.contrast import measure_classes, measure_constant
 from ebm.evaluation.result import Evaluation
 from ebm.outliers import outlier_sets
 from ebm.reference import KEPT, Reference
@@ -45,6 +45,7 @@ def evaluate_images(
     if isinstance(model, Contrasted):
         _bits(result, model.noise, train, test, "_generator")
         measure_classes(result, model, prepared)
+        measure_constant(result, model)
     measure_samples(result, samples, train, test, reference)
     if "labels" in samples:
         _conditional_accuracy(result, drawn, samples["labels"], reference)

@@ -1,6 +1,7 @@
 """A model as a score of anomaly: its energy, and the norm of its gradient; the members of an
 ensemble, one by one."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean, stdev
@@ -88,8 +89,13 @@ def summarised(members: Sequence[Sequence[Numbers]]) -> Numbers:
     means = [_mean(snapshots) for snapshots in members]
     found = _mean(means)
     if len(means) > 1:
-        found |= {f"{name}_std": stdev(one[name] for one in means) for name in means[0]}
+        found |= {f"{name}_std": _spread([one[name] for one in means]) for name in means[0]}
     return found
+
+
+def _spread(values: Sequence[float]) -> float:
+    """The standard deviation; NaN if a value is not finite, of which `stdev` fails."""
+    return stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _mean(several: Sequence[Numbers]) -> Numbers:

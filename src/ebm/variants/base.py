@@ -1,5 +1,6 @@
 """The contract of a variant, and the one place where a gradient becomes a step."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -86,6 +87,19 @@ def descend(optimizer: Optimizer, loss: Tensor, clip: float = float("inf")) -> T
 def parameters_of(*modules: nn.Module) -> list[nn.Parameter]:
     """The parameters of several networks that one optimiser moves together."""
     return [p for module in modules for p in module.parameters()]
+
+
+def standard_normal(network: nn.Module, *size: int) -> Tensor:
+    """N(0, I) of a size, where the parameters of `network` are and of their type."""
+    like = next(network.parameters())
+    return torch.randn(size, device=like.device, dtype=like.dtype)
+
+
+def autocast(precision: torch.dtype, like: Tensor) -> AbstractContextManager[None]:
+    """Within this context layers on the device of `like` compute in `precision`; energies, losses
+    and weights stay as they are."""
+    reduced = precision != torch.float32
+    return torch.autocast(like.device.type, precision, enabled=reduced)
 
 
 def update_average(average: nn.Module, current: nn.Module, decay: float) -> None:

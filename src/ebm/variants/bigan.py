@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ebm import networks
-from ebm.variants.base import EBM, descend, parameters_of, update_average
+from ebm.variants.base import EBM, descend, parameters_of, standard_normal, update_average
 
 
 class BiGAN(EBM):
@@ -124,8 +124,7 @@ class BiGAN(EBM):
         return nn.ModuleList([self.encoder, self.generator, self.discriminator])
 
     def _prior(self, n: int) -> Tensor:
-        like = next(self.generator.parameters())
-        return torch.randn(n, self.latent, device=like.device, dtype=like.dtype)
+        return standard_normal(self.generator, n, self.latent)
 
 
 def cross_entropy(ones: Tensor, zeros: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ Samples: Metropolis' algorithm that proposes draws of the flow (`ebm.samplers.In
 
 Logged: `value` = V, at equilibrium -log 4; `accuracy` of the classifier, at equilibrium 1/2;
 `flow_turns`, the share of steps that were the flow's; `log_z`; `noise_loss`, the mean of -log q
-over data; `energy_gap` = E_data[-log p] - E_q[-log p]; `gradient_norm`; `cross_entropy` of the
-labelled points and `roughness` at the others. What a step does not compute is 0.
+over data, in the warm-up that of the flow alone; `energy_gap` = E_data[-log p] - E_q[-log p];
+`gradient_norm`; `cross_entropy` of the labelled points and `roughness` at the others. What a step
+does not compute is 0.
 """
 
 import math
@@ -128,13 +129,15 @@ class FCE(Contrasted):
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         data = self.space.enter(x)
         warming = self.warm_up(data, self.warmup_optimizer, self.warmup, self.clip)
-        if warming and self.base is not None:
-            return self.logs()
-        noise = self.broad if warming and self.broad is not None else self.contrast
-        flow_turn = not warming and self.last_accuracy > self.threshold
+        if warming is not None and self.base is not None:
+            return self.logs(noise_loss=warming)
+        noise = self.contrast if warming is None or self.broad is None else self.broad
+        flow_turn = warming is None and self.last_accuracy > self.threshold
         logs = self._flow_turn(data) if flow_turn else self._energy_turn(data, noise)
         seen = averaged(logs["accuracy"])  # all processes take the same turn
         self.last_accuracy.copy_(0 * seen if flow_turn else seen)
+        if warming is not None:
+            logs["noise_loss"] = warming
         return self.logs(**logs)
 
     def _energy_turn(self, data: Tensor, noise: Noise) -> dict[str, Tensor]:

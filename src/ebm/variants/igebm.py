@@ -147,6 +147,7 @@ class IGEBM(EBM):
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         with parametrize.cached():
+            normalised_weights(self.network)  # before chains that need no graph ask for them
             batch = self._draw_batch(len(x))
             negative, chain = self._langevin(batch)
             data = (x + self.data_noise * torch.randn_like(x)).clamp(*self.bounds)
@@ -195,8 +196,9 @@ class IGEBM(EBM):
 
     def _draw_batch(self, n: int) -> "Batch":
         """Rows of the buffer, where their chains start now, and other rows to compare with."""
-        if n > len(self.replay):
-            raise EBMError(f"model.buffer = {len(self.replay)} is less than the batch of {n}")
+        if n + bool(self.entropy) > len(self.replay):
+            few = "is less than" if n > len(self.replay) else "leaves no neighbours beside"
+            raise EBMError(f"model.buffer = {len(self.replay)} {few} the batch of {n}")
         device = self.replay.device
         rows = torch.randperm(len(self.replay), device=device)
         rows, others = rows[:n], rows[n : n + NEIGHBOURS // world()]
@@ -263,6 +265,15 @@ class Batch(NamedTuple):
     start: Tensor
     label: Tensor | None
     reset: Tensor
+
+
+def normalised_weights(network: Scalar) -> list[Tensor]:
+    """The weights that spectral normalisation has made anew, each with its graph."""
+    return [
+        module.weight
+        for module in network.modules()
+        if parametrize.is_parametrized(module, "weight") and isinstance(module.weight, Tensor)
+    ]
 
 
 def augmented(images: Tensor) -> Tensor:

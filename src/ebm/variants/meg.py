@@ -28,7 +28,6 @@ mean |grad E|^2 at data; `information`, the bound I_JSD (at most 0; -2 log 2 = n
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from copy import deepcopy
 
 import torch
@@ -38,7 +37,14 @@ from torch.nn.functional import softplus
 from ebm.networks import Joint, Network, decoder, encoder
 from ebm.parallel import shuffled
 from ebm.samplers import MALA, State, run
-from ebm.variants.base import EBM, descend, parameters_of, update_average
+from ebm.variants.base import (
+    EBM,
+    autocast,
+    descend,
+    parameters_of,
+    standard_normal,
+    update_average,
+)
 
 SLICE = 4096
 """So many points are generated at once."""
@@ -88,15 +94,15 @@ class MEG(EBM):
         return (self.energy_average or self.energy_network)(x).squeeze(1)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        for data in x.chunk(self.energy_steps):
+        for data in x.tensor_split(self.energy_steps):
             logs = self._energy_step(data)
         return logs | self._generator_step(len(data))
 
     def _energy_step(self, data: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad(), self._autocast(data):
+        with torch.no_grad(), autocast(self.precision, data):
             fake = self.generator(self._prior(len(data)))
         data = data.detach().requires_grad_()
-        with self._autocast(data):
+        with autocast(self.precision, data):
             positive, negative = self.energy_network(data), self.energy_network(fake.to(data))
         (score,) = torch.autograd.grad(positive.sum(), data, create_graph=True)
         score_norm = score.square().flatten(1).sum(1).mean()
@@ -112,7 +118,7 @@ class MEG(EBM):
 
     def _generator_step(self, n: int) -> dict[str, Tensor]:
         z = self._prior(n)
-        with self._autocast(z):
+        with autocast(self.precision, z):
             x = self.generator(z)
             information = self.information(x, z, shuffled(z))
             energy = self.energy_network(x)
@@ -161,10 +167,4 @@ class MEG(EBM):
         return torch.cat([self.generate(part) for part in z.split(SLICE)])
 
     def _prior(self, n: int) -> Tensor:
-        like = next(self.generator.parameters())
-        return torch.randn(n, self.latent, device=like.device, dtype=like.dtype)
-
-    def _autocast(self, like: Tensor) -> AbstractContextManager[None]:
-        """Layers compute in `precision`; energies, losses and weights stay as they are."""
-        reduced = self.precision != torch.float32
-        return torch.autocast(like.device.type, self.precision, enabled=reduced)
+        return standard_normal(self.generator, n, self.latent)

@@ -19,8 +19,8 @@ Samples: Metropolis' algorithm that proposes draws of the noise, which is exact 
 where the noise covers the data (`ebm.samplers.Independence`).
 
 Logged: `value` = V; `accuracy` of the classifier, 1/2 where nothing is left to tell; `log_z`;
-`energy_gap` = E_data[-log p] - E_q[-log p]; `noise_loss`, the mean of -log q over data while the
-noise is trained; `gradient_norm`. What a step does not compute is 0.
+`energy_gap` = E_data[-log p] - E_q[-log p]; `noise_loss`, the mean of -log q over data, in the
+warm-up that of the flow alone; `gradient_norm`. What a step does not compute is 0.
 """
 
 import math
@@ -66,8 +66,8 @@ class NCE(Contrasted):
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         data = self.space.enter(x)
         warming = self.warm_up(data, self.noise_optimizer, self.warmup, self.clip)
-        if warming and self.base is not None:
-            return self.logs()
+        if warming is not None and self.base is not None:
+            return self.logs(noise_loss=warming)
         with torch.no_grad():
             noise, log_q_noise = self.contrast.draw_with_log_prob(round(self.ratio * len(data)))
             log_q = self.contrast.log_prob(data)
@@ -78,7 +78,7 @@ class NCE(Contrasted):
         return self.logs(
             value=v,
             accuracy=accuracy(r, r_noise, self.ratio),
-            noise_loss=-log_q.mean(),
+            noise_loss=-log_q.mean() if warming is None else warming,
             energy_gap=log_p_noise.mean() - log_p.mean(),
             gradient_norm=norm,
         )

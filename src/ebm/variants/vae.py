@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ebm import networks
-from ebm.variants.base import EBM, descend
+from ebm.variants.base import EBM, descend, standard_normal
 
 
 class VAE(EBM):
@@ -105,8 +105,7 @@ class VAE(EBM):
 
     def _noise(self, n: int) -> Tensor:
         """N(0, I): of epsilon and of the prior, [n, latent]."""
-        like = next(self.decoder.parameters())
-        return torch.randn(n, self.latent, device=like.device, dtype=like.dtype)
+        return standard_normal(self.decoder, n, self.latent)
 
 
 def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -31,14 +31,13 @@ the mean |grad E| at x^, and `penalty`, the mean (|grad E| - 1)^2 there; `gradie
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from copy import deepcopy
 
 import torch
 from torch import Tensor
 
 from ebm.networks import Network, decoder, encoder
-from ebm.variants.base import EBM, descend, update_average
+from ebm.variants.base import EBM, autocast, descend, standard_normal, update_average
 
 
 class WGANGP(EBM):
@@ -77,16 +76,16 @@ class WGANGP(EBM):
         return self.energy_network(x).squeeze(1)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        for data in x.chunk(self.energy_steps):
+        for data in x.tensor_split(self.energy_steps):
             logs = self._energy_step(data)
         return logs | self._generator_step(len(data))
 
     def _energy_step(self, data: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad(), self._autocast(data):
+        with torch.no_grad(), autocast(self.precision, data):
             fake = self.generator(self._prior(len(data))).to(data)
         share = torch.rand(len(data), device=data.device, dtype=data.dtype)
         mixed = between(fake, data, share)
-        with self._autocast(data):
+        with autocast(self.precision, data):
             positive, negative = self.energy(torch.cat([data, fake])).chunk(2)
             slope = self._slope(mixed)
         gap = positive.mean() - negative.mean()
@@ -107,7 +106,7 @@ class WGANGP(EBM):
 
     def _generator_step(self, n: int) -> dict[str, Tensor]:
         z = self._prior(n)
-        with self._autocast(z):
+        with autocast(self.precision, z):
             energy = self.energy(self.generator(z))
         norm = descend(self.generator_optimizer, energy.mean())
         if self.average is not None:
@@ -120,13 +119,7 @@ class WGANGP(EBM):
         return {"samples": (self.average or self.generator)(self._prior(n))}
 
     def _prior(self, n: int) -> Tensor:
-        like = next(self.generator.parameters())
-        return torch.randn(n, self.latent, device=like.device, dtype=like.dtype)
-
-    def _autocast(self, like: Tensor) -> AbstractContextManager[None]:
-        """Layers compute in `precision`; energies, losses and weights stay as they are."""
-        reduced = self.precision != torch.float32
-        return torch.autocast(like.device.type, self.precision, enabled=reduced)
+        return standard_normal(self.generator, n, self.latent)
 
 
 def between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
