@@ -147,6 +147,33 @@ def test_a_buffer_smaller_than_the_batch_is_refused():
     build(buffer=8, entropy=0.0).training_step(torch.rand(8, 4))
 
 
+def test_reduced_precision_is_of_the_layers_in_training_only():
+    """Energies of size 100 keep steps far below the 0.5 of bfloat16; gradients are as in float32
+    but for rounding; what is trained and what is asked afterwards is float32."""
+    exact, model = (build((8, 8), IMAGES, precision=p) for p in ("float32", "bfloat16"))
+    x, y = images(32)
+    assert torch.equal(exact.conditional_energy(x, y), model.conditional_energy(x, y))
+    seed("batch", 0)
+    batch = model._draw_batch(32)
+    with torch.no_grad():
+        for one in (exact, model):
+            one.network.head.bias.fill_(100.0)
+    ways = [
+        value_and_gradient(lambda x, of=of: of._training_energy(x, batch.label), batch.start)
+        for of in (exact, model)
+    ]
+    (energy, gradient), (rounded, rough) = ways
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(energy, rounded)
+    assert len(rounded.unique()) > 25
+    torch.testing.assert_close(rounded, energy, rtol=0, atol=0.05)
+    assert (rough - gradient).norm() < 0.03 * gradient.norm()
+    logs = model.training_step(x, y)
+    assert all(value.isfinite() for value in logs.values())
+    floating = {t.dtype for t in model.state_dict().values() if t.is_floating_point()}
+    assert floating == {torch.float32}
+
+
 def test_vectors_cannot_be_augmented():
     with pytest.raises(EBMError, match=r"model\.augment"):
         build(augment=0.5)

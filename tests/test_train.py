@@ -79,6 +79,7 @@ MODELS = {
         "betas": (0.0, 0.999),
         "clip": 1.0,
         "ema": 0.9,
+        "precision": "float32",
     },
     "rbm": {
         "hidden": 5,

@@ -207,7 +207,7 @@ class Scalar(nn.Module):
         outputs: int = 1,
     ) -> None:
         super().__init__()
-        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(features, outputs)
+        self.blocks, self.head = nn.ModuleList(blocks), Head(features, outputs)
         self.images, self.pool = images, pool
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -28,6 +28,9 @@ in the buffer (the released code draws new ones for old chains). Noise on the da
 the bounds like the chains: what reaches beyond them could be told from any sample at a glance, and
 the energy would grow without end.
 
+Layers may compute in bfloat16 in training: the rounding of a gradient is far below the noise of
+the chains. The last layer, energies and weights stay float32.
+
 Logged: `energy_gap` = E_data[E] - E[E(x~)], which hovers around 0; `gradient_norm` of the
 parameters' step; `langevin_gradient`, the mean |grad E| at the last Langevin step; `energy_scale`,
 the root mean square of all energies; `buffer_age`, the mean number of training steps that the
@@ -56,7 +59,7 @@ from ebm.samplers import (
     trace,
     value_and_gradient,
 )
-from ebm.variants.base import EBM, descend, update_average
+from ebm.variants.base import EBM, autocast, descend, update_average
 
 NEIGHBOURS = 100
 """So many points of the buffer stand in for the model where its entropy is estimated."""
@@ -96,10 +99,11 @@ class IGEBM(EBM):
         betas: tuple[float, float],
         clip: float,
         ema: float,
+        precision: str,
     ) -> None:
         super().__init__()
         self.shape, self.classes, self.ema = shape, classes, ema
-        self.input_scale = input_scale
+        self.input_scale, self.precision = input_scale, getattr(torch, precision)
         self.langevin_steps, self.step_size = langevin_steps, step_size
         self.noise = math.sqrt(2 * step_size) if isinstance(noise, str) else noise
         self.gradient_clip = math.inf if gradient_clip is None else gradient_clip
@@ -151,8 +155,8 @@ class IGEBM(EBM):
             batch = self._draw_batch(len(x))
             negative, chain = self._langevin(batch)
             data = (x + self.data_noise * torch.randn_like(x)).clamp(*self.bounds)
-            positive_energy = self._evaluate(self.network, data, y)
-            negative_energy = self._evaluate(self.network, negative.x.detach(), batch.label)
+            positive_energy = self._training_energy(data, y)
+            negative_energy = self._training_energy(negative.x.detach(), batch.label)
             gap = positive_energy.mean() - negative_energy.mean()
             scale = positive_energy.square().mean() + negative_energy.square().mean()
             kl, entropy = self._improvement(negative.x, chain.energy, batch.others)
@@ -187,6 +191,11 @@ class IGEBM(EBM):
         }
         return drawn | ({"labels": labels} if self.classes else {})
 
+    def _training_energy(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """E(x, y) of the weights as they are now, by layers in `precision`: [B]."""
+        with autocast(self.precision, x):
+            return self._evaluate(self.network, x, y)
+
     def _evaluate(self, network: Scalar, x: Tensor, y: Tensor | None) -> Tensor:
         """The network's number for points [B, *] of this model's shape."""
         x = self.input_scale * x
@@ -214,7 +223,7 @@ class IGEBM(EBM):
     def _langevin(self, batch: "Batch") -> tuple[State, DecoupledLangevin]:
         """The chains' end, differentiable in the parameters through the last step where a term
         asks for it, and the kernel that led there."""
-        chain = self.kernel(lambda x: self._evaluate(self.network, x, batch.label))
+        chain = self.kernel(lambda x: self._training_energy(x, batch.label))
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
         before = run(chain, batch.start, self.langevin_steps - 1)

@@ -11,10 +11,9 @@ Bounds = Annotated[tuple[float, float], Field(strict=False)]
 
 
 class Model(Section):
-    """The energy: `network` (`mlp` for vectors; `conv`, `strided` or `resnet`
-    for images) of `width` and
-    `depth`, whose input is the point times `input_scale` (large where the density has fine
-    structure), `classes` it is conditional on (0: none), `spectral_norm` on its weights.
+    """The energy: `network` (`mlp` for vectors; `conv`, `strided` or `resnet` for images) of
+    `width` and `depth`, whose input is the point times `input_scale` (large where the density has
+    fine structure), `classes` it is conditional on (0: none), `spectral_norm` on its weights.
 
     The chains: `langevin_steps` with `step_size`, every entry of the gradient cut at
     `gradient_clip` (null: not at all), `noise` of its own or `coupled` to the step size, points
@@ -24,7 +23,8 @@ class Model(Section):
     The objective: Gaussian `data_noise`, the weight `energy_penalty` of the squared energies, the
     weights `kl` and `entropy` of the terms of improved contrastive divergence. Adam's
     `learning_rate` and `betas`, the norm `clip` at which the parameters' gradient is cut, and the
-    decay of their moving average (`ema: 0` keeps none).
+    decay of their moving average (`ema: 0` keeps none). The `precision` in which the layers
+    compute in training: what is sampled and measured afterwards is float32.
     """
 
     network: Literal["mlp", "conv", "strided", "resnet"]
@@ -49,6 +49,7 @@ class Model(Section):
     betas: Annotated[tuple[Share, Share], Field(strict=False)]
     clip: Positive
     ema: Share
+    precision: schema.Precision
 
 
 class Sample(schema.Drawn):

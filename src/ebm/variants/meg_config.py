@@ -29,7 +29,7 @@ class Model(Section):
     betas: Annotated[tuple[Share, Share], Field(strict=False)]
     ema: Share
     energy_ema: Share
-    precision: Literal["float32", "bfloat16"]
+    precision: schema.Precision
 
 
 class Sample(schema.Drawn):

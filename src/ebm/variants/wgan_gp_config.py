@@ -25,7 +25,7 @@ class Model(Section):
     generator_learning_rate: Positive
     betas: Annotated[tuple[Share, Share], Field(strict=False)]
     ema: Share
-    precision: Literal["float32", "bfloat16"]
+    precision: schema.Precision
 
 
 class Evaluate(Section):
