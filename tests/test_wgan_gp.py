@@ -116,7 +116,9 @@ def test_each_step_moves_its_own_network_only():
     assert moved(wgan.generator, generator)
 
 
-@pytest.mark.parametrize(("n", "cut"), [(12, [3, 3, 3, 3, -3]), (6, [2, 2, 1, 1, -1])])
+@pytest.mark.parametrize(
+    ("n", "cut"), [(12, [3, 3, 3, 3, -3]), (6, [2, 2, 1, 1, -1]), (2, [1, 1, -1])]
+)
 def test_a_batch_is_cut_into_the_energy_steps_of_one_generator_step(n, cut):
     wgan, sizes = model(energy_steps=4), []
     wgan._energy_step = lambda data: sizes.append(len(data)) or {}

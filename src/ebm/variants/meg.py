@@ -94,7 +94,7 @@ class MEG(EBM):
         return (self.energy_average or self.energy_network)(x).squeeze(1)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        for data in x.tensor_split(self.energy_steps):
+        for data in x.tensor_split(min(self.energy_steps, len(x))):
             logs = self._energy_step(data)
         return logs | self._generator_step(len(data))
 
