@@ -1,4 +1,4 @@
-"""Fixtures: float64, a root without a past, MLflow's database made once, a Prefect server."""
+"""Fixtures: float64, bfloat16, an empty root, MLflow's database made once, a Prefect server."""
 
 import os
 import shutil
@@ -32,6 +32,14 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """Layers that are to compute in bfloat16 do, whatever the processor is good at."""
+    from ebm.variants import base
+
+    monkeypatch.setattr(base, "multiplies_bfloat16", lambda device: True)
 
 
 @pytest.fixture(scope="session")

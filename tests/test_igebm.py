@@ -147,6 +147,7 @@ def test_a_buffer_smaller_than_the_batch_is_refused():
     build(buffer=8, entropy=0.0).training_step(torch.rand(8, 4))
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_reduced_precision_is_of_the_layers_in_training_only():
     """Energies of size 100 keep steps far below the 0.5 of bfloat16; gradients are as in float32
     but for rounding; what is trained and what is asked afterwards is float32."""

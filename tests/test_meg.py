@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import meg as benchmark
 from ebm.samplers import MALA, run
-from ebm.variants.base import autocast
+from ebm.variants.base import autocast, multiplies_bfloat16
 from ebm.variants.meg import MEG
 
 
@@ -89,6 +89,29 @@ def test_the_score_of_an_image_is_taken_over_all_its_axes():
     assert logged.item() == pytest.approx(64 * released.item())
 
 
+@pytest.mark.parametrize(("able", "kind"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_processor_without_bfloat16_computes_in_float32_and_says_so_once(
+    able, kind, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    multiplies_bfloat16.cache_clear()
+    layer = torch.nn.Linear(3, 2).float()
+    for _ in range(2):
+        with autocast(torch.bfloat16, layer.weight):
+            assert layer(torch.zeros(1, 3).float()).dtype == kind
+    assert len(caplog.records) == (not able)
+    multiplies_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_gpu_that_only_emulates_bfloat16_does_not_multiply_it(able, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
+    multiplies_bfloat16.cache_clear()
+    assert multiplies_bfloat16("cuda") == able
+    multiplies_bfloat16.cache_clear()
+
+
+@pytest.mark.usefixtures("bfloat16")
 def test_reduced_precision_leaves_energies_and_weights_as_they_are():
     """Layers compute with 8 bits of mantissa, which round an energy of 100 to steps of 0.5; the
     last layer does not."""

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+import tarfile
 import zipfile
 
 import pandas as pd
@@ -346,7 +347,11 @@ def test_a_file_that_is_missing_or_of_another_kind_is_named(csv, tmp_path, monke
     with zipfile.ZipFile(tmp_path / "locked.zip", "w") as archive:
         archive.writestr("locked.csv", HEAD)
         archive.filelist[0].flag_bits |= 1  # encrypted, as the directory at the end says
-    packed = ("plain.zip", "locked.zip", "plain.xz", "plain.tar", "plain.csv.zst")
+    with tarfile.open(tmp_path / "folder.tar", "w") as archive:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    packed = ("plain.zip", "locked.zip", "plain.xz", "plain.tar", "folder.tar", "plain.csv.zst")
     for name in ("utf16.csv", "cut.csv.gz", ".", *packed):
         with pytest.raises(EBMError, match=name) as caught:
             data.prepare(settings(name))

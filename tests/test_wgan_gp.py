@@ -157,6 +157,7 @@ def test_the_gap_of_two_gaussians_is_their_wasserstein_distance(d):
     assert estimate == pytest.approx(d, rel=0.1)
 
 
+@pytest.mark.usefixtures("bfloat16")
 @pytest.mark.parametrize("shape", [(8, 8), (2, 9, 8)])
 def test_images_are_trained_with_convolutions_in_less_precision(shape):
     """The energy is a number of full precision, and the penalty that of the exact critic."""

@@ -326,8 +326,9 @@ def chunks(path: Path, text: Collection[str], rows: int | None = None) -> "Itera
 
 
 UNPACKED = (ImportError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
-UNREADABLE = (OSError, ValueError, EOFError, tarfile.TarError, *UNPACKED)
-"""What pandas raises of a file that is no table, or that cannot be unpacked."""
+UNREADABLE = (OSError, ValueError, EOFError, AssertionError, tarfile.TarError, *UNPACKED)
+"""What pandas raises of a file that is no table, or that cannot be unpacked (AssertionError: what
+lies in a tar archive is no file)."""
 
 
 @contextmanager
