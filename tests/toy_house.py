@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -182,8 +183,8 @@ class House:
     ) -> Iterator[subprocess.Popen]:
         """Start `python -m pipelines.<module>` as a user would, in a session of its own.
 
-        If it still runs at the end of the context, because the test fails, it is killed and what
-        it printed is shown.
+        If it still runs at the end of the context, because the test fails, it is killed with all
+        that it started in this session, and what it printed is shown.
         """
         with subprocess.Popen(
             [sys.executable, "-m", f"pipelines.{module}", *arguments],
@@ -197,14 +198,15 @@ class House:
             try:
                 yield process
             except BaseException:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 print(process.stdout.read())
                 raise
 
     def run(self, *arguments: str, module: str = "run", **environment: str) -> tuple[int, str]:
         """Its exit code and what it printed."""
         with self.start(*arguments, module=module, **environment) as process:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=300)
         return process.returncode, output
 
     def status(self) -> dict[str, object]:
