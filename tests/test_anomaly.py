@@ -206,6 +206,9 @@ def test_a_table_without_labels_has_a_threshold_and_no_claims():
     assert found.metrics["flagged_share"] == pytest.approx(0.25, abs=0.1)
     assert found.references["flagged_share"][0]["value"] == 0.25
     assert found.thresholds["energy"] > 0
+    unknown = measured(Bowl((math.nan, 0.0, 0.0)), table(labelled=False), flagged=0.25)
+    assert math.isnan(unknown.metrics["flagged_share"])
+    assert not unknown.thresholds
     assert [name for name, *_ in found.figures] == ["scores"]
 
 

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from test_train import MODELS
 from torch import Tensor
 
-from ebm import variants
+from ebm import EBMError, variants
 from ebm.checkpoint import Checkpoints
 from ebm.ensemble import Ensemble, histories
+from ebm.seeds import seed
 from ebm.train import Watch, fit
 from ebm.variants.base import EBM, descend
+
+NO_SNAPSHOTS = {"snapshots": 0, "every": 1, "without": []}
 
 
 class Mean(EBM):
@@ -123,3 +127,38 @@ def test_a_killed_training_goes_on_with_its_members_and_snapshots(tmp_path):
     resumed = train("killed")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_members_are_given_the_classes_of_their_rows():
+    """A conditional model beside others is trained as it is alone."""
+    settings = MODELS["igebm"] | {"classes": 2}
+    x, y = torch.rand(8, 4), torch.randint(2, (8,))
+    seed("model", 0)
+    together = variants.build("igebm", (4,), settings, {"members": 2, **NO_SNAPSHOTS})
+    assert (together.classes, together.needs_labels) == (2, True)
+    seed("model", 0)
+    alone = [variants.build("igebm", (4,), settings) for _ in range(2)]
+    for models in ([together], alone):
+        torch.manual_seed(1)
+        for model in models:
+            model.initialise(x)
+        for model, part in zip(models, torch.arange(8).tensor_split(len(models)), strict=True):
+            model.training_step(x[part], y[part])
+    for member, model in zip(together.members, alone, strict=True):
+        for a, b in zip(member.parameters(), model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_member_that_is_left_without_rows_says_so():
+    with pytest.raises(EBMError, match=r"train\.batch_size: too small for ensemble\.without"):
+        ensemble(without=[1]).training_step(torch.zeros(6, 1), torch.ones(6))
+
+
+def test_chains_are_those_of_the_first_member():
+    seed("model", 0)
+    model = variants.build("igebm", (4,), MODELS["igebm"], {"members": 3, **NO_SNAPSHOTS})
+    model.initialise(torch.rand(5, 4))
+    drawn = model.sample(9, steps=4)
+    assert len(drawn["samples"]) == 9
+    assert len(drawn["chain_steps"]) == drawn["chain"].shape[1]
+    assert torch.equal(drawn["chain"][:, -1], drawn["samples"][:3])

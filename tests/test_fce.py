@@ -230,6 +230,8 @@ def test_too_few_labelled_points_are_one_line():
     y = (torch.arange(400) < 398).long()
     with pytest.raises(EBMError, match=r"model\.labelled = 3: class 0 has 2 points"):
         fce.initialise_labels(data, y)
+    with pytest.raises(EBMError, match=r"model\.classes = 2: the data have 3"):
+        fce.initialise_labels(data, torch.arange(400) % 3)
 
 
 def test_an_ensemble_shows_its_members_the_labels_they_need():

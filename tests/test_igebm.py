@@ -350,3 +350,10 @@ def test_a_differentiable_gradient_equals_the_plain_one():
     torch.testing.assert_close(plain, graph.detach())
     assert graph.requires_grad
     assert not plain.requires_grad
+
+
+def test_an_energy_of_images_may_be_of_all_pixels_at_once():
+    model = build((8, 8), MODELS["igebm"] | {"network": "mlp", "classes": 3})
+    x, y = images()
+    assert model.training_step(x, y)["energy_gap"].isfinite()
+    assert model.sample(4, steps=2)["samples"].shape == (4, 8, 8)

@@ -127,3 +127,19 @@ def test_it_learns_log_z():
     ]
     assert near[1] == pytest.approx(near[0], abs=0.06)
     assert near[2] < near[0] - 0.07
+
+
+def test_a_batch_has_a_draw_beside_it_at_any_ratio():
+    nce = model(ratio=0.01)
+    nce.initialise(data(100))
+    assert nce.training_step(data(8))["value"].isfinite()
+
+
+def test_an_energy_of_images_may_be_of_all_pixels_at_once():
+    settings = MODELS["nce"] | {"network": {"kind": "mlp", "width": 8, "depth": 1}, "levels": 3}
+    flow = {"kind": "glow", "levels": 1, "depth": 1, "width": 4}
+    nce = NCE((4, 4), **settings | {"noise": flow, "defence": 0.0, "margin": 0.01})
+    x = torch.randint(3, (6, 4, 4)) / 2
+    nce.initialise(x)
+    nce.training_step(x)
+    assert nce.energy(x).shape == (6,)

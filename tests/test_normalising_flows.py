@@ -129,6 +129,19 @@ def test_the_gaussian_has_the_moments_of_the_data_and_nothing_to_train():
     assert made.log_prob(data).isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [1000, 300_000])
+def test_the_gaussian_fits_columns_that_add_up_to_one(rows):
+    """Their covariance is singular: in float32 its smallest eigenvalue is negative."""
+    torch.manual_seed(0)
+    one_hot = torch.nn.functional.one_hot(torch.arange(rows) % 5, 5).float()
+    data = torch.cat([torch.randn(rows, 2), (one_hot - one_hot.mean(0)) / one_hot.std(0)], 1)
+    made = make((7,), "gaussian")
+    made.initialise(data)
+    covariance = made.scale.double() @ made.scale.double().T
+    assert (covariance - data.double().T.cov()).abs().max() < 1e-5
+    assert made.log_prob(data[:100]).isfinite().all()
+
+
 def test_a_defended_flow_integrates_to_one_and_its_draws_know_their_density():
     narrow, broad = Gaussian(2), Gaussian(2)
     narrow.scale *= 0.2
@@ -254,6 +267,16 @@ def test_draws_of_images_have_the_levels_and_their_probabilities():
     assert set(drawn.unique().tolist()) == {0.0, 1.0}
     assert (share - each).abs().max() < 0.02
     assert each.max() > 0.08
+
+
+def test_levels_between_which_the_data_have_greys_are_named():
+    """Bits per dimension of other levels than the data's would be of other data."""
+    data = torch.randint(17, (50, 2, 2)) / 16
+    Space((2, 2), 17, 0.01).initialise(data)
+    Space((2, 2), 33, 0.01).initialise(data)
+    for levels in (2, 9, 32, 256):
+        with pytest.raises(EBMError, match=rf"model\.levels = {levels}"):
+            Space((2, 2), levels, 0.01).initialise(data)
 
 
 @pytest.mark.parametrize(("shape", "levels"), [((4,), 3), ((4,), 1), ((2, 2), 0), ((2, 2), 1)])

@@ -27,7 +27,7 @@ CASES = {
     "fce, semi-supervised": (
         "fce",
         VECTORS,
-        {"defence": 0.0, "classes": 2, "labelled": 2, "supervision": 1.0, "smoothness": 0.1},
+        {"defence": 0.0, "classes": 2, "labelled": 8, "supervision": 1.0, "smoothness": 0.1},
         None,
     ),
     "igebm": ("igebm", VECTORS, {}, None),

@@ -369,6 +369,26 @@ def test_divergence_that_stays_is_an_error_that_names_the_scalar(tmp_path):
         train(Exploding(float("nan"), 99), tmp_path, watch=Watch({}, 2))
 
 
+def test_a_limit_of_what_is_not_logged_is_named(tmp_path):
+    with pytest.raises(EBMError, match=r"train\.watch\.limits: unknown scalar 'energy_gapp'"):
+        train(Exploding(1.0, 0), tmp_path, watch=Watch({"energy_gapp": 1.0}, 3))
+
+
+def test_divergence_goes_back_past_a_damaged_checkpoint(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20):
+        checkpoints.save(step, {"step": step})
+    path = checkpoints.paths()[0]
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert checkpoints.oldest() == {"step": 20}
+    assert "damaged" in caplog.text
+    assert [path.name for path in checkpoints.paths()] == ["step-0000000020.ckpt"]
+    path = checkpoints.paths()[0]
+    path.write_bytes(b"")
+    with pytest.raises(EBMError, match="no checkpoint is whole"):
+        checkpoints.oldest()
+
+
 def test_an_epoch_is_a_permutation_and_the_next_another():
     batches = Batches(50, 8, 0, torch.device("cpu"))
     first = torch.cat([batches(i) for i in range(6)])

@@ -71,11 +71,19 @@ class Checkpoints:
         return None
 
     def oldest(self) -> dict[str, Any]:
-        """The oldest checkpoint kept; the newer ones are dropped."""
-        first, *newer = self.paths()
-        for path in newer:
-            path.unlink()
-        return _read(first)
+        """The oldest checkpoint that is whole; all others are dropped, damaged ones are reported.
+        EBMError if there is none."""
+        for path in self.paths():
+            try:
+                content = _read(path)
+            except EBMError as error:
+                log.warning("%s; passing over it", error)
+                continue
+            for other in self.paths():
+                if other != path:
+                    other.unlink()
+            return content
+        raise EBMError(f"{self.folder}: no checkpoint is whole")
 
     def clear(self) -> None:
         """Remove the folder: the training is done and its result is elsewhere."""

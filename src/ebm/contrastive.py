@@ -227,8 +227,8 @@ class Contrasted(EBM):
     ) -> Tensor | None:
         """One of the first `steps`, in which the flow follows the likelihood of `data`, points of
         the space, with a learning rate that falls to 0 over the second half of them: its loss, or
-        None where there is no such step to take. After the last a tilted energy takes up the flow
-        as its base."""
+        None where there is no such step to take. The first step after them lets a tilted energy
+        take up the flow as its base."""
         left = steps - int(self.steps)
         self.steps += 1
         if left == 0:
@@ -301,4 +301,6 @@ def outputs_of(network: Scalar, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """What a network says of points [B, *shape]: [B, outputs]."""
     if network.images:
         x = x.view(len(x), -1, *shape[-2:]).contiguous(memory_format=torch.channels_last)
+    else:
+        x = x.flatten(1)
     return network(x).view(len(x), -1)

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ebm import EBMError
-from ebm.parallel import world
+from ebm.parallel import parts, world
 from ebm.variants.base import EBM
+
+WAYS = ("chain", "chain_steps")
+"""What samples have beside points that were drawn: some chains on their way, and its steps."""
 
 
 class Ensemble(EBM):
@@ -51,6 +54,11 @@ class Ensemble(EBM):
         }
 
     @property
+    def classes(self) -> int:  # type: ignore[override]
+        """Those of the members."""
+        return self._members()[0].classes
+
+    @property
     def needs_labels(self) -> bool:
         return bool(self.without) or any(member.needs_labels for member in self._members())
 
@@ -66,7 +74,7 @@ class Ensemble(EBM):
             member.initialise_labels(data, labels)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        rows = torch.arange(len(x), device=x.device).tensor_split(len(self.members))
+        rows = parts(torch.arange(len(x), device=x.device), len(self.members))
         logs = [self._step(m, x, y, part) for m, part in enumerate(rows)]
         self.steps += 1
         if self.steps % self.every == 0:
@@ -77,7 +85,10 @@ class Ensemble(EBM):
         """A step of member `m` on its `rows`, without those of the class that it must not see."""
         if self.without and y is not None:
             rows = rows[y[rows] != self.without[m % len(self.without)]]
-        return self._members()[m].training_step(x[rows])
+            if not len(rows):
+                raise EBMError("train.batch_size: too small for ensemble.without: no row is left")
+        member = self._members()[m]
+        return member.training_step(x[rows], y[rows] if y is not None and member.classes else None)
 
     def _take_snapshots(self) -> None:
         """The oldest snapshot of every member gives way to its present state."""
@@ -87,12 +98,14 @@ class Ensemble(EBM):
                 kept[slot].load_state_dict(member.state_dict())
 
     def sample(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws of every member, n in all: those of the first member come first."""
+        """Draws of every member, n in all: those of the first member come first; the way there,
+        where it is kept, of that one alone."""
         counts = [len(part) for part in torch.arange(n).tensor_split(len(self.members))]
         drawn = [
             m.sample(c, *args, **kwargs) for m, c in zip(self._members(), counts, strict=True)
         ]
-        return {name: torch.cat([d[name] for d in drawn]) for name in drawn[0]}
+        alone = {name: drawn[0][name] for name in WAYS if name in drawn[0]}
+        return {name: torch.cat([d[name] for d in drawn]) for name in drawn[0]} | alone
 
     def histories(self) -> list[list[EBM]]:
         """For each member its snapshots, or itself where there are none."""

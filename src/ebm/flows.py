@@ -48,6 +48,10 @@ class Flow(Noise, Protocol):
         """Set what depends on data [N, *] once, before the first step."""
 
 
+OFF_A_LEVEL = 1e-3
+"""A grey is one of the levels if it is no farther from it, in levels."""
+
+
 def make(shape: tuple[int, ...], kind: str, **settings: Any) -> Flow:
     """The flow of a `kind` over points of `shape`, a module; settings as in `schema.Flow`."""
     if kind == "glow":
@@ -71,8 +75,9 @@ class Gaussian(nn.Module):
         self.register_buffer("scale", torch.eye(dimensions))
 
     def initialise(self, v: Tensor) -> None:
+        v = v.double()  # columns that add up to 1 leave float32 a covariance below 0
+        jitter = 1e-6 * torch.eye(len(self.mean), dtype=v.dtype, device=v.device)
         self.mean.copy_(v.mean(0))
-        jitter = 1e-6 * torch.eye(len(self.mean), device=v.device)
         self.scale.copy_(torch.linalg.cholesky(v.T.cov() + jitter))
 
     def log_prob(self, v: Tensor) -> Tensor:
@@ -200,6 +205,10 @@ class Space(nn.Module):
             self.shift.copy_(data.mean(0))
             deviation = data.std(0)
             self.scale.copy_(torch.where(deviation > 0, deviation, 1))
+            return
+        greys = (self.levels - 1) * data
+        if (greys - greys.round()).abs().max() > OFF_A_LEVEL:
+            raise EBMError(f"model.levels = {self.levels}: the data have greys between these")
 
     def enter(self, x: Tensor) -> Tensor:
         """Data [B, *] as points of the space, greys with fresh noise within their level."""

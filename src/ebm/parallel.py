@@ -47,6 +47,14 @@ def share(count: int, what: str) -> int:
     return count // world()
 
 
+def parts(rows: Tensor, count: int) -> tuple[Tensor, ...]:
+    """`rows` [n, *] in `count` parts, in fewer where there are fewer rows. EBMError where several
+    processes would have other rows in them than one."""
+    if world() > 1 and len(rows) % count:
+        raise EBMError(f"train.batch_size: {len(rows)} rows for each process are no {count} parts")
+    return rows.tensor_split(min(count, len(rows)))
+
+
 @torch.no_grad()
 def average(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over all processes; those of one kind in one message."""
@@ -101,11 +109,14 @@ def gathered(x: Tensor) -> Tensor:
 def shuffled(x: Tensor) -> Tensor:
     """The rows of `x` [n, *] in random order, with those of the other processes among them; a
     gradient does not pass from one process to another."""
-    if world() == 1:
-        return x[torch.randperm(len(x), device=x.device)]
-    with torch._C.DisableTorchFunction():  # one order for all
-        order = torch.randperm(world() * len(x), device=x.device)
+    order = permutation(world() * len(x), x.device)
     return gathered(x)[mine(order)]
+
+
+def permutation(n: int, device: torch.device) -> Tensor:
+    """0 to n - 1 in random order, the same one in all processes: [n]."""
+    with torch._C.DisableTorchFunction():
+        return torch.randperm(n, device=device)
 
 
 def from_first(ask: Callable[[], T]) -> T:

@@ -111,7 +111,15 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
     train = experiment.train
     if experiment.dataset not in params.datasets:
         raise ParamsError(f"{where}.dataset: {_unknown(experiment.dataset, params.datasets)}")
-    _check_threshold(where, experiment, params.datasets[experiment.dataset])
+    dataset = params.datasets[experiment.dataset]
+    _check_threshold(where, experiment, dataset)
+    _check_samples(where, experiment, dataset)
+    warmup = getattr(experiment.model, "warmup", 0)
+    if getattr(experiment.model, "tilted", False) and warmup >= train.steps:
+        raise ParamsError(
+            f"{where}.model.warmup = {warmup}: "
+            f"leaves no step to a tilted energy, train.steps = {train.steps}"
+        )
     if train.checkpoint_every % train.log_every:
         raise ParamsError(
             f"{where}.train.checkpoint_every = {train.checkpoint_every}: "
@@ -131,15 +139,31 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
 
 
 def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> None:
-    """That rows without labels have a rule by which they are flagged."""
+    """That rows have a rule by which they are flagged."""
+    unset = getattr(experiment.evaluate, "flagged", None) is None
+    if dataset.kind == "kddcup99" and dataset.protocol == "paper" and unset:
+        wanted = "the share of the test rows to flag, as the protocol 'paper' does"
+        raise ParamsError(f"{where}.evaluate.flagged = None: should be {wanted}")
     if dataset.kind != "table" or dataset.label is not None:
         return
     if not hasattr(experiment.evaluate, "flagged"):
         problem = f"a table without label, of which variant {experiment.variant} can flag no rows"
         raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
-    if experiment.evaluate.flagged is None:
+    if unset:
         wanted = "the share of rows to flag, as no labels set a threshold"
         raise ParamsError(f"{where}.evaluate.flagged = None: should be {wanted}")
+
+
+def _check_samples(where: str, experiment: Experiment, dataset: Dataset) -> None:
+    """That there is something by which data that are no table are measured."""
+    if dataset.kind in ("table", "kddcup99", "novelty"):
+        return
+    if not experiment.sample.count:
+        problem = f"{dataset.kind} data are measured by samples, of which there are none"
+        raise ParamsError(f"{where}.sample.count = 0: {problem}")
+    if dataset.kind == "density" and not getattr(experiment.evaluate, "grid", 0):
+        problem = f"should be the cells per axis, as {experiment.dataset} lies in the plane"
+        raise ParamsError(f"{where}.evaluate.grid = 0: {problem}")
 
 
 def _unknown(name: str, known: Sequence[str] | dict[str, Any]) -> str:

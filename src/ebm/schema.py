@@ -292,7 +292,8 @@ class PlainNetwork(Section):
 EnergyNetwork = Annotated[FourierNetwork | PlainNetwork, Field(discriminator="kind")]
 Margin = Annotated[float, Field(ge=0, lt=0.5)]
 Levels = Annotated[int, Field(ge=0, le=256)]
-Betas = Annotated[tuple[Share, Share], Field(strict=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
 
 
 class Contrasted(Section):
@@ -382,7 +383,7 @@ def _rising_to_one(betas: list[float]) -> list[float]:
     return betas
 
 
-Ladder = Annotated[list[Positive], Field(min_length=1), AfterValidator(_rising_to_one)]
+Ladder = Annotated[list[Positive], Field(min_length=2), AfterValidator(_rising_to_one)]
 OracleName = Literal["banana", "funnel", "8gaussians", "ising"]
 
 

@@ -9,7 +9,7 @@ processes (`ebm.parallel`).
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,13 @@ class Watch:
 
     limits: Mapping[str, float]
     restarts: int
+
+    def check(self, logged: Collection[str]) -> None:
+        """EBMError if a limit is one of a scalar that is not among the `logged`."""
+        for name in self.limits:
+            if name not in logged:
+                known = ", ".join(logged)
+                raise EBMError(f"train.watch.limits: unknown scalar {name!r}; logged: {known}")
 
     def complaint(self, scalars: Logs) -> str | None:
         """The first scalar that is out of bounds, in words; None if all is well."""
@@ -125,6 +132,8 @@ def fit(
             x, y = unit(data[rows]), None if labels is None else labels[rows]
             with parallel.same_draws():
                 window.append(model.training_step(x, y))
+            if len(window) == 1:
+                watch.check(window[0])
             progress.step += 1
             if progress.step % log_every and progress.step < steps:
                 continue

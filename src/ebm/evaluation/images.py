@@ -12,6 +12,7 @@ from ebm import EBMError, figures, metrics
 from ebm.contrastive import Contrasted
 from ebm.data import Prepared
 from ebm.demonstrations import animate, demonstrate
+from ebm.ensemble import histories
 from ebm.evaluation.contrast import measure_classes, measure_constant
 from ebm.evaluation.result import Evaluation
 from ebm.outliers import outlier_sets
@@ -56,8 +57,8 @@ def evaluate_images(
     _anomalies(result, energies["test"], {name: energies[name] for name in outliers})
     _pictures(result, model, samples, test)
     if steps := settings.get("steps"):
-        classes = prepared.labels("test") if model.classes else None
-        chained = cast("IGEBM", model)  # whose settings alone have `steps`
+        chained = cast("IGEBM", histories(model)[0][0])  # whose settings alone have `steps`
+        classes = prepared.labels("test") if chained.classes else None
         demonstrate(chained, test, classes, steps, result.draw)
     picture = figures.energy_histogram({k: e.cpu().numpy() for k, e in energies.items()})
     caption = (

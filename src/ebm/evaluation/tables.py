@@ -90,8 +90,10 @@ def _scored(model: EBM, rule: Rule, test: Tensor) -> Scored:
 def _flag(result: Evaluation, scored: Scored, rule: Rule) -> None:
     """What can be said of rows of which nobody knows which are anomalies."""
     threshold = _set_threshold(result, scored, rule)
-    flagged = scored.test["energy"] >= threshold
-    result.metrics["flagged_share"] = flagged.double().mean().item()
+    energy = scored.test["energy"]
+    flagged = energy >= threshold
+    known = math.isfinite(threshold) and not energy.isnan().any()
+    result.metrics["flagged_share"] = flagged.double().mean().item() if known else math.nan
     source = "the share of the validation split that the threshold flags"
     result.refer("flagged_share", rule.flagged or 0.0, "exact", source)
     _draw_scores(result, scored, rule, {"test": torch.ones_like(flagged)}, "Test rows")

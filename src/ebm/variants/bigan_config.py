@@ -1,11 +1,9 @@
 """Settings of the bidirectional GAN, as they stand in `params.yaml`."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from ebm import schema
-from ebm.schema import Count, Positive, Section, Share, Widths
+from ebm.schema import Betas, Count, Positive, Section, Share, Widths
 
 
 class Model(Section):
@@ -23,7 +21,7 @@ class Model(Section):
     mix: Share
     generator_learning_rate: Positive
     discriminator_learning_rate: Positive
-    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    betas: Betas
     ema: Share
 
 

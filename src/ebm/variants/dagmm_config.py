@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ebm import schema
-from ebm.schema import Count, NonNegative, Positive, Section, Share, Widths
+from ebm.schema import Betas, Count, NonNegative, Positive, Section, Share, Widths
 
 
 class Model(Section):
@@ -32,7 +32,7 @@ class Model(Section):
     ema: Share
     standardise: bool
     learning_rate: Positive
-    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    betas: Betas
 
 
 class Experiment(schema.Experiment):

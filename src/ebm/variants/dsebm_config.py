@@ -1,11 +1,9 @@
 """Settings of deep structured energy-based models, as they stand in `params.yaml`."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from ebm import schema
-from ebm.schema import Positive, Section, Share, Widths
+from ebm.schema import Betas, Positive, Section, Widths
 
 
 class Model(Section):
@@ -17,7 +15,7 @@ class Model(Section):
     noise: Positive
     standardise: bool
     learning_rate: Positive
-    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    betas: Betas
 
 
 class Experiment(schema.Experiment):

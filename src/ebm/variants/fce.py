@@ -52,7 +52,7 @@ from torch.optim import AdamW
 from ebm import EBMError
 from ebm.contrastive import LOGGED, Contrasted, accuracy, outputs_of, value
 from ebm.flows import Noise, adam
-from ebm.parallel import averaged
+from ebm.parallel import averaged, mine, permutation, share, world
 from ebm.variants.base import descend
 
 TINY = 0.1
@@ -118,6 +118,8 @@ class FCE(Contrasted):
 
     def initialise_labels(self, data: Tensor, labels: Tensor) -> None:
         """Keep the first labelled points of each class; all other labels go unseen."""
+        if (found := int(labels.max()) + 1) != self.labelled_classes:
+            raise EBMError(f"model.classes = {self.labelled_classes}: the data have {found}")
         wanted = len(self.labels) // self.labelled_classes
         for k in range(self.labelled_classes):
             rows = (labels == k).nonzero().flatten()[:wanted]
@@ -179,7 +181,9 @@ class FCE(Contrasted):
 
     def _labelled(self, most: int) -> tuple[Tensor, Tensor]:
         """Labelled points of the space, at most so many, and their classes."""
-        rows = torch.randperm(len(self.labels), device=self.labels.device)[:most]
+        wanted = min(len(self.labels), most * world())
+        share(wanted, "model.labelled: of all classes in a batch")
+        rows = mine(permutation(len(self.labels), self.labels.device)[:wanted])
         return self.space.enter(self.points[rows]), self.labels[rows]
 
     def roughness(self, v: Tensor) -> Tensor:

@@ -201,6 +201,8 @@ class IGEBM(EBM):
         x = self.input_scale * x
         if self.network.images:
             x = x.view(len(x), -1, *self.shape[-2:]).contiguous(memory_format=torch.channels_last)
+        else:
+            x = x.flatten(1)
         return network(x, y)
 
     def _draw_batch(self, n: int) -> "Batch":

@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ebm import schema
-from ebm.schema import Count, NonNegative, Positive, Section, Share, Size
+from ebm.schema import Betas, Count, NonNegative, Positive, Section, Share, Size
 
-Bounds = Annotated[tuple[float, float], Field(strict=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Bounds = Annotated[tuple[Finite, Finite], Field(strict=False)]
 
 
 class Model(Section):
@@ -46,7 +47,7 @@ class Model(Section):
     kl: NonNegative
     entropy: NonNegative
     learning_rate: Positive
-    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    betas: Betas
     clip: Positive
     ema: Share
     precision: schema.Precision

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ebm.networks import Joint, Network, decoder, encoder
-from ebm.parallel import shuffled
+from ebm.parallel import parts, shuffled
 from ebm.samplers import MALA, State, run
 from ebm.variants.base import (
     EBM,
@@ -94,7 +94,7 @@ class MEG(EBM):
         return (self.energy_average or self.energy_network)(x).squeeze(1)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        for data in x.tensor_split(min(self.energy_steps, len(x))):
+        for data in parts(x, self.energy_steps):
             logs = self._energy_step(data)
         return logs | self._generator_step(len(data))
 

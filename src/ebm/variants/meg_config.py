@@ -1,11 +1,9 @@
 """Settings of maximum entropy generators, as they stand in `params.yaml`."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from ebm import schema
-from ebm.schema import Count, NonNegative, Positive, Section, Share, Size, Widths
+from ebm.schema import Betas, Count, NonNegative, Positive, Section, Share, Size, Widths
 
 
 class Model(Section):
@@ -26,7 +24,7 @@ class Model(Section):
     entropy: NonNegative
     energy_learning_rate: Positive
     generator_learning_rate: Positive
-    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    betas: Betas
     ema: Share
     energy_ema: Share
     precision: schema.Precision

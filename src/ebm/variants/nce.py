@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ebm.contrastive import Contrasted, accuracy, value
 from ebm.flows import adam
+from ebm.parallel import share, world
 from ebm.variants.base import descend
 
 
@@ -69,7 +70,7 @@ class NCE(Contrasted):
         if warming is not None and self.base is not None:
             return self.logs(noise_loss=warming)
         with torch.no_grad():
-            noise, log_q_noise = self.contrast.draw_with_log_prob(round(self.ratio * len(data)))
+            noise, log_q_noise = self.contrast.draw_with_log_prob(self._draws(len(data)))
             log_q = self.contrast.log_prob(data)
         log_p, log_p_noise = self.log_density(data), self.log_density(noise)
         r, r_noise = log_p - log_q, log_p_noise - log_q_noise
@@ -82,3 +83,7 @@ class NCE(Contrasted):
             energy_gap=log_p_noise.mean() - log_p.mean(),
             gradient_norm=norm,
         )
+
+    def _draws(self, rows: int) -> int:
+        """How many draws stand beside so many rows of this process, one at least."""
+        return share(max(1, round(self.ratio * rows * world())), "model.ratio: draws of a batch")

@@ -1,6 +1,8 @@
 """Settings of the restricted Boltzmann machine, as they stand in `params.yaml`."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from ebm import schema
 from ebm.schema import Count, NonNegative, Positive, Section, Share
@@ -30,7 +32,7 @@ class Evaluate(Section):
     chains of the reverse estimate into the model's own distribution first."""
 
     chains: Count
-    temperatures: Count
+    temperatures: Annotated[int, Field(ge=2)]
     burn_in: Count
 
 

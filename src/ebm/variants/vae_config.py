@@ -1,11 +1,9 @@
 """Settings of the variational autoencoder, as they stand in `params.yaml`."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from ebm import schema
-from ebm.schema import Count, Positive, Section, Share, Widths
+from ebm.schema import Betas, Count, Positive, Section, Widths
 
 
 class Model(Section):
@@ -18,7 +16,7 @@ class Model(Section):
     decoder: Widths
     latent: Count
     learning_rate: Positive
-    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    betas: Betas
 
 
 class Experiment(schema.Experiment):

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from ebm.networks import Network, decoder, encoder
+from ebm.parallel import parts
 from ebm.variants.base import EBM, autocast, descend, standard_normal, update_average
 
 
@@ -76,7 +77,7 @@ class WGANGP(EBM):
         return self.energy_network(x).squeeze(1)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        for data in x.tensor_split(min(self.energy_steps, len(x))):
+        for data in parts(x, self.energy_steps):
             logs = self._energy_step(data)
         return logs | self._generator_step(len(data))
 

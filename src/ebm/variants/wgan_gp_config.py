@@ -1,11 +1,9 @@
 """Settings of the Wasserstein GAN with gradient penalty, as they stand in `params.yaml`."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from ebm import schema
-from ebm.schema import Count, NonNegative, Positive, Section, Share, Size, Widths
+from ebm.schema import Betas, Count, NonNegative, Positive, Section, Share, Size, Widths
 
 
 class Model(Section):
@@ -23,7 +21,7 @@ class Model(Section):
     gradient_penalty: NonNegative
     energy_learning_rate: Positive
     generator_learning_rate: Positive
-    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    betas: Betas
     ema: Share
     precision: schema.Precision
 
