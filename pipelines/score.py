@@ -169,7 +169,8 @@ def _energies(
     source: Path,
     seen: Seen,
 ) -> "np.ndarray":
-    """Energies [N] of the rows of `frame`, NaN where a row is left out."""
+    """Energies [N] of the rows of `frame`, NaN where a row is left out, infinite of one that the
+    model holds for impossible."""
     import numpy as np
 
     from ebm.metrics import in_batches
@@ -183,7 +184,7 @@ def _energies(
     if kept.any():
         found = in_batches(lambda x: network.energy(x.to(device)).cpu().double(), points, BATCH)
         energy[kept] = found.numpy()
-    if (wrong := kept & ~np.isfinite(energy)).any():
+    if (wrong := kept & (np.isnan(energy) | np.isneginf(energy))).any():
         first = int(np.flatnonzero(wrong)[0])
         row = int(frame.index[first]) + 2  # as messages count: the header is row 1
         raise EBMError(f"{source}: row {row}: its energy is {energy[first]}; nothing was written")

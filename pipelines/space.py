@@ -102,6 +102,10 @@ def parse(arguments: Sequence[str], params: str, experiment: str) -> Space:
     for dimension in space.values():
         for text in dimension.extremes:
             validate(patched(params, experiment, {dimension.key: text}))
+    try:  # one key may lie in another
+        patched(params, experiment, {d.key: d.extremes[0] for d in space.values()})
+    except EBMError as error:
+        raise EBMError(f"--search {error}") from None
     return tuple(space.values())
 
 

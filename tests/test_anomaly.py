@@ -218,9 +218,21 @@ def test_scores_that_are_no_numbers_are_undefined_or_not_drawn(split, bad):
     prepared = table()
     found = measured(Bowl(), changed(prepared, **{split: prepared.points(split) * bad}))
     drawn = [name for name, *_ in found.figures]
-    assert drawn == (["detection"] if split == "test" else ["scores", "detection"])
+    unknown = split == "test" and math.isnan(bad)
+    curves = [] if unknown else ["detection"]
+    assert drawn == (curves if split == "test" else ["scores", *curves])
     assert math.isnan(found.metrics["f1"]) == math.isnan(bad)
     assert len(found.thresholds) == (split == "test")
+
+
+def test_rows_without_a_score_are_told_of_and_have_no_curve(caplog):
+    """A curve of what is not known would be one of a detector that finds nothing."""
+    prepared = table()
+    prepared.tensors["test"][:3, 0] = math.nan
+    found = measured(Bowl(), prepared)
+    assert "Energy of 3 of 200 test rows is not finite" in caplog.text
+    assert math.isnan(found.metrics["f1"])
+    assert not found.figures
 
 
 def test_a_test_of_one_kind_is_one_line():

@@ -85,6 +85,8 @@ def test_samples_come_from_every_member():
     model = ensemble()
     model.training_step(torch.arange(9.0).view(9, 1))
     assert model.sample(5)["samples"].flatten().tolist() == [1, 1, 4, 4, 7]
+    assert model.sample(1)["samples"].flatten().tolist() == [1]
+    assert len(model.sample(0)["samples"]) == 0
 
 
 def test_a_killed_training_goes_on_with_its_members_and_snapshots(tmp_path):

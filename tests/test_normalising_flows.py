@@ -76,6 +76,13 @@ def test_a_draw_knows_its_density(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_draws_may_be_asked_for(kind):
+    """As a mixture does whose only draw is another part's."""
+    v, log_prob = flow(kind).draw_with_log_prob(0)
+    assert (v.shape, log_prob.shape) == ((0, 2), (0,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_quadrant_has_its_share_of_the_draws(kind):
     made, n = flow(kind), 20_000
     with torch.no_grad():

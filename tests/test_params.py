@@ -98,6 +98,8 @@ WRONG = [
     (f"{RBM}.model.hidden", 0),
     (f"{RBM}.model.learning_rate", "1e-3"),
     (f"{RBM}.sample.count", None),
+    (f"{RBM}.sample.count", 0),
+    (f"{MEG}.sample.count", 1),
     (f"{RBM}.evaluate.temperatures", 1),
     (f"{SAMPLERS}.chains", 3),
     (f"{SAMPLERS}.warmup", 1.5),

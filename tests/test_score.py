@@ -248,8 +248,8 @@ def test_a_run_that_ends_midway_leaves_no_half_file(home, monkeypatch, interrupt
     assert (output.read_text() if output.exists() else None) == before
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_energy_that_is_not_finite_names_its_row(home, monkeypatch, value):
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_an_energy_that_ranks_no_row_names_its_row(home, monkeypatch, value):
     class Broken(First):
         def energy(self, x):
             return x[:, 0].masked_fill(x[:, 0] == amounts()[70], value)
@@ -258,6 +258,17 @@ def test_an_energy_that_is_not_finite_names_its_row(home, monkeypatch, value):
     with pytest.raises(EBMError, match=rf"mine\.csv: row 72: its energy is {value}"):
         scored(chunk=7)
     assert not (home / "scores.csv").exists()
+
+
+def test_a_row_that_cannot_be_is_an_anomaly(home, monkeypatch):
+    class Sure(First):
+        def energy(self, x):
+            return x[:, 0].masked_fill(x[:, 0] == amounts()[70], math.inf)
+
+    monkeypatch.setattr(variants, "load", lambda weights, config: Sure())
+    found = scored(chunk=7, threshold=1e9)
+    assert float(found["energy"][70]) == math.inf
+    assert found.index[found["anomaly"] == "1"].tolist() == [70]
 
 
 def test_the_model_of_an_image_says_so(home):

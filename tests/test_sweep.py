@@ -68,6 +68,8 @@ def test_a_search_that_cannot_be_is_one_line(argument, complaint):
 def test_a_key_is_searched_once():
     with pytest.raises(EBMError, match=r"model.k: given twice"):
         parse("model.k=1,2", "model.k=3,4")
+    with pytest.raises(EBMError, match=r"--search .*cannot be changed each by itself"):
+        parse("train.watch={limits: {}, restarts: 0}", "train.watch.restarts=1,2")
 
 
 @pytest.mark.parametrize("number", [1e-05, 1.5e-07, 0.1, 1e22, 12, -3.0])

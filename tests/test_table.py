@@ -295,6 +295,7 @@ HEAD = "id,amount,colour,kind\n"
         (HEAD + "1,2,,fine\n" * 9, "column 'colour' is empty"),
         (HEAD + "1,two,red,fine\n" * 9, "column 'amount' = 'two': not a number"),
         (HEAD + "1,2,red,bad\n" * 9, "column 'kind' is never 'fine' (normal); it is 'bad'"),
+        (HEAD + "1,2,red,fine\n1,2,red,fine \n", "'fine ' differ from normal by blanks only"),
         (HEAD + "1,2,red,fine\n" * 9, "0 anomalous rows are too few for validation = 0.2"),
         ("id,amount,colour\n1,2,red\n", "label: no column 'kind'; it has 'id', 'amount'"),
         ("id,amount,kind\n1,2,fine\n", "categorical: no column 'colour'"),

@@ -100,10 +100,9 @@ class Ensemble(EBM):
     def sample(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws of every member, n in all: those of the first member come first; the way there,
         where it is kept, of that one alone."""
-        counts = [len(part) for part in torch.arange(n).tensor_split(len(self.members))]
-        drawn = [
-            m.sample(c, *args, **kwargs) for m, c in zip(self._members(), counts, strict=True)
-        ]
+        drawing = self._members()[: max(n, 1)]
+        counts = [len(part) for part in torch.arange(n).tensor_split(len(drawing))]
+        drawn = [m.sample(c, *args, **kwargs) for m, c in zip(drawing, counts, strict=True)]
         alone = {name: drawn[0][name] for name in WAYS if name in drawn[0]}
         return {name: torch.cat([d[name] for d in drawn]) for name in drawn[0]} | alone
 

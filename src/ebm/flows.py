@@ -142,7 +142,8 @@ class _Zuko(nn.Module):
         return self.lazy().log_prob(v)
 
     def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
-        return self.lazy().rsample_and_log_prob((n,))
+        v, log_prob = self.lazy().rsample_and_log_prob((max(n, 1),))  # zuko knows no 0 draws
+        return v[:n], log_prob[:n]
 
 
 class Spline(_Zuko):

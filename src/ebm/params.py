@@ -140,7 +140,7 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
 
 def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> None:
     """That rows have a rule by which they are flagged."""
-    unset = getattr(experiment.evaluate, "flagged", None) is None
+    unset = getattr(experiment.evaluate, "flagged", 0) is None
     if dataset.kind == "kddcup99" and dataset.protocol == "paper" and unset:
         wanted = "the share of the test rows to flag, as the protocol 'paper' does"
         raise ParamsError(f"{where}.evaluate.flagged = None: should be {wanted}")
@@ -161,6 +161,8 @@ def _check_samples(where: str, experiment: Experiment, dataset: Dataset) -> None
     if not experiment.sample.count:
         problem = f"{dataset.kind} data are measured by samples, of which there are none"
         raise ParamsError(f"{where}.sample.count = 0: {problem}")
+    if dataset.kind == "density" and experiment.sample.count < 2:
+        raise ParamsError(f"{where}.sample.count = 1: one point has no covariance; should be more")
     if dataset.kind == "density" and not getattr(experiment.evaluate, "grid", 0):
         problem = f"should be the cells per axis, as {experiment.dataset} lies in the plane"
         raise ParamsError(f"{where}.evaluate.grid = 0: {problem}")

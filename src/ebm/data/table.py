@@ -268,7 +268,7 @@ def _cell(values: "Series", wrong: np.ndarray, source: str) -> str:
 
 
 def _listed(names: Sequence[Any], most: int = 8) -> str:
-    shown = ", ".join(repr(str(name)) for name in names[:most])
+    shown = ", ".join(map(_short, names[:most]))
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
@@ -427,6 +427,10 @@ def _anomalies(frame: "DataFrame", settings: TableData) -> Tensor:
     if absent := [name for name in settings.normal if name not in found]:
         where = f"{settings.path}: column {settings.label!r}"
         raise EBMError(f"{where} is never {_listed(absent)} (normal); it is {_listed(found)}")
+    stripped = {name.strip() for name in settings.normal}
+    if alike := [v for v in found if v not in settings.normal and str(v).strip() in stripped]:
+        where = f"{settings.path}: column {settings.label!r}"
+        raise EBMError(f"{where}: {_listed(alike)} differ from normal by blanks only")
     return torch.from_numpy(~values.isin(settings.normal).to_numpy())
 
 

@@ -1,5 +1,6 @@
 """Rows of a table unlike those that a model was trained on."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from ebm.evaluation.result import Evaluation
 from ebm.evaluation.scores import SUFFIXES, TITLES, Numbers, scores, summarised
 from ebm.reference import Reference
 from ebm.variants.base import EBM
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ def evaluate_table(
 
 def _scored(model: EBM, rule: Rule, test: Tensor) -> Scored:
     found = scores(model, test)
+    for name, score in found.items():
+        if count := int((~score.isfinite()).sum()):
+            log.warning("%s of %d of %d test rows is not finite", TITLES[name], count, len(score))
     return Scored(found if rule.rows is test else scores(model, rule.rows), found)
 
 
@@ -128,10 +134,15 @@ def _detect(result: Evaluation, model: EBM, rule: Rule, test: Tensor, truth: Ten
         result.metrics |= {f"{name}_ensemble": found[name] for name in ("f1", "auprc")}
     kinds = {"normal": ~truth, "anomalous": truth}
     _draw_scores(result, shown, rule, kinds, "Test rows, by a snapshot of the first training")
-    curves = {TITLES[name]: _curves(s[~truth], s[truth]) for name, s in shown.test.items()}
+    curves = {
+        TITLES[name]: _curves(s[~truth], s[truth])
+        for name, s in shown.test.items()
+        if not s.isnan().any()
+    }
     caption = "The same scores over all thresholds. Dashed: scores that know nothing."
-    picture = figures.detection_curves(curves, truth.double().mean().item())
-    result.draw("detection", "Detection", caption, picture)
+    if curves:
+        picture = figures.detection_curves(curves, truth.double().mean().item())
+        result.draw("detection", "Detection", caption, picture)
 
 
 def _detected(scored: Scored, rule: Rule, truth: Tensor) -> Numbers:

@@ -14,7 +14,7 @@ class Model(Section):
     `standardise`: columns with mean 0 and variance 1 by the training data."""
 
     points: Count
-    nu: Annotated[float, Field(gt=0, le=1)]
+    nu: Annotated[float, Field(gt=0, lt=1)]
     gamma: Positive | Literal["scale"]
     standardise: bool
 
