@@ -196,8 +196,8 @@ def _append(file: TextIO, energy: "np.ndarray", threshold: float | None, seen: S
     import numpy as np
     import pandas as pd
 
-    known = np.isfinite(energy)
-    flagged = known & (energy >= (math.inf if threshold is None else threshold))
+    known = ~np.isnan(energy)
+    flagged = energy >= (math.nan if threshold is None else threshold)
     anomaly = pd.array(flagged.astype(np.int8), dtype="Int8")
     anomaly[~known | (threshold is None)] = pd.NA
     row = np.arange(seen.rows, seen.rows + len(energy)) + 1
