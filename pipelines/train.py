@@ -91,9 +91,8 @@ def _labels(model: "EBM", prepared: "Prepared", name: str, device: "torch.device
     if not model.needs_labels:
         return None
     labels = prepared.tensors.get("train_labels")
-    without = getattr(model, "without", None)
     if labels is None:
-        key = "ensemble.without" if without else "model.classes"
+        key = "ensemble.without" if getattr(model, "without", None) else "model.classes"
         raise EBMError(f"{key}: data set {name} has no classes")
     found = int(labels.max()) + 1
     if model.classes not in (0, found):

@@ -40,6 +40,7 @@ class Ensemble(EBM):
             raise EBMError("ensemble.without: such an ensemble is trained by one process only")
         self.every, self.without = every, list(without)
         self.members = nn.ModuleList(make() for _ in range(members))
+        self.classes = self._members()[0].classes
         self.snapshots = nn.ModuleList(
             nn.ModuleList(make() for _ in range(snapshots)) for _ in range(members)
         ).requires_grad_(False)
@@ -52,11 +53,6 @@ class Ensemble(EBM):
             for number, member in enumerate(self._members())
             for name, optimizer in member.optimizers.items()
         }
-
-    @property
-    def classes(self) -> int:  # type: ignore[override]
-        """Those of the members."""
-        return self._members()[0].classes
 
     @property
     def needs_labels(self) -> bool:
@@ -87,8 +83,8 @@ class Ensemble(EBM):
             rows = rows[y[rows] != self.without[m % len(self.without)]]
             if not len(rows):
                 raise EBMError("train.batch_size: too small for ensemble.without: no row is left")
-        member = self._members()[m]
-        return member.training_step(x[rows], y[rows] if y is not None and member.classes else None)
+        classes = y[rows] if y is not None and self.classes else None
+        return self._members()[m].training_step(x[rows], classes)
 
     def _take_snapshots(self) -> None:
         """The oldest snapshot of every member gives way to its present state."""

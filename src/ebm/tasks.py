@@ -40,7 +40,7 @@ def transfer(model: "IGEBM", x: Tensor, y: Tensor, steps: int) -> Tensor:
 def compose(model: "IGEBM", classes: Sequence[Tensor], steps: int) -> Tensor:
     """From noise to points of several classes at once: the product of the densities p(x | y) for
     the y [n] in `classes`, whose energies add up."""
-    start = model.noise_like(model.replay[:1].expand(len(classes[0]), *model.shape))
+    start = model.starts(len(classes[0]))
     energies = [_energy(model, y) for y in classes]
     return _chain(model, lambda x: torch.stack([e(x) for e in energies]).sum(0), start, steps)
 

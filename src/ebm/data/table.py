@@ -424,12 +424,11 @@ def _anomalies(frame: "DataFrame", settings: TableData) -> Tensor:
         return torch.zeros(len(frame), dtype=torch.bool)
     values = _present(frame[settings.label], settings.path)
     found = list(values.unique())
+    where = f"{settings.path}: column {settings.label!r}"
     if absent := [name for name in settings.normal if name not in found]:
-        where = f"{settings.path}: column {settings.label!r}"
         raise EBMError(f"{where} is never {_listed(absent)} (normal); it is {_listed(found)}")
     stripped = {name.strip() for name in settings.normal}
     if alike := [v for v in found if v not in settings.normal and str(v).strip() in stripped]:
-        where = f"{settings.path}: column {settings.label!r}"
         raise EBMError(f"{where}: {_listed(alike)} differ from normal by blanks only")
     return torch.from_numpy(~values.isin(settings.normal).to_numpy())
 

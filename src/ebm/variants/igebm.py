@@ -183,7 +183,7 @@ class IGEBM(EBM):
         labels = torch.arange(n, device=self.replay.device) % max(self.classes, 1)
         y = labels if self.classes else None
         kernel = self.kernel(lambda x: self.conditional_energy(x, y))
-        end, chain, marks = trace(kernel, self._noise(n), steps, chains=32)
+        end, chain, marks = trace(kernel, self.starts(n), steps, chains=32)
         drawn = {
             "samples": end.x.clamp(*self.bounds),
             "chain": chain.clamp(*self.bounds),
@@ -218,7 +218,7 @@ class IGEBM(EBM):
         if self.augment:
             moved = torch.rand(n, device=device) < self.augment
             start = _where(moved, augmented(start), start)
-        start = _where(reset, self._noise(n), start)
+        start = _where(reset, self.starts(n), start)
         label = torch.where(reset, self._labels(n), label)
         return Batch(rows, others, start, label if self.classes else None, reset)
 
@@ -259,7 +259,8 @@ class IGEBM(EBM):
         low, high = self.bounds
         return low + (high - low) * torch.rand_like(x)
 
-    def _noise(self, n: int) -> Tensor:
+    def starts(self, n: int) -> Tensor:
+        """The same for n points."""
         return self.noise_like(self.replay[:1].expand(n, *self.shape))
 
     def _labels(self, n: int) -> Tensor:
