@@ -1,6 +1,7 @@
 """Laws of implicit generation: the gradient of its objective, its replay buffer, its options."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -65,8 +66,9 @@ def test_the_kl_term_has_the_gradient_through_the_last_step_only():
     -eps s x~.y."""
     model = quadratic(kl=1.0, entropy=0.0, gradient_clip=None)
     batch = model._draw_batch(16)
-    negative, chain = model._langevin(batch)
-    kl, entropy = model._improvement(negative.x, chain.energy, batch.others)
+    energy = partial(model._training_energy, y=None)
+    negative = model._langevin(energy, batch.start)
+    kl, entropy = model._improvement(negative.x, energy, batch.others)
     (slope,) = torch.autograd.grad(kl, model.network.theta)
     end = negative.x.detach()
     y = negative.gradient.detach() / 0.7
@@ -110,6 +112,44 @@ def test_chains_are_written_back_where_they_came_from():
     assert moved.sum() == 8
     assert torch.equal(model.replay_age, moved.long())
     assert torch.equal(model.replay_label, labels)  # a chain keeps its class
+
+
+class Wells(Quadratic):
+    """Two wells of standard deviation 0.1 at -1 and 1, the right one four times as heavy."""
+
+    def forward(self, x, y=None):
+        squares = torch.stack([(x + 1).square(), (x - 1).square() - 0.02 * math.log(4)])
+        return self.theta / 0.7 * -torch.logsumexp(-squares[:, :, 0] / 0.02, 0)
+
+
+def chains_of_two_wells(jumps):
+    """A buffer whose chains begin in either well, half and half, after a hundred steps."""
+    free = {"bounds": (-2.0, 2.0), "gradient_clip": None, "noise": "coupled", "fresh": 0.0}
+    model = build((1,), step_size=1e-3, jumps=jumps, buffer=4000, ema=0.0, **free)
+    model.network = Wells()
+    model.optimizer = torch.optim.SGD(model.network.parameters(), lr=0.0)
+    model.replay.copy_(torch.tensor([-1.0, 1.0]).repeat(2000)[:, None])
+    for _ in range(100):
+        model.training_step(torch.zeros(1000, 1))
+    return (model.replay > 0).double().mean().item()
+
+
+def test_jumps_alone_tell_the_chains_how_deep_one_well_is_beside_another():
+    assert chains_of_two_wells(jumps=0) == pytest.approx(0.5, abs=0.02)
+    assert chains_of_two_wells(jumps=2) == pytest.approx(0.8, abs=0.03)
+
+
+def test_jumps_stay_within_the_bounds_and_say_how_many_were_accepted():
+    model = build((2,), jumps=3, bounds=(-2.0, 2.0), step_size=1e-6, noise=0.0)
+    jump = model.chains(model.energy).other
+    beyond = torch.tensor([[2.1, 0.0], [0.0, -2.1], [math.inf, 0.0], [0.0, 0.0]])
+    assert jump.energy(beyond).isfinite().tolist() == [False, False, False, True]
+    model.replay.copy_(torch.tensor([[-1.5, -1.5], [1.5, 1.5]]).repeat(30, 1))
+    drawn = model.sample(50, steps=4)
+    assert drawn["samples"].abs().max() <= 2
+    assert drawn["acceptance"].shape == (50,)
+    assert 0 < drawn["acceptance"].mean() < 1
+    assert "acceptance" not in build((2,)).sample(3, steps=2)
 
 
 def test_fresh_chains_start_at_age_one_with_a_class_of_their_own():
@@ -339,7 +379,7 @@ def test_a_run_that_diverges_once_recovers(tmp_path, caplog):
 
 def test_the_chain_leaves_the_parameters_as_they_were():
     model = build()
-    model._langevin(model._draw_batch(8))
+    model._langevin(partial(model._training_energy, y=None), model._draw_batch(8).start)
     assert all(p.requires_grad and p.grad is None for p in model.network.parameters())
 
 

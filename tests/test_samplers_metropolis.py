@@ -8,7 +8,17 @@ import torch
 from torch.distributions import Normal
 
 from ebm.oracles import Banana
-from ebm.samplers import HMC, MALA, Independence, RandomWalk, State, adapt, run
+from ebm.samplers import (
+    HMC,
+    MALA,
+    DifferentialEvolution,
+    Independence,
+    Interspersed,
+    RandomWalk,
+    State,
+    adapt,
+    run,
+)
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -156,6 +166,106 @@ def test_independent_proposals_are_all_accepted_where_they_are_of_the_target():
         before, state = state.x, kernel.step(state)
         torch.testing.assert_close(state.acceptance, torch.ones(50))
         assert (before != state.x).any()
+
+
+HEAVY = 0.8
+
+
+def unequal_wells(x):
+    """-log p of Gaussians of deviation 0.1 at -1 and 1, of weights 1 - HEAVY and HEAVY."""
+    centres, weight = torch.tensor([-1.0, 1.0]), torch.tensor([1 - HEAVY, HEAVY])
+    return -torch.logsumexp(weight.log() - ((x - centres) / 0.1).square() / 2, 1)
+
+
+def jumping(kind=DifferentialEvolution, energy=unequal_wells):
+    """From an archive that holds as many points of one well as of the other."""
+    wells = torch.tensor([-1.0, 1.0]).repeat(500)[:, None]
+    return kind(energy, wells + 0.1 * torch.randn(1000, 1))
+
+
+def share_on_the_right(kernel, n=20000):
+    return (run(kernel, -1 + 0.1 * torch.randn(n, 1), 60).x > 0).double().mean().item()
+
+
+def test_chains_that_jump_find_the_weights_of_wells_they_cannot_walk_to():
+    torch.manual_seed(5)
+    error = math.sqrt(HEAVY * (1 - HEAVY) / 20000)
+    assert share_on_the_right(jumping()) == pytest.approx(HEAVY, abs=4 * error)
+    assert share_on_the_right(RandomWalk(unequal_wells, 0.1)) == 0
+
+
+class Reversed(DifferentialEvolution):
+    def log_accept(self, s, t):
+        return t.energy - s.energy
+
+
+class Free(DifferentialEvolution):
+    def log_accept(self, s, t):
+        return torch.zeros_like(s.energy)
+
+
+class OneSided(DifferentialEvolution):
+    def propose(self, x):
+        return self.archive[torch.randint(len(self.archive), (len(x),))]
+
+
+@pytest.mark.parametrize("kind", [Reversed, Free, OneSided])
+def test_a_bug_planted_in_the_jumps_shifts_the_weights_or_the_moments(kind):
+    torch.manual_seed(6)
+    x = run(jumping(kind), -1 + 0.1 * torch.randn(20000, 1), 60).x
+    right = (x > 0).double().mean().item()
+    squared = (x.abs() - 1).square().mean().item() / 0.01
+    assert abs(right - HEAVY) > 0.02 or abs(squared - 1) > 0.1
+
+
+def test_jumps_keep_the_moments_within_a_well():
+    torch.manual_seed(7)
+    x = run(jumping(), -1 + 0.1 * torch.randn(20000, 1), 60).x
+    deviations = ((x.abs() - 1) / 0.1).square()
+    assert deviations.mean().item() == pytest.approx(1, abs=4 * math.sqrt(2 / 20000))
+
+
+def test_jumps_are_as_likely_as_the_way_back():
+    """Differences of pairs of an archive are symmetric whatever it holds."""
+    torch.manual_seed(8)
+    kernel = DifferentialEvolution(gaussian, torch.tensor([[0.0], [1.0], [3.0]]))
+    moves = kernel.propose(torch.zeros(90000, 1)).flatten()
+    for move in (1.0, 2.0, 3.0):
+        forth, back = ((moves == sign * move).double().mean().item() for sign in (1, -1))
+        assert forth == pytest.approx(1 / 9, abs=0.005)
+        assert back == pytest.approx(1 / 9, abs=0.005)
+
+
+class Walk:
+    """Moves every chain by `length`, and notes where it was asked to start."""
+
+    def __init__(self, length, acceptance=None):
+        self.length, self.acceptance, self.inits = length, acceptance, []
+
+    def init(self, x):
+        self.inits.append(x)
+        return State(x, acceptance=self.acceptance)
+
+    def step(self, state):
+        return state._replace(x=state.x + self.length, steps=state.steps + 1)
+
+
+def test_a_kernel_takes_the_steps_of_another_in_between():
+    """Two leaps of 100 before steps 0, 3 and 6."""
+    walk, leap = Walk(1.0), Walk(100.0, torch.full((2,), 0.25))
+    seen = []
+    kernel = Interspersed(walk, leap, every=3, times=2)
+    end = run(kernel, torch.zeros(2, 1), 7, lambda step, s: seen.append(s.x[0].item()))
+    assert seen == [0, 201, 202, 203, 404, 405, 406, 607]
+    assert end.steps == 7
+    torch.testing.assert_close(end.acceptance, leap.acceptance)
+
+
+def test_mixed_kernels_keep_what_both_keep():
+    torch.manual_seed(9)
+    kernel = Interspersed(MALA(unequal_wells, 5e-3), jumping(), every=4, times=3)
+    error = math.sqrt(HEAVY * (1 - HEAVY) / 20000)
+    assert share_on_the_right(kernel) == pytest.approx(HEAVY, abs=4 * error)
 
 
 def test_the_proposal_is_as_wide_as_it_says_and_symmetric():

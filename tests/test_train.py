@@ -64,6 +64,7 @@ MODELS = {
         "classes": 0,
         "spectral_norm": False,
         "langevin_steps": 3,
+        "jumps": 0,
         "step_size": 0.1,
         "noise": 0.01,
         "gradient_clip": 1.0,

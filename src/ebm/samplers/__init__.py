@@ -12,6 +12,7 @@ from ebm.samplers.gibbs import BlockGibbs, SpinGibbs, draw
 from ebm.samplers.hmc import HMC
 from ebm.samplers.kernel import (
     Energy,
+    Interspersed,
     Kernel,
     Schedule,
     State,
@@ -21,7 +22,13 @@ from ebm.samplers.kernel import (
     value_and_gradient,
 )
 from ebm.samplers.langevin import MALA, DecoupledLangevin, Langevin, polynomial_decay
-from ebm.samplers.metropolis import Independence, Metropolis, RandomWalk, SpinFlip
+from ebm.samplers.metropolis import (
+    DifferentialEvolution,
+    Independence,
+    Metropolis,
+    RandomWalk,
+    SpinFlip,
+)
 from ebm.samplers.tempering import ParallelTempering, Tempered
 
 __all__ = [
@@ -29,8 +36,10 @@ __all__ = [
     "MALA",
     "BlockGibbs",
     "DecoupledLangevin",
+    "DifferentialEvolution",
     "Energy",
     "Independence",
+    "Interspersed",
     "Kernel",
     "Langevin",
     "Metropolis",

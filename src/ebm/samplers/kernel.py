@@ -1,6 +1,7 @@
 """What all samplers share: the state of a batch of chains, the contract of a kernel, the loop."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -34,6 +35,28 @@ class Kernel(Protocol[S]):
     def init(self, x: Tensor) -> S: ...
 
     def step(self, state: S) -> S: ...
+
+
+@dataclass(frozen=True)
+class Interspersed:
+    """`kernel`, and before the first of every `every` steps `times` steps of `other`, a kernel on
+    the same points; `acceptance` is that of the other's last proposal."""
+
+    kernel: Kernel[State]
+    other: Kernel[State]
+    every: int
+    times: int
+
+    def init(self, x: Tensor) -> State:
+        return self.kernel.init(x)
+
+    def step(self, state: State) -> State:
+        acceptance = state.acceptance
+        if state.steps % self.every == 0:
+            moved = run(self.other, state.x, self.times)
+            acceptance = moved.acceptance
+            state = self.kernel.init(moved.x)._replace(steps=state.steps)
+        return self.kernel.step(state)._replace(acceptance=acceptance)
 
 
 def run(

@@ -5,6 +5,7 @@ paper  | here
 -------|---------------------------------------------------------------------------------
 q(y|x) | propose(x) draws y; q(y|x) = q(x|y), so it cancels from the ratio
 sigma  | step_size of `RandomWalk`: y = x + sigma N(0, I)
+Z      | archive of `DifferentialEvolution`: y = x + a - b, a and b of Z
 q(y)   | draw() of `Independence`, with its log density
 """
 
@@ -52,6 +53,20 @@ class RandomWalk(Metropolis):
 
     def propose(self, x: Tensor) -> Tensor:
         return x + self.step_size * torch.randn_like(x)
+
+
+@dataclass(frozen=True)
+class DifferentialEvolution(Metropolis):
+    """y = x + a - b, with a and b drawn from an `archive` [N, *] of points: one that has points of
+    all modes lets chains jump from mode to mode, which no walk along a gradient does (ter Braak &
+    Vrugt 2008, with their gamma = 1). Exact for an archive that stays as it is."""
+
+    archive: Tensor
+
+    def propose(self, x: Tensor) -> Tensor:
+        rows = torch.randint(len(self.archive), (2, len(x)), device=x.device)
+        a, b = self.archive[rows]
+        return x + a - b
 
 
 @dataclass(frozen=True)

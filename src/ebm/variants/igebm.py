@@ -28,6 +28,12 @@ in the buffer (the released code draws new ones for old chains). Noise on the da
 the bounds like the chains: what reaches beyond them could be told from any sample at a glance, and
 the energy would grow without end.
 
+Chains of short length never pass from mode to mode, so nothing in the objective sets how deep one
+well is beside another, nor fills one that no data made. Where `jumps` are asked for, every chain
+proposes so many before each `langevin_steps`: moves by the difference of two points of the buffer,
+which Metropolis' rule accepts or refuses. They pay where points are few numbers (toy densities,
+tables); between images no difference leads to another image.
+
 Layers may compute in bfloat16 in training: the rounding of a gradient is far below the noise of
 the chains. The last layer, energies and weights stay float32.
 
@@ -41,6 +47,7 @@ chains of the batch have lived; `reset_share`, the share of them that was starte
 import math
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -53,7 +60,10 @@ from ebm.networks import Scalar, normalise_spectrally, scalar
 from ebm.parallel import gathered, world
 from ebm.samplers import (
     DecoupledLangevin,
+    DifferentialEvolution,
     Energy,
+    Interspersed,
+    Kernel,
     State,
     run,
     trace,
@@ -84,6 +94,7 @@ class IGEBM(EBM):
         classes: int,
         spectral_norm: bool,
         langevin_steps: int,
+        jumps: int,
         step_size: float,
         noise: float | str,
         gradient_clip: float | None,
@@ -104,7 +115,7 @@ class IGEBM(EBM):
         super().__init__()
         self.shape, self.classes, self.ema = shape, classes, ema
         self.input_scale, self.precision = input_scale, getattr(torch, precision)
-        self.langevin_steps, self.step_size = langevin_steps, step_size
+        self.langevin_steps, self.jumps, self.step_size = langevin_steps, jumps, step_size
         self.noise = math.sqrt(2 * step_size) if isinstance(noise, str) else noise
         self.gradient_clip = math.inf if gradient_clip is None else gradient_clip
         self.bounds = (bounds[0], bounds[1])
@@ -149,17 +160,26 @@ class IGEBM(EBM):
             energy, self.step_size, self.noise, self.gradient_clip, self.bounds
         )
 
+    def chains(self, energy: Energy, differentiable: bool = False) -> Kernel[State]:
+        """The same with the jumps between modes."""
+        walk = replace(self.kernel(energy), differentiable=differentiable)
+        if not self.jumps:
+            return walk
+        jump = DifferentialEvolution(within(energy, *self.bounds), self.replay)
+        return Interspersed(walk, jump, self.langevin_steps, self.jumps)
+
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         with parametrize.cached():
             normalised_weights(self.network)  # before chains that need no graph ask for them
             batch = self._draw_batch(len(x))
-            negative, chain = self._langevin(batch)
+            energy = partial(self._training_energy, y=batch.label)
+            negative = self._langevin(energy, batch.start)
             data = (x + self.data_noise * torch.randn_like(x)).clamp(*self.bounds)
             positive_energy = self._training_energy(data, y)
             negative_energy = self._training_energy(negative.x.detach(), batch.label)
             gap = positive_energy.mean() - negative_energy.mean()
             scale = positive_energy.square().mean() + negative_energy.square().mean()
-            kl, entropy = self._improvement(negative.x, chain.energy, batch.others)
+            kl, entropy = self._improvement(negative.x, energy, batch.others)
             loss = gap + self.energy_penalty * scale + self.kl * kl - self.entropy * entropy
             norm = descend(self.optimizer, loss, self.clip)
         self._write_back(batch, negative.x.detach())
@@ -179,17 +199,22 @@ class IGEBM(EBM):
 
     def sample(self, n: int, steps: int = 1000) -> dict[str, Tensor]:
         """`samples` [n, *] after `steps` Langevin steps from uniform noise, and of 32 of the
-        chains `chain` [8, T, *] at `chain_steps` [T]; `labels` [n] of a conditional model."""
+        chains `chain` [32, T, *] at `chain_steps` [T]; `labels` [n] of a conditional model; with
+        jumps the `acceptance` [n] of each chain's last."""
         labels = torch.arange(n, device=self.replay.device) % max(self.classes, 1)
         y = labels if self.classes else None
-        kernel = self.kernel(lambda x: self.conditional_energy(x, y))
+        kernel = self.chains(lambda x: self.conditional_energy(x, y))
         end, chain, marks = trace(kernel, self.starts(n), steps, chains=32)
         drawn = {
             "samples": end.x.clamp(*self.bounds),
             "chain": chain.clamp(*self.bounds),
             "chain_steps": torch.tensor(marks),
         }
-        return drawn | ({"labels": labels} if self.classes else {})
+        if self.classes:
+            drawn["labels"] = labels
+        if end.acceptance is not None:
+            drawn["acceptance"] = end.acceptance
+        return drawn
 
     def _training_energy(self, x: Tensor, y: Tensor | None) -> Tensor:
         """E(x, y) of the weights as they are now, by layers in `precision`: [B]."""
@@ -222,18 +247,16 @@ class IGEBM(EBM):
         label = torch.where(reset, self._labels(n), label)
         return Batch(rows, others, start, label if self.classes else None, reset)
 
-    def _langevin(self, batch: "Batch") -> tuple[State, DecoupledLangevin]:
-        """The chains' end, differentiable in the parameters through the last step where a term
-        asks for it, and the kernel that led there."""
-        chain = self.kernel(lambda x: self._training_energy(x, batch.label))
+    def _langevin(self, energy: Energy, start: Tensor) -> State:
+        """The end of chains from `start`, differentiable in the parameters through the last step
+        where a term asks for it."""
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
-        before = run(chain, batch.start, self.langevin_steps - 1)
+        before = run(self.chains(energy), start, self.langevin_steps - 1)
         for parameter in self.network.parameters():
             parameter.requires_grad_(True)
-        last = replace(chain, differentiable=bool(self.kl or self.entropy))
-        state = last.step(before)
-        return state._replace(x=state.x.clamp(*self.bounds)), chain
+        state = self.chains(energy, differentiable=bool(self.kl or self.entropy)).step(before)
+        return state._replace(x=state.x.clamp(*self.bounds))
 
     def _improvement(self, x: Tensor, energy: Energy, others: Tensor) -> tuple[Tensor, Tensor]:
         """E[E_stop(x~)] and E[log d(x~)], both with a gradient through x~ [B, *] only."""
@@ -277,6 +300,16 @@ class Batch(NamedTuple):
     start: Tensor
     label: Tensor | None
     reset: Tensor
+
+
+def within(energy: Energy, low: float, high: float) -> Energy:
+    """The energy, infinite of points [B, *] that reach beyond low or high."""
+
+    def bounded(x: Tensor) -> Tensor:
+        beyond = ((x < low) | (x > high)).flatten(1).any(1)
+        return energy(x).masked_fill(beyond, math.inf)
+
+    return bounded
 
 
 def normalised_weights(network: Scalar) -> list[Tensor]:

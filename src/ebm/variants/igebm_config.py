@@ -18,8 +18,9 @@ class Model(Section):
 
     The chains: `langevin_steps` with `step_size`, every entry of the gradient cut at
     `gradient_clip` (null: not at all), `noise` of its own or `coupled` to the step size, points
-    within `bounds`; they live in a replay buffer of `buffer` points, of which each step starts the
-    share `fresh` anew from uniform noise and sends the share `augment` through an augmentation.
+    within `bounds`, and before so many steps `jumps` between modes (0 for images). They live in a
+    replay buffer of `buffer` points, of which each step starts the share `fresh` anew from uniform
+    noise and sends the share `augment` through an augmentation.
 
     The objective: Gaussian `data_noise`, the weight `energy_penalty` of the squared energies, the
     weights `kl` and `entropy` of the terms of improved contrastive divergence. Adam's
@@ -35,6 +36,7 @@ class Model(Section):
     classes: Size
     spectral_norm: bool
     langevin_steps: Count
+    jumps: Size
     step_size: Positive
     noise: NonNegative | Literal["coupled"]
     gradient_clip: Positive | None
