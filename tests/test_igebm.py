@@ -13,7 +13,10 @@ from ebm.seeds import seed
 from ebm.train import DivergenceError, Watch
 from ebm.variants.igebm import IGEBM, augmented
 
-IMAGES = MODELS["igebm"] | {"network": "conv", "width": 4, "depth": 1, "classes": 3}
+IMAGES = MODELS["igebm"] | {
+    "network": {"kind": "conv", "width": 4, "depth": 1},
+    "classes": 3,
+}
 
 
 def build(shape=(4,), settings=MODELS["igebm"], **changes):
@@ -150,6 +153,16 @@ def test_jumps_stay_within_the_bounds_and_say_how_many_were_accepted():
     assert drawn["acceptance"].shape == (50,)
     assert 0 < drawn["acceptance"].mean() < 1
     assert "acceptance" not in build((2,)).sample(3, steps=2)
+
+
+def test_an_energy_of_vectors_may_see_them_through_fourier_features():
+    fourier = {"kind": "fourier", "width": 8, "depth": 1, "frequencies": 5, "bandwidth": 2.0}
+    model = build((3,), network=fourier, classes=2)
+    x, y = torch.rand(8, 3), torch.arange(8) % 2
+    assert model.training_step(x, y)["energy_gap"].isfinite()
+    assert (model.conditional_energy(x, 0 * y) != model.conditional_energy(x, 0 * y + 1)).any()
+    with pytest.raises(EBMError, match="fourier"):
+        build((8, 8), network=fourier)
 
 
 def test_fresh_chains_start_at_age_one_with_a_class_of_their_own():
@@ -393,7 +406,7 @@ def test_a_differentiable_gradient_equals_the_plain_one():
 
 
 def test_an_energy_of_images_may_be_of_all_pixels_at_once():
-    model = build((8, 8), MODELS["igebm"] | {"network": "mlp", "classes": 3})
+    model = build((8, 8), MODELS["igebm"] | {"classes": 3})
     x, y = images()
     assert model.training_step(x, y)["energy_gap"].isfinite()
     assert model.sample(4, steps=2)["samples"].shape == (4, 8, 8)

@@ -34,11 +34,14 @@ def test_the_frequencies_are_kept_and_not_trained():
 
 
 NETWORKS = {
-    "mlp": (lambda outputs: scalar("mlp", (3,), 4, 2, 0, outputs), (3,)),
-    "fourier": (lambda outputs: scalar_fourier(3, 4, 2, 5, 1.0, outputs), (3,)),
-    "conv": (lambda outputs: scalar("conv", (8, 8), 2, 2, 0, outputs), (1, 8, 8)),
-    "strided": (lambda outputs: scalar("strided", (8, 8), 2, 2, 0, outputs), (1, 8, 8)),
-    "resnet": (lambda outputs: scalar("resnet", (8, 8), 2, 2, 0, outputs), (1, 8, 8)),
+    "mlp": (lambda outputs: scalar("mlp", (3,), 0, outputs, width=4, depth=2), (3,)),
+    "fourier": (lambda outputs: scalar_fourier(3, 4, 2, 5, 1.0, 0, outputs), (3,)),
+    "conv": (lambda outputs: scalar("conv", (8, 8), 0, outputs, width=2, depth=2), (1, 8, 8)),
+    "strided": (
+        lambda outputs: scalar("strided", (8, 8), 0, outputs, width=2, depth=2),
+        (1, 8, 8),
+    ),
+    "resnet": (lambda outputs: scalar("resnet", (8, 8), 0, outputs, width=2, depth=2), (1, 8, 8)),
 }
 
 

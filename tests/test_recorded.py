@@ -23,16 +23,16 @@ def mixture():
 
 
 def mlp():
-    return scalar("mlp", (2,), 32, 3, 0), (2,)
+    return scalar("mlp", (2,), 0, width=32, depth=3), (2,)
 
 
 def labelled():
-    network, y = scalar("conv", (8, 8), 8, 2, 10), torch.arange(6) % 10
+    network, y = scalar("conv", (8, 8), 10, width=8, depth=2), torch.arange(6) % 10
     return lambda x: network(x[:, None], y[: len(x)]), (8, 8)
 
 
 def resnet():
-    network = normalise_spectrally(scalar("resnet", (1, 8, 8), 8, 2, 0)).eval()
+    network = normalise_spectrally(scalar("resnet", (1, 8, 8), 0, width=8, depth=2)).eval()
     return lambda x: network(x.contiguous(memory_format=torch.channels_last)), (1, 8, 8)
 
 
@@ -96,7 +96,11 @@ def test_chains_have_the_same_bits(make, kernel_of, dtype):
 
 
 def test_steps_of_an_optimiser_and_new_labels_are_seen(dtype):
-    network, y, x = scalar("conv", (8, 8), 8, 2, 10), torch.arange(6), torch.randn(6, 8, 8)
+    network, y, x = (
+        scalar("conv", (8, 8), 10, width=8, depth=2),
+        torch.arange(6),
+        torch.randn(6, 8, 8),
+    )
 
     def energy(x):
         return network(x[:, None], y)
@@ -114,7 +118,7 @@ def test_steps_of_an_optimiser_and_new_labels_are_seen(dtype):
 
 
 def test_a_replay_leaves_points_and_parameters_alone():
-    network, x = scalar("mlp", (2,), 8, 1, 0), torch.randn(4, 2)
+    network, x = scalar("mlp", (2,), 0, width=8, depth=1), torch.randn(4, 2)
     recorded, before = Recorded(network, x), x.clone()
     value, gradient = recorded.value_and_gradient(x)
     assert torch.equal(x, before)
@@ -124,7 +128,7 @@ def test_a_replay_leaves_points_and_parameters_alone():
 
 
 def test_nothing_but_arithmetic_is_left_in_the_graph():
-    module, constants = record(scalar("mlp", (2,), 8, 1, 0), torch.randn(4, 2))
+    module, constants = record(scalar("mlp", (2,), 0, width=8, depth=1), torch.randn(4, 2))
     names = {str(node.target) for node in module.graph.nodes if node.op == "call_function"}
     assert not names & {"aten.detach.default", "aten.alias.default", "aten.t.default"}
     assert not any(node.op == "get_attr" for node in module.graph.nodes)
@@ -135,7 +139,10 @@ def test_nothing_but_arithmetic_is_left_in_the_graph():
     ("make", "reason"),
     [
         (lambda: nn.Sequential(nn.Linear(2, 1), nn.Dropout(), nn.Flatten(0)), "random"),
-        (lambda: normalise_spectrally(scalar("mlp", (2,), 8, 1, 0)), "changes a tensor"),
+        (
+            lambda: normalise_spectrally(scalar("mlp", (2,), 0, width=8, depth=1)),
+            "changes a tensor",
+        ),
         (lambda: nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1), nn.Flatten(0)), "changes"),
     ],
 )

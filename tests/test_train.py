@@ -57,9 +57,7 @@ MODELS = {
         "clip": 1.0,
     },
     "igebm": {
-        "network": "mlp",
-        "width": 8,
-        "depth": 1,
+        "network": {"kind": "mlp", "width": 8, "depth": 1},
         "input_scale": 1.0,
         "classes": 0,
         "spectral_norm": False,

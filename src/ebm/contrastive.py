@@ -28,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
 from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Space
-from ebm.networks import Scalar, scalar, scalar_fourier
+from ebm.networks import Scalar, scalar
 from ebm.samplers import Independence, State, run
 from ebm.variants.base import EBM, descend
 
@@ -115,7 +115,7 @@ class Contrasted(EBM):
     learned: log p(v) = -f(v) - c. Of several `outputs` f_k, c_k the density is the mixture of
     equal parts; they share all layers but the last.
 
-    `network` are the settings of f (a kind of `ebm.networks.scalar`, or `fourier`); `noise`,
+    `network` are the settings of f (`ebm.networks.scalar`); `noise`,
     `levels` and `margin` those of a `flows.Density`.
     """
 
@@ -137,7 +137,7 @@ class Contrasted(EBM):
         if defence and len(shape) > 1:
             raise EBMError(f"model.defence = {defence}: expected 0 for images")
         self.normalised, self.shape, self.outputs = True, shape, outputs
-        self.network = _network(shape, outputs, **network)
+        self.network = scalar(shape=shape, outputs=outputs, **network)
         nn.init.zeros_(self.network.head.bias).requires_grad_(False)  # the constant is `log_z`
         if tilted:
             nn.init.zeros_(self.network.head.weight)
@@ -280,14 +280,6 @@ class Contrasted(EBM):
             "generator": leave(first[0]),
             "acceptance": torch.stack(rates) if rates else torch.ones(0),
         }
-
-
-def _network(shape: tuple[int, ...], outputs: int, kind: str, **sizes: Any) -> Scalar:
-    if kind != "fourier":
-        return scalar(kind, shape, classes=0, outputs=outputs, **sizes)
-    if len(shape) != 1:
-        raise EBMError(f"network 'fourier' does not fit points of shape {shape}; use 'conv'")
-    return scalar_fourier(*shape, outputs=outputs, **sizes)
 
 
 def frozen(flow: Flow) -> Flow:

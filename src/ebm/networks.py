@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -217,17 +217,22 @@ class Scalar(nn.Module):
 
 
 def scalar(
-    kind: str, shape: tuple[int, ...], width: int, depth: int, classes: int, outputs: int = 1
+    kind: str, shape: tuple[int, ...], classes: int = 0, outputs: int = 1, **sizes: Any
 ) -> Scalar:
-    """The `Scalar` of a kind (`mlp`, `conv`, `strided`, `resnet`) for points of `shape`:
-    vectors [D], grey images [H, W] or images [C, H, W]."""
+    """The `Scalar` of a kind (`mlp`, `fourier`, `conv`, `strided`, `resnet`) and its `sizes` for
+    points of `shape`: vectors [D], grey images [H, W] or images [C, H, W]."""
     if kind == "mlp":
-        return scalar_mlp(math.prod(shape), width, depth, classes, outputs)
+        return scalar_mlp(math.prod(shape), classes=classes, outputs=outputs, **sizes)
+    if kind == "fourier":
+        if len(shape) != 1:
+            raise EBMError(f"network 'fourier' does not fit points of shape {shape}; use 'conv'")
+        return scalar_fourier(*shape, classes=classes, outputs=outputs, **sizes)
+    depth = sizes["depth"]
     if len(shape) < 2 or min(shape[-2:]) >> depth == 0:
         raise EBMError(f"network {kind!r} of depth {depth} does not fit points of shape {shape}")
     channels, height, breadth = (1, *shape) if len(shape) == 2 else shape
     make = {"conv": scalar_conv, "strided": scalar_strided, "resnet": scalar_resnet}[kind]
-    return make((channels, height, breadth), width, depth, classes, outputs)
+    return make((channels, height, breadth), classes=classes, outputs=outputs, **sizes)
 
 
 def scalar_mlp(dimensions: int, width: int, depth: int, classes: int, outputs: int = 1) -> Scalar:
@@ -238,11 +243,17 @@ def scalar_mlp(dimensions: int, width: int, depth: int, classes: int, outputs: i
 
 
 def scalar_fourier(
-    dimensions: int, width: int, depth: int, frequencies: int, bandwidth: float, outputs: int
+    dimensions: int,
+    width: int,
+    depth: int,
+    frequencies: int,
+    bandwidth: float,
+    classes: int,
+    outputs: int = 1,
 ) -> Scalar:
     """The same over so many `FourierFeatures`."""
     features = FourierFeatures(dimensions, frequencies, bandwidth)
-    mlp = scalar_mlp(dimensions + 2 * frequencies, width, depth, 0, outputs)
+    mlp = scalar_mlp(dimensions + 2 * frequencies, width, depth, classes, outputs)
     return Scalar([features, *mlp.blocks], width, images=False, outputs=outputs)
 
 

@@ -45,10 +45,11 @@ chains of the batch have lived; `reset_share`, the share of them that was starte
 """
 
 import math
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,9 +88,7 @@ class IGEBM(EBM):
     def __init__(
         self,
         shape: tuple[int, ...],
-        network: str,
-        width: int,
-        depth: int,
+        network: Mapping[str, Any],
         input_scale: float,
         classes: int,
         spectral_norm: bool,
@@ -122,7 +121,7 @@ class IGEBM(EBM):
         self.fresh, self.augment, self.data_noise = fresh, augment, data_noise
         self.energy_penalty, self.kl, self.entropy = energy_penalty, kl, entropy
         self.clip = clip
-        self.network = scalar(network, shape, width, depth, classes)
+        self.network = scalar(shape=shape, classes=classes, **network)
         if augment and not self.network.images:
             raise EBMError("model.augment: only images can be augmented; set it to 0")
         if spectral_norm:

@@ -5,16 +5,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ebm import schema
-from ebm.schema import Betas, Count, NonNegative, Positive, Section, Share, Size
+from ebm.schema import Betas, Count, EnergyNetwork, NonNegative, Positive, Section, Share, Size
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Bounds = Annotated[tuple[Finite, Finite], Field(strict=False)]
 
 
 class Model(Section):
-    """The energy: `network` (`mlp` for vectors; `conv`, `strided` or `resnet` for images) of
-    `width` and `depth`, whose input is the point times `input_scale` (large where the density has
-    fine structure), `classes` it is conditional on (0: none), `spectral_norm` on its weights.
+    """The energy: `network` (`mlp` or `fourier` for vectors; `conv`, `strided` or `resnet` for
+    images), whose input is the point times `input_scale` (large where the density has fine
+    structure), `classes` it is conditional on (0: none), `spectral_norm` on its weights.
 
     The chains: `langevin_steps` with `step_size`, every entry of the gradient cut at
     `gradient_clip` (null: not at all), `noise` of its own or `coupled` to the step size, points
@@ -29,9 +29,7 @@ class Model(Section):
     compute in training: what is sampled and measured afterwards is float32.
     """
 
-    network: Literal["mlp", "conv", "strided", "resnet"]
-    width: Count
-    depth: Count
+    network: EnergyNetwork
     input_scale: Positive
     classes: Size
     spectral_norm: bool
