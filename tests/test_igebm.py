@@ -290,8 +290,7 @@ def test_it_learns_a_density():
     data = (means[which] + deviation * torch.randn(4000)).clamp(-2.9, 2.9)[:, None]
     model = build(
         (1,),
-        width=32,
-        depth=2,
+        network={"kind": "mlp", "width": 32, "depth": 2},
         bounds=(-3.0, 3.0),
         noise="coupled",
         step_size=0.02,
