@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def planar(chains: int, options: argparse.Namespace, machine: Machine) -> None:
     mixture = DENSITIES["8gaussians"]().float()
-    network = scalar("mlp", (2,), 0, width=128, depth=3).requires_grad_(False)
+    network = scalar("mlp", (2,), width=128, depth=3, classes=0).requires_grad_(False)
     energies: list[tuple[str, Energy, float]] = [
         ("8 Gaussians", mixture.energy, mixture.sigma),
         ("MLP, 3 x 128", network, 0.1),
@@ -127,7 +127,7 @@ def check_moments(chains: int) -> None:
 
 
 def images(chains: int, options: argparse.Namespace, machine: Machine) -> None:
-    network = normalise_spectrally(scalar("conv", (28, 28), 10, width=64, depth=3))
+    network = normalise_spectrally(scalar("conv", (28, 28), width=64, depth=3, classes=10))
     x, y = torch.rand(chains, 28, 28), torch.arange(chains) % 10
     for _ in range(200):
         network(x[:1, None], y[:1])  # so that the power iteration has converged
@@ -171,7 +171,7 @@ def published(network: Scalar, x: Tensor, y: Tensor, steps: int) -> Tensor:
 
 def normalised(network: Scalar) -> Scalar:
     """The same network with its normalised weights written down, no more computed."""
-    plain = scalar("conv", (28, 28), 10, width=64, depth=3)
+    plain = scalar("conv", (28, 28), width=64, depth=3, classes=10)
     with torch.no_grad():
         to: Any
         layer: Any

@@ -177,10 +177,10 @@ def unequal_wells(x):
     return -torch.logsumexp(weight.log() - ((x - centres) / 0.1).square() / 2, 1)
 
 
-def jumping(kind=DifferentialEvolution, energy=unequal_wells):
+def jumping(kind=DifferentialEvolution):
     """From an archive that holds as many points of one well as of the other."""
     wells = torch.tensor([-1.0, 1.0]).repeat(500)[:, None]
-    return kind(energy, wells + 0.1 * torch.randn(1000, 1))
+    return kind(unequal_wells, wells + 0.1 * torch.randn(1000, 1))
 
 
 def share_on_the_right(kernel, n=20000):
@@ -237,13 +237,12 @@ def test_jumps_are_as_likely_as_the_way_back():
 
 
 class Walk:
-    """Moves every chain by `length`, and notes where it was asked to start."""
+    """Moves every chain by `length`."""
 
     def __init__(self, length, acceptance=None):
-        self.length, self.acceptance, self.inits = length, acceptance, []
+        self.length, self.acceptance = length, acceptance
 
     def init(self, x):
-        self.inits.append(x)
         return State(x, acceptance=self.acceptance)
 
     def step(self, state):
