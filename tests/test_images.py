@@ -16,6 +16,7 @@ import pooch
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 from test_data import AS_THEY_ARE, corrupt, density, digits
 
 from ebm import EBMError, data
@@ -67,9 +68,18 @@ def h5(values, labels):
     return file.getvalue()
 
 
+def mat(images, labels):
+    """As SVHN's: images last, ten for zero."""
+    file = io.BytesIO()
+    digits = labels.where(labels > 0, 10)
+    savemat(file, {"X": images.permute(2, 3, 1, 0).numpy(), "y": digits[:, None].numpy()})
+    return file.getvalue()
+
+
 TRAIN, TEST = some(30, 28, 28), some(20, 28, 28).flip(0)
 DRAWING = torch.full((105, 105), True)
 DRAWING[:, 52:] = False  # ink on the right half
+NUMBERS = some(12, 3, 32, 32)
 BATCH = torch.cat([some(5, 1, top=10), some(5, 3072)], 1)
 CONTENT = {
     f"{name}/{file}-ubyte.gz": idx(array)
@@ -90,6 +100,8 @@ CONTENT = {
     "usps/usps.h5": h5(some(7, 256) / 255, some(7, top=10)),
     **{f"cifar10/data_batch_{k}.bin": BATCH.numpy().tobytes() for k in (1, 2)},
     "cifar10/test_batch_first1000.bin": BATCH.flip(0).numpy().tobytes(),
+    "svhn/train_32x32.mat": mat(NUMBERS, torch.arange(12).byte() % 10),
+    "svhn/test_32x32.mat": mat(NUMBERS.flip(0), torch.arange(12).byte() % 10),
 }
 
 
@@ -197,6 +209,23 @@ def test_grey_images_become_equal_channels():
     assert outliers.shape == (20, 3, 32, 32)
     assert torch.equal(outliers[:, 0], reshaped(TEST, torch.Size([32, 32])))
     assert torch.equal(outliers[:, 0], outliers[:, 2])
+
+
+@pytest.mark.usefixtures("mirror")
+def test_house_numbers_are_upright_colours_and_ten_is_zero():
+    prepared = images("svhn", ["cifar10"], validation=3)
+    assert torch.equal(prepared.tensors["test"], NUMBERS.flip(0))
+    assert prepared.tensors["test_labels"].tolist() == [*range(10), 0, 1]
+    cifar10 = prepared.outliers()["cifar10"]
+    assert torch.equal(cifar10.flatten(1), BATCH.flip(0)[:, 1:])  # the same form: as they are
+
+
+def test_colours_become_grey_by_luma():
+    rgb = torch.eye(3, dtype=torch.uint8).mul(255).reshape(3, 3, 1, 1).expand(3, 3, 32, 32)
+    grey = reshaped(rgb, torch.Size([28, 28]))
+    assert grey.flatten(1).unique(dim=1).flatten().tolist() == [76, 150, 29]
+    white = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    assert reshaped(white, torch.Size([28, 28])).unique().tolist() == [255]
 
 
 def test_resizing_averages_and_commutes_with_inverting():

@@ -37,7 +37,7 @@ def shape(settings):
         return (settings.parts, 28, 28)
     if settings.kind in ("density", "digits"):
         return {"density": (2,), "digits": (8, 8)}[settings.kind]
-    return (3, 32, 32) if settings.name == "cifar10" else (28, 28)
+    return (3, 32, 32) if settings.name in ("cifar10", "svhn") else (28, 28)
 
 
 @pytest.mark.parametrize("name", PUBLISHED.experiments)

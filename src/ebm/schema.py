@@ -100,9 +100,10 @@ class ImageData(Section):
     """
 
     kind: Literal["images"]
-    name: Literal["mnist", "fashion-mnist", "cifar10"]
+    name: Literal["mnist", "fashion-mnist", "cifar10", "svhn"]
     outliers: Annotated[
-        list[Literal["mnist", "fashion-mnist", "omniglot", "usps"]], AfterValidator(_others)
+        list[Literal["mnist", "fashion-mnist", "cifar10", "svhn", "omniglot", "usps"]],
+        AfterValidator(_others),
     ]
     validation: Count
     seed: Seed

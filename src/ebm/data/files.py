@@ -19,6 +19,7 @@ URLS = {
     "kddcup99/kddcup.data_10_percent.gz": "https://ndownloader.figshare.com/files/5976042",
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist",
     "omniglot": "https://raw.githubusercontent.com/brendenlake/omniglot/master/python",
+    "svhn": "http://ufldl.stanford.edu/housenumbers",
     "usps": "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/multiclass",
 }
 """Where the files of a data set are, or one file that has another name there."""
@@ -69,6 +70,8 @@ CHECKSUMS = {
     "omniglot/images_background_small2.zip": (
         "sha256:3ccaa407515a8778e5d0861875af38b17e418f301ad5bb3b5a6b65d901a41c7f"
     ),
+    "svhn/test_32x32.mat": "md5:eb5a983be6a315427106f1b164d9cef3",
+    "svhn/train_32x32.mat": "md5:e26dedcc434d2e4c54c9b2d4a06d8373",
     "usps/usps.h5": "sha256:734f88c541104a956d88be2c95d03b4a463ffd74ccc2ba9c80841fb98e3fcb36",
     "usps/usps.t.bz2": "md5:8ea070ee2aca1ac39742fdd1ef5ed118",
 }

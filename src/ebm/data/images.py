@@ -10,6 +10,8 @@ from ebm.data.published import Part
 from ebm.schema import ImageData
 
 OUTLIERS_AT_MOST = 10_000
+LUMA = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
+"""What red, green and blue weigh in grey (ITU-R BT.601)."""
 
 
 def prepare(settings: ImageData) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
@@ -58,10 +60,17 @@ def outlier_set(name: str, shape: torch.Size) -> Tensor:
 
 
 def reshaped(images: Tensor, shape: torch.Size) -> Tensor:
-    """Grey images, uint8 [N, h, w], as uint8 [N, *shape]: resized bilinearly (when they shrink,
-    averaged over what falls together), and with three equal channels where `shape` has three."""
+    """Images, uint8 [N, h, w] or in colour [N, 3, h, w], as uint8 [N, *shape]: colours made grey
+    (ITU-R 601 luma) where `shape` has none, resized bilinearly (when they shrink, averaged over
+    what falls together), and grey given three equal channels where `shape` has colours."""
+    images = images if images.ndim == 4 else images[:, None]
+    if len(shape) == 2 and images.shape[1] == 3:
+        images = _bytes((images * LUMA).sum(1, keepdim=True))
     if images.shape[-2:] != shape[-2:]:
-        grey = images[:, None].float()
-        resized = interpolate(grey, tuple(shape[-2:]), mode="bilinear", antialias=True)
-        images = resized.round().clamp(0, 255).to(torch.uint8)[:, 0]
-    return images[:, None].expand(-1, *shape).contiguous() if len(shape) == 3 else images
+        size = tuple(shape[-2:])
+        images = _bytes(interpolate(images.float(), size, mode="bilinear", antialias=True))
+    return images.expand(-1, *shape).contiguous() if len(shape) == 3 else images[:, 0]
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.round().clamp(0, 255).to(torch.uint8)

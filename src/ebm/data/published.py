@@ -1,10 +1,11 @@
-"""Published image collections, read from their original files: grey or colour bytes, bright ink on
-dark ground.
+"""Published image collections, read from their original files: grey or colour bytes, drawings as
+bright ink on dark ground.
 
 | name | images | test part |
 |---|---|---|
 | `mnist`, `fashion-mnist` | grey 28x28 | 10,000 |
 | `cifar10` | colour 32x32 | 10,000 (reduced form: the first 1,000) |
+| `svhn` | colour 32x32, cropped house numbers | 26,032 |
 | `omniglot` | grey 105x105 | the 4,840 drawings of both small background sets; no train part |
 | `usps` | grey 16x16 | 2,007; no train part |
 """
@@ -99,6 +100,16 @@ def _cifar10_records(source: str, content: bytes) -> Part:
     return Part(source, records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long())
 
 
+def _svhn(which: str) -> Part:
+    """From MATLAB's files, images [32, 32, 3, N] there; class 10 is the digit 0."""
+    from scipy.io import loadmat
+
+    name = f"{which}_32x32.mat"
+    content = loadmat(files.fetch(f"svhn/{name}"))
+    images = torch.from_numpy(content["X"]).permute(3, 2, 0, 1).contiguous()
+    return Part(name, images, torch.from_numpy(content["y"]).flatten().long() % 10)
+
+
 def _omniglot(_: str) -> Part:
     """Drawings of characters, black on white in the files, each once (both files hold the Latin
     and the Greek alphabet)."""
@@ -141,6 +152,7 @@ COLLECTIONS: dict[str, Callable[[str], Part]] = {
     "mnist": partial(_mnist, "mnist"),
     "fashion-mnist": partial(_mnist, "fashion-mnist"),
     "cifar10": _cifar10,
+    "svhn": _svhn,
     "omniglot": _omniglot,
     "usps": _usps,
 }
