@@ -1,10 +1,12 @@
-"""Energies of the rows of a CSV file, by a trained model of a table.
+"""Energies of the rows of a CSV file by a trained model of a table, or of the images in a folder
+by one of images.
 
-The file is read in chunks, so it may be of any size. Columns are found by the names in its header;
-the model brings the transform that it was trained with. The output is there when it is complete
+They are read in chunks, so there may be any number. Columns of a table are found by the names in
+its header; the model brings the transform that it was trained with. Images in a folder and those
+within it get the form of the model's (`ebm.data.folder`). The output is there when it is complete
 and not before. Its columns:
 
-    row      of the data, from 1
+    row      of the data, from 1; of images instead `file`, its path within the folder
     energy   lower = more likely; empty where the row has an empty cell, if the model's data set
              drops such rows
     anomaly  1 where the energy is not below the threshold, else 0; empty where there is no energy
@@ -22,7 +24,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from pipelines import stage
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     import torch
     from pandas import DataFrame
 
@@ -42,14 +45,42 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BATCH = 4096  # points in one forward pass
+AT_ONCE = 2**19  # numbers in one forward pass
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network on its device, the shape of its points, and of a table what makes some of its
+    rows."""
+
+    network: "EBM"
+    device: "torch.device"
+    shape: tuple[int, ...]
+    transform: "Transform | None"
+
+    def energies(self, points: "torch.Tensor") -> "np.ndarray":
+        """Energies float64 [N] of points [N, *]."""
+        import numpy as np
+
+        from ebm.metrics import in_batches
+
+        if not len(points):
+            return np.empty(0)
+        size = max(1, min(BATCH, AT_ONCE // math.prod(self.shape)))
+        found = in_batches(self._energies, points, size)
+        return found.numpy()
+
+    def _energies(self, points: "torch.Tensor") -> "torch.Tensor":
+        return self.network.energy(points.to(self.device)).cpu().double()
 
 
 @dataclass
 class Seen:
-    """What went by: rows, those among them with an energy and those flagged, and by column the
-    categories that were never fitted."""
+    """What went by: `things` (rows or images), how many, those among them with an energy and those
+    flagged, and by column the categories that were never fitted."""
 
-    rows: int
+    things: str
+    count: int
     scored: int
     flagged: int
     unseen: Counter[str]
@@ -63,10 +94,12 @@ def score(
     chunk: int,
     threads: int | None,
 ) -> None:
-    """Write the energies of the rows of `input` to `output`; what went by goes to the log."""
+    """Write the energies of the rows or images of `input` to `output`; what went by goes to the
+    log."""
     started = time.perf_counter()
     _check(input, output, threshold, chunk, threads)
-    content = _transform(model / "config.json")
+    config = model / "config.json"
+    settings = _settings(config, input)
     threshold = _threshold(model) if threshold is None else threshold
     import torch  # only once the arguments are known to be right
     from tqdm import tqdm
@@ -74,22 +107,23 @@ def score(
     from ebm import variants
     from ebm.data import table
 
-    transform = table.Transform.from_json(content, str(model / "config.json"))
-    names = table.header(input)
-    transform.check(names, str(input))
-    numeric = set(transform.numeric)
-    chunks = table.chunks(input, [name for name in names if name not in numeric], chunk)
+    content = settings.get("transform")
+    transform = table.Transform.from_json(content, str(config)) if content else None
     device = stage.device(threads or torch.get_num_threads())
-    network = variants.load(model / "weights.safetensors", model / "config.json").to(device)
-    seen = Seen(0, 0, 0, Counter())
+    network = variants.load(model / "weights.safetensors", config).to(device)
+    loaded = Model(network, device, tuple(settings["shape"]), transform)
+    seen = Seen("images" if input.is_dir() else "rows", 0, 0, 0, Counter())
+    if transform is None:
+        found = _of_images(loaded, input, chunk)
+    else:
+        found = _of_rows(loaded, transform, input, chunk, seen)
     with (
         _complete_or_absent(output) as file,
-        tqdm(unit=" rows", unit_scale=True, disable=None) as bar,
+        tqdm(unit=f" {seen.things}", unit_scale=True, disable=None) as bar,
     ):
-        for frame in chunks:
-            energy = _energies(network, transform, frame, device, input, seen)
-            _append(file, energy, threshold, seen)
-            bar.update(len(frame))
+        for first, energy in found:
+            _append(file, first, energy, threshold, seen)
+            bar.update(len(energy))
     table.warn_of_unseen(seen.unseen, str(input))
     _report(seen, threshold, time.perf_counter() - started)
 
@@ -102,8 +136,8 @@ def _check(
             raise EBMError(f"--{name} {value}: expected a number of at least 1")
     if threshold is not None and not math.isfinite(threshold):
         raise EBMError(f"--threshold {threshold}: expected a finite number")
-    if not source.is_file():
-        raise EBMError(f"{source}: no such file")
+    if not source.exists():
+        raise EBMError(f"{source}: no such file or folder")
     if not target.parent.is_dir():
         raise EBMError(f"{target.parent}: no such folder")
     if target.exists() and (not target.is_file() or target.samefile(source)):
@@ -111,15 +145,19 @@ def _check(
         raise EBMError(f"--output {target}: {problem}; expected the name of a new file")
 
 
-def _transform(config: Path) -> Any:
-    """What a row has to go through, as JSON; EBMError if the model is none of a table."""
+def _settings(config: Path, source: Path) -> dict[str, Any]:
+    """The settings of a model, as JSON; EBMError if there is none or it is no model of what
+    `source` is, a table or a folder of images."""
     if not config.exists():
         raise EBMError(f"{config.parent}: no model: there is no {config.name}")
     settings = stage.read_json(config, f"train@{config.parent.name}")
-    if "transform" not in settings:
+    if source.is_dir() and len(settings["shape"]) < 2:
+        problem = f"a model of data set {settings.get('dataset')!r}, which is none of images"
+        raise EBMError(f"{config.parent}: {problem}; --input {source} is a folder")
+    if not source.is_dir() and "transform" not in settings:
         kind = f"of data set {settings.get('dataset')!r}, which is no table"
         raise EBMError(f"{config.parent}: a model {kind}; expected one of kind table or kddcup99")
-    return settings["transform"]
+    return settings
 
 
 def _threshold(model: Path) -> float | None:
@@ -161,38 +199,63 @@ def _open(path: Path, packed: bool) -> TextIO:
     return gzip.open(path, **how) if packed else open(path, **how)
 
 
-def _energies(
-    network: "EBM",
-    transform: "Transform",
-    frame: "DataFrame",
-    device: "torch.device",
-    source: Path,
-    seen: Seen,
-) -> "np.ndarray":
-    """Energies [N] of the rows of `frame`, NaN where a row is left out, infinite of one that the
-    model holds for impossible."""
+def _of_rows(
+    model: Model, transform: "Transform", source: Path, chunk: int, seen: Seen
+) -> "Iterator[tuple[DataFrame, np.ndarray]]":
+    """Rows of a CSV file by their numbers, and their energies, `chunk` of them at a time: NaN
+    where a row is left out."""
+    import numpy as np
+    import pandas as pd
+
+    from ebm.data import table
+
+    names = table.header(source)
+    transform.check(names, str(source))
+    numeric = set(transform.numeric)
+    for frame in table.chunks(source, [name for name in names if name not in numeric], chunk):
+        kept = np.full(len(frame), True)
+        if transform.missing == "drop":
+            kept = transform.complete(frame)
+        points, unseen = transform.encode(frame[kept], str(source))
+        seen.unseen.update(unseen)
+        found = model.energies(points)
+        _refuse(found, f"{source}: row ", frame.index[kept] + table.FIRST_ROW)
+        energy = np.full(len(frame), np.nan)
+        energy[kept] = found
+        yield pd.DataFrame({"row": np.arange(seen.count, seen.count + len(frame)) + 1}), energy
+
+
+def _of_images(model: Model, source: Path, chunk: int) -> "Iterator[tuple[DataFrame, np.ndarray]]":
+    """Images in a folder by their paths, and their energies, at most `chunk` of them at a time."""
+    import pandas as pd
+
+    from ebm.data import folder, unit
+
+    paths = folder.files(source)
+    size = min(chunk, max(1, AT_ONCE // math.prod(model.shape)))
+    for start in range(0, len(paths), size):
+        some = paths[start : start + size]
+        energy = model.energies(unit(folder.read_all(some, model.shape)))
+        _refuse(energy, "", some)
+        yield pd.DataFrame({"file": [p.relative_to(source).as_posix() for p in some]}), energy
+
+
+def _refuse(energy: "np.ndarray", before: str, where: "Sequence[object] | pd.Index") -> None:
+    """EBMError names `where`, after the words `before`, the first of the energies [N] is that is
+    no number. It may be infinite, of what the model holds for impossible."""
     import numpy as np
 
-    from ebm.metrics import in_batches
-
-    kept = np.full(len(frame), True)
-    if transform.missing == "drop":
-        kept = transform.complete(frame)
-    points, unseen = transform.encode(frame[kept], str(source))
-    seen.unseen.update(unseen)
-    energy = np.full(len(frame), np.nan)
-    if kept.any():
-        found = in_batches(lambda x: network.energy(x.to(device)).cpu().double(), points, BATCH)
-        energy[kept] = found.numpy()
-    if (wrong := kept & (np.isnan(energy) | np.isneginf(energy))).any():
+    if (wrong := np.isnan(energy) | np.isneginf(energy)).any():
         first = int(np.flatnonzero(wrong)[0])
-        row = int(frame.index[first]) + 2  # as messages count: the header is row 1
-        raise EBMError(f"{source}: row {row}: its energy is {energy[first]}; nothing was written")
-    return energy
+        raise EBMError(
+            f"{before}{where[first]}: its energy is {energy[first]}; nothing was written"
+        )
 
 
-def _append(file: TextIO, energy: "np.ndarray", threshold: float | None, seen: Seen) -> None:
-    """Write a line for each of the energies [N], and count them."""
+def _append(
+    file: TextIO, first: "DataFrame", energy: "np.ndarray", threshold: float | None, seen: Seen
+) -> None:
+    """Write a line for each of the energies [N], which begins as in `first`, and count them."""
     import numpy as np
     import pandas as pd
 
@@ -200,19 +263,19 @@ def _append(file: TextIO, energy: "np.ndarray", threshold: float | None, seen: S
     flagged = energy >= (math.nan if threshold is None else threshold)
     anomaly = pd.array(flagged.astype(np.int8), dtype="Int8")
     anomaly[~known | (threshold is None)] = pd.NA
-    row = np.arange(seen.rows, seen.rows + len(energy)) + 1
-    lines = pd.DataFrame({"row": row, "energy": energy, "anomaly": anomaly})
+    lines = first.assign(energy=energy, anomaly=anomaly)
     how: dict[str, Any] = {"index": False, "float_format": "%.9g", "lineterminator": "\n"}
-    lines.to_csv(file, header=not seen.rows, **how)
-    seen.rows += len(energy)
+    lines.to_csv(file, header=not seen.count, **how)
+    seen.count += len(energy)
     seen.scored += int(known.sum())
     seen.flagged += int(flagged.sum())
 
 
 def _report(seen: Seen, threshold: float | None, seconds: float) -> None:
-    log.info("%d rows in %.1f s, %.0f rows per second", seen.rows, seconds, seen.rows / seconds)
-    if seen.scored < seen.rows:
-        log.warning("%d rows have an empty cell and no energy", seen.rows - seen.scored)
+    count, things = seen.count, seen.things
+    log.info("%d %s in %.1f s, %.0f per second", count, things, seconds, count / seconds)
+    if seen.scored < count:
+        log.warning("%d rows have an empty cell and no energy", count - seen.scored)
     if threshold is None:
         log.info("no threshold, so nothing is flagged: give one by --threshold")
     elif seen.scored:
@@ -230,10 +293,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="its folder, such as models/<experiment>")
-    add("--input", type=Path, required=True, help="a CSV file with a header, may be packed")
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        help="a CSV file with a header, may be packed, or a folder of images",
+    )
     add("--output", type=Path, required=True, help="a CSV file to write, packed if its name says")
     add("--threshold", type=float, help="if not that of evaluation/threshold.json in the folder")
-    add("--chunk", type=int, default=50_000, help="rows in memory at once (default: 50000)")
+    add(
+        "--chunk",
+        type=int,
+        default=50_000,
+        help="rows or images in memory at once (default: 50000)",
+    )
     add("--threads", type=int, help="of the CPU (default: all)")
     options = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="score: %(message)s", stream=sys.stderr)

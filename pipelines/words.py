@@ -217,6 +217,7 @@ DATA = {
     "density": "Densities in the plane",
     "digits": "Handwritten digits",
     "images": "Images",
+    "folder": "Images of your own",
     "stacked": "Stacks of images",
     "kddcup99": "Network intrusions, KDD Cup 1999",
     "table": "Anomalies in tables",

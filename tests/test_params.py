@@ -243,6 +243,25 @@ def test_a_table_that_dvc_does_not_watch_is_refused(tmp_path, path):
     assert line.startswith(f"params.yaml: datasets.mine.path = {path!r}: should lie in tables/")
 
 
+IMAGES = {
+    "kind": "folder",
+    "path": "images/mine",
+    "size": 16,
+    "colour": True,
+    "outliers": [],
+    "validation": 0.1,
+    "test": 0.2,
+    "seed": 0,
+    "reference": {"kind": "coordinates"},
+}
+
+
+@pytest.mark.parametrize("path", [".", "tables/mine", "images/../mine"])
+def test_images_that_dvc_does_not_watch_are_refused(tmp_path, path):
+    line = complaint(tmp_path, broken(put("datasets.mine", IMAGES | {"path": path})))
+    assert line.startswith(f"params.yaml: datasets.mine.path = {path!r}: should lie in images/")
+
+
 def test_without_labels_a_share_to_flag_is_needed_before_anything_is_trained(tmp_path):
     paper = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")["experiments"]
     mine = paper["meg-kdd99-strict"] | {"dataset": "mine"}

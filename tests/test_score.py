@@ -290,7 +290,7 @@ HEAD = "amount,colour\n"
     ("options", "line"),
     [
         ({"input": "absent.csv"}, "absent.csv: no such file"),
-        ({"input": "models"}, "models: no such file"),
+        ({"input": "models"}, "models/mine: a model of data set 'mine', which is none of images"),
         ({"content": ""}, "x.csv: cannot be read as a CSV table"),
         ({"content": HEAD}, "x.csv: no rows below the header"),
         ({"content": b"\xff\xfe\x00\x01" * 99}, "x.csv: cannot be read as a CSV table"),

@@ -35,8 +35,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 TAGGED = ("datasets", "experiments")
 """The sections whose members are told apart by a tag, such as `variant`."""
 
-TABLES = "tables"
-"""The folder of users' tables, a dependency of stage prepare."""
+FOLDERS = {"table": "tables", "folder": "images"}
+"""Where users' own data lie, by their kind: dependencies of stage prepare."""
 
 RESERVED = {
     "reference": "what images are measured with",
@@ -95,12 +95,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_dataset(path: Path, name: str, dataset: Dataset) -> None:
-    """That DVC sees a change of a table."""
-    if dataset.kind == "table":
-        parts = PurePosixPath(dataset.path).parts
-        if parts[:1] != (TABLES,) or ".." in parts:
+    """That DVC sees a change of a user's own data."""
+    if dataset.kind == "table" or dataset.kind == "folder":
+        folder, parts = FOLDERS[dataset.kind], PurePosixPath(dataset.path).parts
+        if parts[:1] != (folder,) or ".." in parts:
             where = f"{path.name}: datasets.{name}.path = {dataset.path!r}"
-            raise ParamsError(f"{where}: should lie in {TABLES}/, where DVC sees it change")
+            raise ParamsError(f"{where}: should lie in {folder}/, where DVC sees it change")
 
 
 def _check_experiment(path: Path, name: str, experiment: Experiment, params: Params) -> None:

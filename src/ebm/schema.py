@@ -110,6 +110,49 @@ class ImageData(Section):
     reference: Reference
 
 
+RESERVED_SETS = ("uniform", "constant", "interpolation", "mean")
+"""Names that outlier sets have which are drawn (`ebm.outliers`), and that of their mean."""
+
+
+def _own_names(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names) or set(names) & set(RESERVED_SETS):
+        reserved = ", ".join(RESERVED_SETS)
+        raise ValueError(f"should name folders, each once and none of them {reserved}")
+    return names
+
+
+def _held_out(share: float, section: ValidationInfo) -> float:
+    if share + section.data.get("validation", 0) >= 1:
+        raise ValueError("validation and test should leave something to train on")
+    return share
+
+
+Part = Annotated[float, Field(gt=0, lt=1)]
+Rest = Annotated[Part, AfterValidator(_held_out)]
+SetName = Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
+
+
+class FolderData(Section):
+    """A user's images: those in the folder `path`, from the folder of `params.yaml`, within its
+    folder `images`, where DVC sees a change; where they lie in folders of their own, these are
+    their classes (`ebm.data.folder`).
+
+    Each is cropped to a square and resized to `size` x `size` pixels, grey or in `colour`. The
+    classes `outliers` are never trained on: test images are held against theirs. The shares
+    `validation` and `test` of each other class are set apart by `seed`.
+    """
+
+    kind: Literal["folder"]
+    path: Annotated[str, Field(min_length=1)]
+    size: Annotated[int, Field(ge=4)]
+    colour: bool
+    outliers: Annotated[list[SetName], AfterValidator(_own_names)]
+    validation: Part
+    test: Rest
+    seed: Seed
+    reference: Reference
+
+
 class StackedData(Section):
     """Stacks of `parts` random images of a labelled set as channels: 10^parts modes.
 
@@ -141,12 +184,6 @@ class NoveltyData(Section):
     reference: CoordinatesReference
 
 
-def _held_out(share: float, section: ValidationInfo) -> float:
-    if share + section.data.get("validation", 0) >= 1:
-        raise ValueError("validation and test should leave something to train on")
-    return share
-
-
 def _only_with_label(normal: list[str], section: ValidationInfo) -> list[str]:
     if "label" in section.data and bool(normal) != (section.data["label"] is not None):
         raise ValueError(
@@ -164,7 +201,6 @@ def _of_one_use(names: list[str], section: ValidationInfo) -> list[str]:
 
 
 Names = Annotated[list[str], AfterValidator(_of_one_use)]
-Part = Annotated[float, Field(gt=0, lt=1)]
 
 
 class TableData(Section):
@@ -186,7 +222,7 @@ class TableData(Section):
     ignore: Names
     missing: Literal["error", "drop"]
     validation: Part
-    test: Annotated[Part, AfterValidator(_held_out)]
+    test: Rest
     seed: Seed
     reference: CoordinatesReference
 
@@ -212,7 +248,14 @@ class KDDCup99Data(Section):
 
 
 Dataset = Annotated[
-    DensityData | DigitsData | ImageData | StackedData | NoveltyData | TableData | KDDCup99Data,
+    DensityData
+    | DigitsData
+    | ImageData
+    | FolderData
+    | StackedData
+    | NoveltyData
+    | TableData
+    | KDDCup99Data,
     Field(discriminator="kind"),
 ]
 

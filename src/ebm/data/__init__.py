@@ -83,19 +83,21 @@ def prepare(settings: Dataset) -> Prepared:
     """The data set that `settings` describe, from its source; the same settings give the same
     bits."""
     # stages that only read depend on none of them
-    from ebm.data import density, digits, images, kddcup99, novelty, stacked, table
+    from ebm.data import density, digits, folder, images, kddcup99, novelty, stacked, table
 
     sources: dict[str, Any] = {
         "density": density.prepare,
         "digits": digits.prepare,
+        "folder": folder.prepare,
         "images": images.prepare,
         "kddcup99": kddcup99.prepare,
         "novelty": novelty.prepare,
         "stacked": stacked.prepare,
         "table": table.prepare,
     }
-    source, tensors, outliers, *of_table = sources[settings.kind](settings)
-    notes, transform = of_table or ({}, None)
+    source, tensors, outliers, *more = sources[settings.kind](settings)
+    notes = more[0] if more else {}
+    transform = more[1] if len(more) > 1 else None
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     manifest = {
         "source": source,

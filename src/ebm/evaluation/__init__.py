@@ -75,6 +75,7 @@ __all__ = ["Evaluation", "evaluate"]
 EVALUATORS: dict[str, Callable[..., Evaluation]] = {
     "density": evaluate_density,
     "digits": evaluate_images,
+    "folder": evaluate_images,
     "images": evaluate_images,
     "kddcup99": evaluate_table,
     "novelty": evaluate_novelty,
