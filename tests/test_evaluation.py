@@ -198,6 +198,16 @@ def test_pictures_are_drawn_of_what_is_there(digits, measure, real):
     ]
 
 
+def test_a_model_that_draws_nothing_is_measured_by_its_energies_alone(digits, measure, real):
+    none = {"samples": torch.empty(0, 8, 8)}
+    found = measured(Nearest(digits.points("train")), none, digits, measure)
+    expected = {k: v for k, v in real.metrics.items() if k.startswith("auroc")}
+    assert expected
+    assert found.metrics == expected
+    assert found.thresholds == real.thresholds
+    assert [name for name, *_ in found.figures] == ["data", "energies"]
+
+
 def test_too_few_samples_are_one_line(digits, measure):
     with pytest.raises(EBMError, match=r"sample\.count = 3: "):
         measured(

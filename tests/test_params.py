@@ -281,6 +281,28 @@ def test_without_labels_a_share_to_flag_is_needed_before_anything_is_trained(tmp
 
 
 @pytest.mark.parametrize(
+    ("dataset", "problem"),
+    [
+        ("digits", None),
+        ("8gaussians", "density data are measured by samples"),
+        ("stacked-digits", "stacked data are measured by samples"),
+    ],
+)
+def test_what_draws_nothing_is_for_data_that_energies_can_be_measured_on(
+    tmp_path, dataset, problem
+):
+    paper = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")["experiments"]
+    content = broken(lambda _: None)
+    content["experiments"]["mine"] = paper["kernel-pca-kdd99-strict"] | {"dataset": dataset}
+    if problem:
+        assert problem in complaint(tmp_path, content)
+        return
+    file = tmp_path / "params.yaml"
+    YAML().dump(content, file)
+    params.load(file)
+
+
+@pytest.mark.parametrize(
     ("path", "value", "hint"),
     [
         (f"{MEG}.train.stesp", 1, "'steps'"),

@@ -155,8 +155,8 @@ def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> No
 
 
 def _check_samples(where: str, experiment: Experiment, dataset: Dataset) -> None:
-    """That there is something by which data that are no table are measured."""
-    if dataset.kind in ("table", "kddcup99", "novelty"):
+    """That there are samples where data are measured by nothing else."""
+    if dataset.kind not in ("density", "stacked"):
         return
     if not experiment.sample.count:
         problem = f"{dataset.kind} data are measured by samples, of which there are none"

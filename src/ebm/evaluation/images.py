@@ -36,10 +36,13 @@ def evaluate_images(
     reference: Reference,
     settings: dict[str, Any],
 ) -> Evaluation:
-    """Likelihood where log Z can be estimated, distances, anomalies and pictures."""
+    """Likelihood where log Z can be estimated, distances of the samples where the model draws any,
+    anomalies and pictures."""
     result = Evaluation()
     drawn = samples["samples"]
-    enough(drawn)
+    draws = len(drawn) > 0
+    if draws:
+        enough(drawn)
     train, test = (prepared.points(split).to(drawn.device) for split in ("train", "test"))
     _likelihood(result, model, train, test, settings)
     _bits(result, model, train, test)
@@ -47,15 +50,21 @@ def evaluate_images(
         _bits(result, model.noise, train, test, "_generator")
         measure_classes(result, model, prepared)
         measure_constant(result, model)
-    measure_samples(result, samples, train, test, reference)
+    sets = {"train": train, "test": test}
+    if draws:
+        measure_samples(result, samples, train, test, reference)
+        sets["samples"] = drawn
     if "labels" in samples:
         _conditional_accuracy(result, drawn, samples["labels"], reference)
-    sets = {"train": train, "test": test, "samples": drawn}
     outliers = outlier_sets(prepared, ENERGIES, prepared.manifest["settings"]["seed"])
     sets |= {name: images.to(drawn.device) for name, images in outliers.items()}
     energies = {k: metrics.in_batches(model.energy, x[:ENERGIES], 256) for k, x in sets.items()}
     _anomalies(result, energies["test"], {name: energies[name] for name in outliers})
-    _pictures(result, model, samples, test)
+    if draws:
+        _draw_samples(result, samples)
+    caption = "What the samples should look like." if draws else "What is held for usual."
+    result.draw("data", "Test images", caption, _grid(test[:64], 16))
+    _draw_chains(result, model, samples)
     if steps := settings.get("steps"):
         chained = cast("IGEBM", histories(model)[0][0])  # whose settings alone have `steps`
         classes = prepared.labels("test") if chained.classes else None
@@ -194,16 +203,17 @@ def _anomalies(result: Evaluation, test: Tensor, outliers: dict[str, Tensor]) ->
         result.metrics |= {"auroc_mean": sum(scores.values()) / len(scores)} | scores
 
 
-def _pictures(result: Evaluation, model: EBM, samples: dict[str, Tensor], test: Tensor) -> None:
-    """Samples beside data, chains, parameters worth looking at."""
+def _draw_samples(result: Evaluation, samples: dict[str, Tensor]) -> None:
     labels, drawn = samples.get("labels"), samples.get("probability", samples["samples"])
     columns = 16 if labels is None else int(labels.max()) + 1
     shown = "Probabilities of the pixels" if "probability" in samples else "Points"
     caption = f"{shown} at the end of the chains"
     caption += "." if labels is None else "; a column for each class that was asked for."
     result.draw("samples", "Samples", caption, _grid(drawn[: 6 * columns], columns))
-    caption = "What the samples should look like."
-    result.draw("data", "Test images", caption, _grid(test[:64], 16))
+
+
+def _draw_chains(result: Evaluation, model: EBM, samples: dict[str, Tensor]) -> None:
+    """Chains, and parameters worth looking at."""
     if "chain" in samples:
         chain, steps = samples["chain"].cpu().numpy(), samples["chain_steps"].tolist()
         caption = "One chain a row, from its start; columns are steps of the sampler."
