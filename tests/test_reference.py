@@ -193,6 +193,15 @@ def test_every_kind_of_the_schema_has_a_network():
     assert all(issubclass(network, Network) for network in reference.NETWORKS.values())
 
 
+def test_of_large_images_the_coordinates_are_means_of_pixels():
+    x = torch.rand(5, 3, 64, 48)
+    means = x.unflatten(2, (16, 4)).unflatten(4, (16, 3)).mean((3, 5))
+    assert torch.allclose(Network().features(x), means.flatten(1), atol=1e-6)
+    assert torch.allclose(Network().features(x[:, 0]), means[:, 0].flatten(1), atol=1e-6)
+    small = torch.rand(5, 16, 16)
+    assert torch.equal(Network().features(small), small.flatten(1))
+
+
 def test_the_stage_imports_no_torch_for_coordinates(tmp_path):
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")

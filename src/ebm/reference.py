@@ -34,6 +34,9 @@ KEPT = 10000
 BATCH = 256
 """Images that go through the network at once."""
 
+SIDE = 16
+"""Pixels to a side of images that are compared by their coordinates."""
+
 FEATURES = 64
 """Of a classifier."""
 
@@ -42,9 +45,12 @@ WARP = 0.2
 
 
 class Network(nn.Module):
-    """Points [N, *] to features [N, D]: as they are, where there is nothing to learn."""
+    """Points [N, *] to features [N, D]. Where there is nothing to learn: vectors as they are,
+    images as no more than SIDE x SIDE means of their pixels, as distances take D^3 time."""
 
     def features(self, x: Tensor) -> Tensor:
+        if x.dim() > 2 and max(x.shape[-2:]) > SIDE:
+            x = F.adaptive_avg_pool2d(_channels(x), SIDE)
         return x.flatten(1)
 
 

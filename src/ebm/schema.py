@@ -29,7 +29,8 @@ class Section(BaseModel):
 
 
 class CoordinatesReference(Section):
-    """Sets of points are compared as they are."""
+    """Sets of points are compared as they are, images by means of their pixels if there are
+    many."""
 
     kind: Literal["coordinates"]
 
