@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ebm.schema import COMPANIONS
 from pipelines.results import Comparison, History, Line, Picture, Reference, Result
 from pipelines.typeset import duration, measured, number, template
 from pipelines.words import (
     AREAS,
-    COMPANIONS,
     DATA,
     EQUILIBRIA,
     KINDS,

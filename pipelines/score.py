@@ -44,8 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BATCH = 4096  # points in one forward pass
-AT_ONCE = 2**19  # numbers in one forward pass
+BATCH, AT_ONCE = 4096, 2**19  # points, and numbers, that go through the network at once at most
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,11 @@ class Model:
     shape: tuple[int, ...]
     transform: "Transform | None"
 
+    @property
+    def batch(self) -> int:
+        """Points that go through the network at once."""
+        return max(1, min(BATCH, AT_ONCE // math.prod(self.shape)))
+
     def energies(self, points: "torch.Tensor") -> "np.ndarray":
         """Energies float64 [N] of points [N, *]."""
         import numpy as np
@@ -66,9 +70,7 @@ class Model:
 
         if not len(points):
             return np.empty(0)
-        size = max(1, min(BATCH, AT_ONCE // math.prod(self.shape)))
-        found = in_batches(self._energies, points, size)
-        return found.numpy()
+        return in_batches(self._energies, points, self.batch).numpy()
 
     def _energies(self, points: "torch.Tensor") -> "torch.Tensor":
         return self.network.energy(points.to(self.device)).cpu().double()
@@ -114,7 +116,7 @@ def score(
     loaded = Model(network, device, tuple(settings["shape"]), transform)
     seen = Seen("images" if input.is_dir() else "rows", 0, 0, 0, Counter())
     if transform is None:
-        found = _of_images(loaded, input, chunk)
+        found = _of_images(loaded, input)
     else:
         found = _of_rows(loaded, transform, input, chunk, seen)
     with (
@@ -143,6 +145,8 @@ def _check(
     if target.exists() and (not target.is_file() or target.samefile(source)):
         problem = "the input itself" if target.is_file() else "no file"
         raise EBMError(f"--output {target}: {problem}; expected the name of a new file")
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+        raise EBMError(f"--output {target}: lies in the folder that is scored")
 
 
 def _settings(config: Path, source: Path) -> dict[str, Any]:
@@ -151,9 +155,13 @@ def _settings(config: Path, source: Path) -> dict[str, Any]:
     if not config.exists():
         raise EBMError(f"{config.parent}: no model: there is no {config.name}")
     settings = stage.read_json(config, f"train@{config.parent.name}")
-    if source.is_dir() and len(settings["shape"]) < 2:
+    shape = settings["shape"]
+    if source.is_dir() and len(shape) < 2:
         problem = f"a model of data set {settings.get('dataset')!r}, which is none of images"
         raise EBMError(f"{config.parent}: {problem}; --input {source} is a folder")
+    if source.is_dir() and len(shape) > 2 and shape[0] != 3:
+        problem = f"a model of images with {shape[0]} channels"
+        raise EBMError(f"{config.parent}: {problem}; expected one of grey or colour images")
     if not source.is_dir() and "transform" not in settings:
         kind = f"of data set {settings.get('dataset')!r}, which is no table"
         raise EBMError(f"{config.parent}: a model {kind}; expected one of kind table or kddcup99")
@@ -225,14 +233,14 @@ def _of_rows(
         yield pd.DataFrame({"row": np.arange(seen.count, seen.count + len(frame)) + 1}), energy
 
 
-def _of_images(model: Model, source: Path, chunk: int) -> "Iterator[tuple[DataFrame, np.ndarray]]":
-    """Images in a folder by their paths, and their energies, at most `chunk` of them at a time."""
+def _of_images(model: Model, source: Path) -> "Iterator[tuple[DataFrame, np.ndarray]]":
+    """Images in a folder by their paths, and their energies, a batch at a time."""
     import pandas as pd
 
     from ebm.data import folder, unit
 
     paths = folder.files(source)
-    size = min(chunk, max(1, AT_ONCE // math.prod(model.shape)))
+    size = model.batch
     for start in range(0, len(paths), size):
         some = paths[start : start + size]
         energy = model.energies(unit(folder.read_all(some, model.shape)))
@@ -305,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--chunk",
         type=int,
         default=50_000,
-        help="rows or images in memory at once (default: 50000)",
+        help="rows of a table in memory at once (default: 50000)",
     )
     add("--threads", type=int, help="of the CPU (default: all)")
     options = vars(parser.parse_args(arguments))

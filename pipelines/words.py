@@ -186,8 +186,6 @@ METRICS = {
     ),
     "seconds": Metric("Training time", -1, "Wall time of the training loop."),
 }
-COMPANIONS = ("_generator", "_gradient", "_total", "_lower", "_upper", "_std")
-"""Suffixes of numbers that are shown in the row of the number they belong to."""
 
 VARIANTS = {
     "rbm": "Restricted Boltzmann machine",

@@ -2,6 +2,7 @@
 reading."""
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,18 @@ def test_images_are_cropped_about_the_middle_upright_on_white_in_8_bits(tmp_path
     assert np.array_equal(folder.read(deep, (SIDE, SIDE)), middle)
 
 
+def test_a_folder_that_cannot_be_read_is_named(root, monkeypatch):
+    def scandir(path="."):
+        if Path(path).name == "birch":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(EBMError, match=r"birch: cannot be read: Permission denied"):
+        folder.files(root)
+
+
 def test_colours_stay_apart_or_become_grey(tmp_path):
     rgb = pixels(1, SIDE, SIDE, 3)
     path = put(tmp_path / "rgb.png", rgb)
@@ -151,6 +164,13 @@ def damaged(root, name):
         ({}, lambda root: put(root / "x.png", pixels(0, 4, 4)), "x.png: lies beside folders"),
         ({}, lambda root: (root / "oak/x.jpg").write_text("no"), "x.jpg: cannot be read as an"),
         ({}, lambda r: put(r / "oak/x.tif", np.ones((9, 9), np.float32)), "x.tif: cannot be"),
+        ({}, lambda r: (r / "oak/x.png").symlink_to("none"), "x.png: no file, or a link to none"),
+        ({}, lambda r: os.mkfifo(r / "oak/x.png"), "oak/x.png: no file, or a link to none"),
+        ({}, lambda r: (r / "oak/up").symlink_to(".."), "oak/up: a link to a folder, in which"),
+        ({}, lambda r: r.rename("x") and r.symlink_to("../x"), "leaves: a link to a folder, in"),
+        ({}, lambda r: put(r / "oak/a\nb.png", pixels(0, 4, 4)), "b.png': a name that is no pr"),
+        ({}, lambda r: put(r / "oak/\udce9.png", pixels(0, 4, 4)), "a name that is no printable"),
+        ({"test": 0.1}, None, "images/leaves: 3 test images; expected at least 4"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_that_names_it(root, changes, spoil, line):
@@ -163,7 +183,10 @@ def test_what_cannot_be_used_is_one_line_that_names_it(root, changes, spoil, lin
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("outliers", [["a", "a"], ["uniform"], ["mean"], ["a/b"], ["../a"]])
+NAMES = [["a", "a"], ["uniform"], ["mean"], ["test"], ["a/b"], ["../a"], ["a_std"], ["a&b"]]
+
+
+@pytest.mark.parametrize("outliers", NAMES)
 def test_outliers_are_names_of_folders_that_no_other_set_has(outliers):
     with pytest.raises(ValidationError):
         settings(outliers=outliers)
@@ -171,7 +194,19 @@ def test_outliers_are_names_of_folders_that_no_other_set_has(outliers):
 
 def test_the_names_of_the_sets_that_are_drawn_are_reserved(root):
     drawn = set(outlier_sets(prepared(), 3, seed=0)) - {"stone"}
-    assert drawn == set(schema.RESERVED_SETS) - {"mean"}
+    assert drawn == set(schema.RESERVED_SETS) - {"train", "test", "samples", "mean"}
+
+
+def test_one_class_has_interpolations_too(root):
+    """Of any two images: there are no two of different classes."""
+    sets = outlier_sets(prepared(outliers=["birch", "stone"]), 3, seed=0)
+    assert {name: len(images) for name, images in sets.items()} == {
+        "birch": 3,
+        "stone": 3,
+        "uniform": 3,
+        "constant": 3,
+        "interpolation": 3,
+    }
 
 
 @pytest.fixture
@@ -186,20 +221,20 @@ def model(root):
     return built.eval()
 
 
-def scored(input, **options):
-    options = {"threshold": None, "chunk": 100, "threads": 1} | options
-    score(Path("models/mine"), Path(input), Path("scores.csv"), **options)
-    return pd.read_csv("scores.csv", dtype=str, keep_default_na=False)
+def scored(input, output="scores.csv", threshold=None):
+    score(Path("models/mine"), Path(input), Path(output), threshold, chunk=100, threads=1)
+    return pd.read_csv(output, dtype=str, keep_default_na=False)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_images_are_scored_as_they_were_learned(root, model, chunk, caplog):
+@pytest.mark.parametrize("batch", [1, 7, 100])
+def test_images_are_scored_as_they_were_learned(root, model, batch, caplog, monkeypatch):
+    monkeypatch.setattr("pipelines.score.BATCH", batch)
     with torch.no_grad():
         points = torch.cat([prepared().points(split) for split in data.SPLITS])
         expected = model.energy(points).double()
     middle = expected.sort().values[14:16].mean().item()
     with caplog.at_level(logging.INFO):
-        found = scored(root, chunk=chunk, threshold=middle).set_index("file")
+        found = scored(root, threshold=middle).set_index("file")
     assert list(found.index) == [p.relative_to(root).as_posix() for p in folder.files(root)]
     inliers = [p for p in found.index if not p.startswith("stone")]
     rows = torch.cat([prepared().tensors[f"{split}_index"] for split in data.SPLITS])
@@ -215,6 +250,18 @@ def test_a_damaged_image_is_named_and_leaves_no_output(root, model):
     with pytest.raises(EBMError, match=r"oak/03\.png: cannot be read as an image"):
         scored(root)
     assert not Path("scores.csv").exists()
+
+
+def test_an_image_is_never_overwritten(root, model):
+    with pytest.raises(EBMError, match=r"--output .*03\.png: lies in the folder that is scored"):
+        scored(root, root / "oak/03.png")
+
+
+def test_stacks_of_two_are_no_images(root, model):
+    config = Path("models/mine/config.json")
+    config.write_text(config.read_text().replace('"shape": [', '"shape": [2, '))
+    with pytest.raises(EBMError, match="images with 2 channels; expected one of grey or colour"):
+        scored(root)
 
 
 def test_a_table_is_not_for_a_model_of_images(root, model):

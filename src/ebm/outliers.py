@@ -27,7 +27,8 @@ def outlier_sets(prepared: Prepared, n: int, seed: int) -> dict[str, Tensor]:
         return {}
     test, top = prepared.tensors["test"], levels(prepared) - 1
     labels = prepared.labels("test")
-    classes = torch.arange(len(test)) if labels is None else labels
+    several = labels is not None and len(labels.unique()) > 1
+    classes = labels if labels is not None and several else torch.arange(len(test))
     sets = {
         name: _some(images, n, _generator(name, seed))
         for name, images in sorted(prepared.outliers().items())

@@ -6,6 +6,7 @@ change, and never as a silent default here. What only one variant knows is in `<
 beside that variant.
 """
 
+import re
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -111,14 +112,22 @@ class ImageData(Section):
     reference: Reference
 
 
-RESERVED_SETS = ("uniform", "constant", "interpolation", "mean")
-"""Names that outlier sets have which are drawn (`ebm.outliers`), and that of their mean."""
+RESERVED_SETS = ("train", "test", "samples", "uniform", "constant", "interpolation", "mean")
+"""Names that other sets of images have, or the mean over them (`ebm.outliers`)."""
+
+COMPANIONS = ("_generator", "_gradient", "_total", "_lower", "_upper", "_std")
+"""How the names of numbers end that say more of another (`ebm.evaluation`): the report's page has
+them in its row."""
 
 
 def _own_names(names: list[str]) -> list[str]:
+    reserved, endings = ", ".join(RESERVED_SETS), ", ".join(COMPANIONS)
     if len(set(names)) < len(names) or set(names) & set(RESERVED_SETS):
-        reserved = ", ".join(RESERVED_SETS)
         raise ValueError(f"should name folders, each once and none of them {reserved}")
+    if odd := [name for name in names if not re.fullmatch(r"\w[\w .-]*", name)]:
+        raise ValueError(f"should be letters, digits, '_', '-', '.' and blanks, not {odd[0]!r}")
+    if any(name.endswith(COMPANIONS) for name in names):
+        raise ValueError(f"should end in none of {endings}")
     return names
 
 
@@ -130,7 +139,6 @@ def _held_out(share: float, section: ValidationInfo) -> float:
 
 Part = Annotated[float, Field(gt=0, lt=1)]
 Rest = Annotated[Part, AfterValidator(_held_out)]
-SetName = Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
 
 
 class FolderData(Section):
@@ -147,7 +155,7 @@ class FolderData(Section):
     path: Annotated[str, Field(min_length=1)]
     size: Annotated[int, Field(ge=4)]
     colour: bool
-    outliers: Annotated[list[SetName], AfterValidator(_own_names)]
+    outliers: Annotated[list[str], AfterValidator(_own_names)]
     validation: Part
     test: Rest
     seed: Seed

@@ -9,7 +9,8 @@
     of 16 bits               its upper 8
 
 Files count in the order of their paths. Hidden ones, and those whose name is not an image's, are
-left out; an image that cannot be read is an error that names it.
+left out; an image that cannot be read is an error that names it. Links to files are followed, to
+folders refused: DVC sees no change in those.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,8 +36,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+OF_THREE = ("LAB", "HSV")
+"""Colours that become grey by way of RGB only."""
 OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 WHITE = "white"
+FEWEST = 4
+"""Test images that distances take: three neighbours of each are looked for."""
 
 Made = tuple[str, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]
 """What it is, tensors, outliers, notes for the manifest."""
@@ -47,6 +52,8 @@ def prepare(settings: FolderData) -> Made:
     random by `seed`, each class in the same shares; rows of the list of all files that are no
     outliers'. The notes: names of the classes, if there are any, and a digest of all files."""
     root = Path(settings.path)
+    if links := [path for path in (root, *root.parents) if path.is_symlink()]:
+        raise EBMError(f"{links[0]}: {LINK}")
     paths = files(root)
     names = _classes(paths, root)
     _check_outliers(settings, names)
@@ -63,26 +70,41 @@ def prepare(settings: FolderData) -> Made:
 
 
 def files(root: Path) -> list[Path]:
-    """The image files in a folder and in those within it, by their paths; EBMError if there are
-    none, a warning if some are left out."""
+    """The image files in a folder and in those within it, by their paths, a warning if others are
+    left out. EBMError if there are none, if a folder cannot be read or is a link to another, or if
+    a name is no printable text, which no list could show."""
     if not root.is_dir():
         raise EBMError(f"{root}: no such folder")
-    walk = os.walk(root, followlinks=True)
-    found = (Path(folder, name) for folder, _, names in walk for name in names)
-    seen = [path for path in found if not _hidden(path.relative_to(root))]
-    images = sorted(path for path in seen if path.suffix.lower() in SUFFIXES)
+    images, others = list[Path](), 0
+    for folder, folders, names in os.walk(root, onerror=_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if links := [name for name in folders if Path(folder, name).is_symlink()]:
+            raise EBMError(f"{Path(folder, links[0])}: {LINK}")
+        for name in (name for name in names if not name.startswith(".")):
+            path = Path(folder, name)
+            if path.suffix.lower() not in SUFFIXES:
+                others += 1
+                continue
+            if not str(path.relative_to(root)).isprintable():
+                raise EBMError(f"{str(path)!r}: a name that is no printable text; rename it")
+            if not path.is_file():
+                raise EBMError(f"{path}: no file, or a link to none")
+            images.append(path)
     known = ", ".join(sorted(SUFFIXES))
     if not images:
         raise EBMError(f"{root}: no image; expected files whose names end in {known}")
-    if others := len(seen) - len(images):
+    if others:
         log.warning(
             "%s: %d files are left out, whose names end in none of %s", root, others, known
         )
-    return images
+    return sorted(images)
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+LINK = "a link to a folder, in which DVC sees no change; expected the folder itself"
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise EBMError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 def read_all(paths: Sequence[Path], shape: tuple[int, ...]) -> Tensor:
@@ -119,7 +141,7 @@ def _of_8_bits(image: "Image", mode: str) -> "Image":
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
-    return image.convert(mode)
+    return image.convert("RGB").convert(mode) if image.mode in OF_THREE else image.convert(mode)
 
 
 def _classes(paths: Sequence[Path], root: Path) -> list[str]:
@@ -165,6 +187,8 @@ def _split(
             raise EBMError(f"{where}: {len(rows)} images are too few for {shares}")
         validation, test, _ = rows.split([*sizes, len(rows) - sum(sizes)])
         part[validation], part[test] = 1, 2
+    if (found := int((part == SPLITS.index("test")).sum())) < FEWEST:
+        raise EBMError(f"{settings.path}: {found} test images; expected at least {FEWEST}")
     tensors: dict[str, Tensor] = {}
     for number, split in enumerate(SPLITS):
         index = order[part[order] == number]
