@@ -112,7 +112,8 @@ class House:
         subprocess.run(["git", "init", "-q", root], check=True)
         ours = shutil.ignore_patterns("__pycache__")
         shutil.copytree(CHECKOUT / "pipelines", root / "pipelines", ignore=ours)
-        shutil.copy(CHECKOUT / "src" / "ebm" / "__init__.py", root / "src" / "ebm")
+        for name in ("__init__.py", "schema.py"):
+            shutil.copy(CHECKOUT / "src" / "ebm" / name, root / "src" / "ebm")
         shutil.copy(CHECKOUT / "prefect.yaml", root)
         house.write("src/ebm/params.py", VALIDATION)
         house.write(".dvc/config", "")
