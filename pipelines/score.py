@@ -49,13 +49,11 @@ BATCH, AT_ONCE = 4096, 2**19  # points, and numbers, that go through the network
 
 @dataclass(frozen=True)
 class Model:
-    """A network on its device, the shape of its points, and of a table what makes some of its
-    rows."""
+    """A network on its device, and the shape of its points."""
 
     network: "EBM"
     device: "torch.device"
     shape: tuple[int, ...]
-    transform: "Transform | None"
 
     @property
     def batch(self) -> int:
@@ -113,7 +111,7 @@ def score(
     transform = table.Transform.from_json(content, str(config)) if content else None
     device = stage.device(threads or torch.get_num_threads())
     network = variants.load(model / "weights.safetensors", config).to(device)
-    loaded = Model(network, device, tuple(settings["shape"]), transform)
+    loaded = Model(network, device, tuple(settings["shape"]))
     seen = Seen("images" if input.is_dir() else "rows", 0, 0, 0, Counter())
     if transform is None:
         found = _of_images(loaded, input)

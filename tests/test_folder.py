@@ -1,6 +1,7 @@
 """A user's own images: brought into one form, split by class, learned and scored by the same
 reading."""
 
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -12,13 +13,12 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from test_data import AS_THEY_ARE
-from test_train import MODELS
+from test_score import saved
 
-from ebm import EBMError, data, schema, variants
+from ebm import EBMError, data, schema
 from ebm.data import folder, unit
 from ebm.outliers import outlier_sets
 from ebm.schema import FolderData
-from pipelines import train
 from pipelines.score import score
 
 SIDE = 8
@@ -39,14 +39,11 @@ def put(path, image):
 def root(tmp_path, monkeypatch):
     """`images/leaves` with 20 oaks, 10 birches and 5 stones, each its own noise."""
     monkeypatch.chdir(tmp_path)
+    seeds = itertools.count()
     for name, count in {"oak": 20, "birch": 10, "stone": 5}.items():
         for k in range(count):
-            put(Path(f"images/leaves/{name}/{k:02}.png"), pixels(hash_of(name, k), SIDE, SIDE))
+            put(Path(f"images/leaves/{name}/{k:02}.png"), pixels(next(seeds), SIDE, SIDE))
     return Path("images/leaves")
-
-
-def hash_of(name, k):
-    return 100 * len(name) + k
 
 
 def settings(**changes):
@@ -212,13 +209,7 @@ def test_one_class_has_interpolations_too(root):
 @pytest.fixture
 def model(root):
     """An untrained model of the images, in the form in which `train` leaves it."""
-    found = prepared()
-    torch.manual_seed(0)
-    how = MODELS["igebm"]
-    built = variants.build("igebm", found.shape, how)
-    sections = {"variant": "igebm", "model": how, "ensemble": None, "dataset": "leaves"}
-    train._write(Path("models/mine"), built, sections, found, [{"step": 1}])
-    return built.eval()
+    return saved(Path("models/mine"), prepared(), dataset="leaves")
 
 
 def scored(input, output="scores.csv", threshold=None):

@@ -37,11 +37,11 @@ class First(EBM):
         return x[:, 0]
 
 
-def saved(folder, prepared):
+def saved(folder, prepared, dataset="mine"):
     """A model of `prepared`, untrained but in the form in which `train` leaves it."""
     torch.manual_seed(0)
     model = variants.build("igebm", prepared.shape, MODELS["igebm"])
-    sections = {"variant": "igebm", "model": MODELS["igebm"], "ensemble": None, "dataset": "mine"}
+    sections = {"variant": "igebm", "model": MODELS["igebm"], "ensemble": None, "dataset": dataset}
     train._write(folder, model, sections, prepared, [{"step": 1}])
     return model.eval()
 

@@ -26,9 +26,9 @@ def outlier_sets(prepared: Prepared, n: int, seed: int) -> dict[str, Tensor]:
     if len(prepared.shape) < 2:
         return {}
     test, top = prepared.tensors["test"], levels(prepared) - 1
-    labels = prepared.labels("test")
-    several = labels is not None and len(labels.unique()) > 1
-    classes = labels if labels is not None and several else torch.arange(len(test))
+    classes = prepared.labels("test")
+    if classes is None or len(classes.unique()) < 2:  # any two images are a pair
+        classes = torch.arange(len(test))
     sets = {
         name: _some(images, n, _generator(name, seed))
         for name, images in sorted(prepared.outliers().items())

@@ -96,8 +96,7 @@ def prepare(settings: Dataset) -> Prepared:
         "table": table.prepare,
     }
     source, tensors, outliers, *more = sources[settings.kind](settings)
-    notes = more[0] if more else {}
-    transform = more[1] if len(more) > 1 else None
+    notes, transform = more or ({}, None)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     manifest = {
         "source": source,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ebm import EBMError
-from ebm.data import SPLITS
+from ebm.data.shares import by_class
 from ebm.schema import FolderData
 
 if TYPE_CHECKING:
@@ -43,30 +43,40 @@ WHITE = "white"
 FEWEST = 4
 """Test images that distances take: three neighbours of each are looked for."""
 
-Made = tuple[str, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]
-"""What it is, tensors, outliers, notes for the manifest."""
+LINK = "a link to a folder, in which DVC sees no change; expected the folder itself"
+
+Made = tuple[str, dict[str, Tensor], dict[str, Tensor], dict[str, Any], None]
+"""What it is, tensors, outliers, notes for the manifest, no transform."""
 
 
 def prepare(settings: FolderData) -> Made:
     """The images of a folder, uint8 [N, size, size] or in colour [N, 3, size, size], split at
     random by `seed`, each class in the same shares; rows of the list of all files that are no
-    outliers'. The notes: names of the classes, if there are any, and a digest of all files."""
+    outliers'. What it is ends in a digest of all files; the notes name the classes, if there are
+    any."""
     root = Path(settings.path)
     if links := [path for path in (root, *root.parents) if path.is_symlink()]:
         raise EBMError(f"{links[0]}: {LINK}")
     paths = files(root)
-    names = _classes(paths, root)
-    _check_outliers(settings, names)
+    classes = _by_class(paths, root)
+    outliers = {name: classes.pop(name) for name in _known(settings, list(classes))}
     shape = (3, settings.size, settings.size) if settings.colour else (settings.size,) * 2
-    kept = [path for path in paths if path.relative_to(root).parts[0] not in settings.outliers]
-    inliers = [name for name in names if name not in settings.outliers]
-    tensors = _split(read_all(kept, shape), _labels(kept, root, inliers), inliers, settings)
-    outliers = {
-        name: read_all([path for path in paths if path.is_relative_to(root / name)], shape)
-        for name in settings.outliers
-    }
-    notes = {"classes": inliers} if inliers else {}
-    return f"{root}, {len(paths)} images, sha256 {_digest(paths, root)}", tensors, outliers, notes
+    inliers = [path for members in classes.values() for path in members]
+    sizes = torch.tensor([len(members) for members in classes.values()])
+    labels = torch.arange(len(classes)).repeat_interleave(sizes)
+    told = {k: (str(root / name), "images") for k, name in enumerate(classes)}
+    index = by_class(labels, told, settings.validation, settings.test, settings.seed)
+    if len(index["test"]) < FEWEST:
+        problem = f"{len(index['test'])} test images; expected at least {FEWEST}"
+        raise EBMError(f"{settings.path}: {problem}")
+    images, names = read_all(inliers, shape), [name for name in classes if name]
+    tensors = {split: images[rows] for split, rows in index.items()}
+    tensors |= {f"{split}_index": rows for split, rows in index.items()}
+    if names:
+        tensors |= {f"{split}_labels": labels[rows] for split, rows in index.items()}
+    sets = {name: read_all(members, shape) for name, members in outliers.items()}
+    source = f"{root}, {len(paths)} images, sha256 {_digest(paths, root)}"
+    return source, tensors, sets, {"classes": names} if names else {}, None
 
 
 def files(root: Path) -> list[Path]:
@@ -98,9 +108,6 @@ def files(root: Path) -> list[Path]:
             "%s: %d files are left out, whose names end in none of %s", root, others, known
         )
     return sorted(images)
-
-
-LINK = "a link to a folder, in which DVC sees no change; expected the folder itself"
 
 
 def _unreadable(error: OSError) -> NoReturn:
@@ -144,57 +151,28 @@ def _of_8_bits(image: "Image", mode: str) -> "Image":
     return image.convert("RGB").convert(mode) if image.mode in OF_THREE else image.convert(mode)
 
 
-def _classes(paths: Sequence[Path], root: Path) -> list[str]:
-    """The names of the folders in `root` that hold images, in their order; none if the images lie
-    there themselves. EBMError if there are both."""
-    parents = {path.relative_to(root).parts[0] for path in paths if path.parent != root}
-    if parents and (loose := [path for path in paths if path.parent == root]):
+def _by_class(paths: Sequence[Path], root: Path) -> dict[str, list[Path]]:
+    """The files by the folder of `root` that they lie in, their class, in its order; all of the
+    class "" if they lie in `root` itself. EBMError if some do and some do not."""
+    classes: dict[str, list[Path]] = {}
+    for path in paths:
+        folder, *within = path.relative_to(root).parts
+        classes.setdefault(folder if within else "", []).append(path)
+    if "" in classes and len(classes) > 1:
         advice = "all images in folders, which are their classes, or none"
-        raise EBMError(f"{loose[0]}: lies beside folders with images; expected {advice}")
-    return sorted(parents)
+        raise EBMError(f"{classes[''][0]}: lies beside folders with images; expected {advice}")
+    return classes
 
 
-def _check_outliers(settings: FolderData, names: Sequence[str]) -> None:
+def _known(settings: FolderData, names: Sequence[str]) -> list[str]:
+    """The outliers, if they are among the `names` of the classes, and others are left to learn."""
     where = f"{settings.path}: outliers"
     if lacking := [name for name in settings.outliers if name not in names]:
-        has = f"; it has {', '.join(names)}" if names else ", and none at all"
+        has = f"; it has {', '.join(names)}" if any(names) else ", and none at all"
         raise EBMError(f"{where}: no folder {lacking[0]!r} with images{has}")
-    if names and not set(names) - set(settings.outliers):
+    if not set(names) - set(settings.outliers):
         raise EBMError(f"{where}: no class is left to learn")
-
-
-def _labels(paths: Sequence[Path], root: Path, names: Sequence[str]) -> Tensor:
-    """The number of the class of each file: int64 [N]; of images without classes 0."""
-    number = {name: k for k, name in enumerate(names)}
-    return torch.tensor([number.get(path.relative_to(root).parts[0], 0) for path in paths])
-
-
-def _split(
-    images: Tensor, labels: Tensor, names: Sequence[str], settings: FolderData
-) -> dict[str, Tensor]:
-    """Images, rows and, if there are `names` of classes, labels of each split, in random order: of
-    each class the shares `validation` and `test`, the rest to train on. EBMError if a class is too
-    small for that."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(images), generator=generator)
-    part = torch.zeros(len(images), dtype=torch.long)
-    for number in labels.unique():
-        rows = order[labels[order] == number]
-        sizes = [round(share * len(rows)) for share in (settings.validation, settings.test)]
-        if min(*sizes, len(rows) - sum(sizes)) < 1:
-            where = Path(settings.path, *names[number : number + 1])
-            shares = f"validation = {settings.validation}, test = {settings.test}"
-            raise EBMError(f"{where}: {len(rows)} images are too few for {shares}")
-        validation, test, _ = rows.split([*sizes, len(rows) - sum(sizes)])
-        part[validation], part[test] = 1, 2
-    if (found := int((part == SPLITS.index("test")).sum())) < FEWEST:
-        raise EBMError(f"{settings.path}: {found} test images; expected at least {FEWEST}")
-    tensors: dict[str, Tensor] = {}
-    for number, split in enumerate(SPLITS):
-        index = order[part[order] == number]
-        tensors |= {split: images[index], f"{split}_index": index}
-        tensors |= {f"{split}_labels": labels[index]} if names else {}
-    return tensors
+    return settings.outliers
 
 
 def _digest(paths: Sequence[Path], root: Path) -> str:

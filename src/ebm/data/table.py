@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from ebm import EBMError
-from ebm.data import SPLITS
 from ebm.schema import TableData
 
 if TYPE_CHECKING:
@@ -436,22 +435,12 @@ def _anomalies(frame: "DataFrame", settings: TableData) -> Tensor:
 def split(anomaly: Tensor, settings: TableData) -> dict[str, Tensor]:
     """Rows of each split, in random order: of each class the shares `validation` and `test`, of
     what is not `anomaly` [N] the rest to train on. EBMError if a class is too small for that."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(anomaly), generator=generator)
-    part = torch.full((len(anomaly),), -1)
-    for anomalous in (False, True) if settings.label else (False,):
-        rows = order[anomaly[order] == anomalous]
-        sizes = [round(share * len(rows)) for share in (settings.validation, settings.test)]
-        if min(*sizes, anomalous or len(rows) - sum(sizes)) < 1:
-            which = ("anomalous" if anomalous else "normal") if settings.label else "complete"
-            few = f"{len(rows)} {which} rows are too few for"
-            shares = f"validation = {settings.validation}, test = {settings.test}"
-            raise EBMError(f"{settings.path}: {few} {shares}")
-        validation, test, rest = rows.split([*sizes, len(rows) - sum(sizes)])
-        part[validation], part[test] = 1, 2
-        if not anomalous:
-            part[rest] = 0
-    return {name: order[part[order] == number] for number, name in enumerate(SPLITS)}
+    from ebm.data.shares import by_class  # stages that only read do not depend on it
+
+    kinds = ("normal", "anomalous") if settings.label else ("complete",)
+    told = {number: (settings.path, f"{kind} rows") for number, kind in enumerate(kinds)}
+    shares = settings.validation, settings.test
+    return by_class(anomaly.long(), told, *shares, settings.seed, unlearned=[1])
 
 
 def labels(anomaly: Tensor, index: dict[str, Tensor]) -> dict[str, Tensor]:
