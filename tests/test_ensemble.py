@@ -151,6 +151,35 @@ def test_members_are_given_the_classes_of_their_rows():
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["kernel_pca", "dagmm", "nce"])
+def test_a_member_begins_with_what_it_may_see(name):
+    """Axes, moments and scales too are those of a model that was given no other rows."""
+    torch.manual_seed(0)
+    x, y = torch.rand(60, 4), torch.arange(60) % 3
+    x[y == 1] += 5
+    options = {"members": 2, **NO_SNAPSHOTS, "without": [1, 0]}
+    seed("model", 0)
+    together = variants.build(name, (4,), MODELS[name], options)
+    seed("model", 0)
+    alone = [variants.build(name, (4,), MODELS[name]) for _ in range(2)]
+    torch.manual_seed(1)
+    together.initialise(x, y)
+    torch.manual_seed(1)
+    for model, hidden in zip(alone, (1, 0), strict=True):
+        model.initialise(x[y != hidden])
+    for member, model in zip(together.members, alone, strict=True):
+        expected = model.state_dict()
+        assert all(torch.equal(v, expected[k]) for k, v in member.state_dict().items())
+
+
+def test_a_class_to_be_left_out_has_to_be_there_beside_others():
+    x, y = torch.rand(6, 1), torch.zeros(6)
+    with pytest.raises(EBMError, match=r"ensemble\.without: no training row is of class 7"):
+        ensemble(without=[7]).initialise(x, y)
+    with pytest.raises(EBMError, match=r"ensemble\.without: every training row is of class 0"):
+        ensemble(without=[0]).initialise(x, y)
+
+
 def test_a_member_that_is_left_without_rows_says_so():
     with pytest.raises(EBMError, match=r"train\.batch_size: too small for ensemble\.without"):
         ensemble(without=[1]).training_step(torch.zeros(6, 1), torch.ones(6))

@@ -286,9 +286,7 @@ def contrasted(name, prepared, **changes):
     base = {"defence": 0.0, "warmup": 0, "learning_rate": 1e-2}
     model = variants.build(name, (2,), MODELS[name] | base | changes)
     x, y = prepared.points("train"), prepared.tensors.get("train_labels")
-    model.initialise(x)
-    if model.needs_labels:
-        model.initialise_labels(x, y)
+    model.initialise(x, y if model.needs_labels else None)
     for start in range(0, 2560, 128):
         model.training_step(x[start : start + 128])
     model.eval()
@@ -380,3 +378,12 @@ def test_a_semi_supervised_energy_is_measured_as_a_classifier():
         mixed = torch.logaddexp(*(torch.tensor(c) for c in classes)) - math.log(2)
         expected = -model.energy(grid).view(100, 100)
     torch.testing.assert_close(mixed.to(expected), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["samples", "generator"])
+def test_samples_that_are_no_numbers_are_one_line(digits, measure, name):
+    drawn = torch.rand(40, 8, 8)
+    samples = {"samples": drawn, "generator": drawn.clone()}
+    samples[name][[3, 7]] = math.nan
+    with pytest.raises(EBMError, match=f"2 of 40 {name} are not finite numbers"):
+        measured(Nearest(drawn), samples, digits, measure)

@@ -38,9 +38,7 @@ def ready(n=400, **changes):
     fce = model(**changes)
     torch.manual_seed(1)
     x, y = blobs(n)
-    fce.initialise(x.to(fce.log_z.dtype))
-    if fce.needs_labels:
-        fce.initialise_labels(x.to(fce.log_z.dtype), y)
+    fce.initialise(x.to(fce.log_z.dtype), y if fce.needs_labels else None)
     return fce, x.to(fce.log_z.dtype)
 
 
@@ -215,9 +213,11 @@ def test_the_first_labelled_points_of_each_class_are_kept_and_no_other_label_is_
     expected = torch.cat([data[y == k][:3] for k in range(2)])
     assert torch.equal(fce.points, expected)
     assert fce.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    liar, _ = ready(**SEMI)
     lies = torch.where(torch.arange(400) < 6, y, 1 - y)
-    liar.initialise_labels(data, lies)
+    liar = model(**SEMI)
+    torch.manual_seed(1)
+    blobs(400)  # the same draws as in `ready`
+    liar.initialise(data, lies)
     for of, classes in ((fce, y), (liar, lies)):
         torch.manual_seed(4)
         of.training_step(data[:50], classes[:50])
@@ -229,17 +229,16 @@ def test_too_few_labelled_points_are_one_line():
     fce, data = ready(**SEMI)
     y = (torch.arange(400) < 398).long()
     with pytest.raises(EBMError, match=r"model\.labelled = 3: class 0 has 2 points"):
-        fce.initialise_labels(data, y)
+        fce.initialise(data, y)
     with pytest.raises(EBMError, match=r"model\.classes = 2: the data have 3"):
-        fce.initialise_labels(data, torch.arange(400) % 3)
+        fce.initialise(data, torch.arange(400) % 3)
 
 
 def test_an_ensemble_shows_its_members_the_labels_they_need():
     ensemble = Ensemble(lambda: model(**SEMI), members=2, snapshots=0, every=1, without=[])
     x, y = blobs(60)
     assert ensemble.needs_labels
-    ensemble.initialise(x)
-    ensemble.initialise_labels(x, y)
+    ensemble.initialise(x, y)
     assert all(member.labels.sum() == 3 for member in ensemble.members)
     assert not Ensemble(model, members=2, snapshots=0, every=1, without=[]).needs_labels
 
@@ -361,8 +360,7 @@ def test_images_are_told_from_a_flow_of_images():
     torch.manual_seed(7)
     y = torch.arange(64) % 2
     x = ((torch.rand(64, 4, 4) + y[:, None, None]) * 2).round() / 4
-    fce.initialise(x)
-    fce.initialise_labels(x, y)
+    fce.initialise(x, y)
     torch.testing.assert_close(fce.energy(x), fce.noise.energy(x))
     for _ in range(8):
         logs = fce.training_step(x)

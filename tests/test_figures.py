@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ebm import figures
+from ebm import EBMError, figures
 
 EXTENT = (-3.0, 3.0, -3.0, 3.0)
 N = 60
@@ -441,3 +441,12 @@ def test_neither_pyplot_nor_torch_is_imported():
     code = f"import sys, pipelines, ebm.figures; print({unwanted} & {{*sys.modules}})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout == "set()\n", result.stderr
+
+
+def test_energies_that_are_no_numbers_are_left_out_of_a_histogram():
+    normal = np.random.default_rng(0).normal(size=500)
+    odd = np.array([np.inf, -np.inf, np.nan, 0.0])
+    figure = figures.energy_histogram({"data": np.concatenate([normal, odd]), "other": odd})
+    assert all(np.isfinite(ax.get_xlim()).all() for ax in figure.axes)
+    with pytest.raises(EBMError, match="energies of other: none of them is a number"):
+        figures.energy_histogram({"data": normal, "other": odd[2:3]})

@@ -155,6 +155,28 @@ def test_jumps_stay_within_the_bounds_and_say_how_many_were_accepted():
     assert "acceptance" not in build((2,)).sample(3, steps=2)
 
 
+class Slope(Quadratic):
+    """Wells at the edge of [0, 1]: x is exponential, of rate 20."""
+
+    def forward(self, x, y=None):
+        return self.theta / 0.7 * 20 * x[:, 0]
+
+
+@pytest.mark.parametrize("jumps", [0, 8])
+def test_jumps_from_the_edge_are_those_of_a_chain_that_stands_there(jumps):
+    """A walk steps beyond the bounds, where no density is: whatever lies within is no better."""
+    free = {"bounds": (0.0, 1.0), "gradient_clip": None, "noise": "coupled"}
+    model = build((1,), step_size=1e-4, jumps=jumps, langevin_steps=20, buffer=2000, **free)
+    model.network = model.average = Slope()
+    torch.manual_seed(3)
+    model.replay.copy_(torch.empty(2000, 1).exponential_(20).clamp(max=1))
+    model.replay[:100].uniform_()
+    drawn = model.sample(4000, steps=401)["samples"]
+    if jumps:
+        assert drawn.mean().item() == pytest.approx(1 / 20, abs=0.005)
+    assert (drawn > 0.5).double().mean() < 0.02 + (jumps == 0)
+
+
 def test_an_energy_of_vectors_may_see_them_through_fourier_features():
     fourier = {"kind": "fourier", "width": 8, "depth": 1, "frequencies": 5, "bandwidth": 2.0}
     model = build((3,), network=fourier, classes=2)

@@ -260,6 +260,15 @@ def test_a_kernel_takes_the_steps_of_another_in_between():
     torch.testing.assert_close(end.acceptance, leap.acceptance)
 
 
+def test_the_other_kernel_starts_where_chains_may_be():
+    seen = []
+    leap = Walk(0.0)
+    leap.init = lambda x: seen.append(x) or State(x)
+    kernel = Interspersed(Walk(1.0), leap, every=1, times=1, start=lambda x: x.clamp(max=2.5))
+    assert run(kernel, torch.zeros(1, 1), 4).x.item() == 3.5
+    assert torch.cat(seen).flatten().tolist() == [0, 1, 2, 2.5]
+
+
 def test_mixed_kernels_keep_what_both_keep():
     torch.manual_seed(9)
     kernel = Interspersed(MALA(unequal_wells, 5e-3), jumping(), every=4, times=3)

@@ -205,6 +205,10 @@ class Killed(Exception):
     pass
 
 
+def dies(*_, **__):
+    raise Killed
+
+
 @pytest.mark.parametrize("name", sorted(variants.VARIANTS))
 def test_every_variant_keeps_its_contract(name):
     model = build(name)
@@ -363,6 +367,16 @@ def test_divergence_goes_back_and_on(tmp_path, value, caplog):
     assert all(abs(row["energy_gap"]) < 100 for row in progress.history)
 
 
+def test_a_model_without_noise_goes_another_way_after_divergence():
+    """By rows in another order; those of the first attempt are what they were without any."""
+    batches = Batches(50, 8, 0, torch.device("cpu"))
+    first, again = batches(3, 0), batches(3, 1)
+    assert torch.equal(first, Batches(50, 8, 0, torch.device("cpu"))(3))
+    assert not torch.equal(first, again)
+    assert torch.equal(batches(3, 0), first)
+    assert torch.equal(batches(3, 1), again)
+
+
 def test_divergence_that_stays_is_an_error_that_names_the_scalar(tmp_path):
     with pytest.raises(DivergenceError, match="energy_gap"):
         train(Exploding(float("nan"), 99), tmp_path, watch=Watch({}, 2))
@@ -386,6 +400,21 @@ def test_divergence_goes_back_past_a_damaged_checkpoint(tmp_path, caplog):
     path.write_bytes(b"")
     with pytest.raises(EBMError, match="no checkpoint is whole"):
         checkpoints.oldest()
+
+
+def test_divergence_goes_back_as_far_whether_or_not_a_kill_left_an_older_checkpoint(
+    tmp_path, monkeypatch
+):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20):
+        checkpoints.save(step, {"step": step})
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", dies)
+        with pytest.raises(Killed):
+            checkpoints.save(30, {"step": 30})
+    assert len(checkpoints.paths()) == 3
+    assert checkpoints.oldest() == {"step": 20}
+    assert len(checkpoints.paths()) == 1
 
 
 def test_an_epoch_is_a_permutation_and_the_next_another():

@@ -146,3 +146,15 @@ def test_it_learns_a_gaussian_and_the_scale_of_its_noise():
     entropy = 2 * math.log(0.3 * math.sqrt(2 * math.pi * math.e))
     test = torch.tensor([0.5, -0.5]) + 0.3 * torch.randn(4000, 2)
     assert vae.energy(test).mean().item() == pytest.approx(entropy, abs=0.1)
+
+
+def test_the_worst_outliers_have_an_energy():
+    """However far a row lies, and however wide its posterior is: infinite at worst, never NaN."""
+    vae = model((2,))
+    vae.encoder = Affine(
+        torch.tensor([[0.1, 0.0], [0.0, 0.1], [9.0, 0.0], [0.0, 9.0]]).double(),
+        torch.zeros(4).double(),
+    )
+    energy = vae.energy(10.0 ** torch.arange(26).double()[:, None].expand(-1, 2))
+    assert not energy.isnan().any()
+    assert (energy.diff() > 0).logical_or(energy[1:].isinf()).all()

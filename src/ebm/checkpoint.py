@@ -71,9 +71,9 @@ class Checkpoints:
         return None
 
     def oldest(self) -> dict[str, Any]:
-        """The oldest checkpoint that is whole; all others are dropped, damaged ones are reported.
-        EBMError if there is none."""
-        for path in self.paths():
+        """The older of the kept checkpoints, or the newer if the older is damaged, which is
+        reported; all others are dropped. EBMError if neither is whole."""
+        for path in self.paths()[-KEPT:]:  # a kill can have left more
             try:
                 content = _read(path)
             except EBMError as error:

@@ -148,7 +148,7 @@ class Contrasted(EBM):
         self.broad = Gaussian(*shape) if defence else None
         self.register_buffer("steps", torch.tensor(0))
 
-    def initialise(self, data: Tensor) -> None:
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         self.noise.initialise(data)
         self._take_up_flow()
         if self.broad is not None:

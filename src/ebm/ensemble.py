@@ -61,13 +61,18 @@ class Ensemble(EBM):
     def energy(self, x: Tensor) -> Tensor:
         return torch.stack([member.energy(x) for member in self._members()]).mean(0)
 
-    def initialise(self, data: Tensor) -> None:
-        for member in self._members():
-            member.initialise(data)
-
-    def initialise_labels(self, data: Tensor, labels: Tensor) -> None:
-        for member in self._members():
-            member.initialise_labels(data, labels)
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
+        """Each member with what it may see; EBMError if there is none of a class of `without`, or
+        nothing else."""
+        for m, member in enumerate(self._members()):
+            if not self.without or labels is None:
+                member.initialise(data, labels)
+                continue
+            seen = self._seen(m, labels)
+            if seen.all() or not seen.any():
+                problem = f"{'no' if seen.all() else 'every'} training row is of class"
+                raise EBMError(f"ensemble.without: {problem} {self._hidden(m)}")
+            member.initialise(data[seen], labels[seen])
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         rows = parts(torch.arange(len(x), device=x.device), len(self.members))
@@ -80,11 +85,19 @@ class Ensemble(EBM):
     def _step(self, m: int, x: Tensor, y: Tensor | None, rows: Tensor) -> dict[str, Tensor]:
         """A step of member `m` on its `rows`, without those of the class that it must not see."""
         if self.without and y is not None:
-            rows = rows[y[rows] != self.without[m % len(self.without)]]
+            rows = rows[self._seen(m, y[rows])]
             if not len(rows):
                 raise EBMError("train.batch_size: too small for ensemble.without: no row is left")
         classes = y[rows] if y is not None and self.classes else None
         return self._members()[m].training_step(x[rows], classes)
+
+    def _hidden(self, m: int) -> int:
+        """The class that member `m` must not see."""
+        return self.without[m % len(self.without)]
+
+    def _seen(self, m: int, labels: Tensor) -> Tensor:
+        """Which rows of classes `labels` [N] member `m` may see: bool [N]."""
+        return labels != self._hidden(m)
 
     def _take_snapshots(self) -> None:
         """The oldest snapshot of every member gives way to its present state."""

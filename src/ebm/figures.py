@@ -20,6 +20,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 
+from ebm import EBMError
+
 DPI = 110
 
 Array = NDArray[Any]
@@ -339,10 +341,15 @@ def _bins_around(middle: float, values: Array) -> Array:
 
 def _framed(sets: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
     """Values [n] of several sets, cut at FAR times the width of the first beyond it, and 80 common
-    bins for them."""
-    low, high = np.quantile(next(iter(sets.values())), (0.005, 0.995))
+    bins for them. Those that are no number are left out; EBMError if nothing else is there."""
+    known = {name: values[~np.isnan(values)] for name, values in sets.items()}
+    if empty := [name for name, values in known.items() if not len(values)]:
+        raise EBMError(f"energies of {empty[0]}: none of them is a number")
+    first = next(iter(known.values()))
+    finite = first[np.isfinite(first)]
+    low, high = np.quantile(finite if len(finite) else np.zeros(1), (0.005, 0.995))
     reach = FAR * (high - low)
-    clipped = {k: np.clip(np.ravel(v), low - reach, high + reach) for k, v in sets.items()}
+    clipped = {k: np.clip(np.ravel(v), low - reach, high + reach) for k, v in known.items()}
     return clipped, np.histogram_bin_edges(np.concatenate(list(clipped.values())), 80)
 
 

@@ -26,6 +26,7 @@ from torch.distributions import MultivariateNormal
 from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
+from ebm.parallel import world
 from ebm.variants.base import EBM
 
 
@@ -111,7 +112,8 @@ class Defended:
     (Hesterberg 1995), which has draws wherever data might be however narrow the flow becomes, so
     that a density told from them is low where nothing lies. The Gaussian has its `share` of every
     batch of draws, rounded up or down at random so that it has it on average too: each draw is one
-    of the mixture, however few there are."""
+    of the mixture, however few there are. Where several processes draw, it has to be whole in
+    each: one alone would round another number."""
 
     flow: Flow
     broad: Gaussian
@@ -122,7 +124,12 @@ class Defended:
         return torch.logaddexp(math.log1p(-self.share) + log_q, math.log(self.share) + log_n)
 
     def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
-        broad = int(self.share * n + torch.rand(()).item())
+        share = self.share * n
+        if world() > 1 and not math.isclose(share, round(share)):
+            raise EBMError(
+                f"model.defence = {self.share}: of {n} draws of a process no whole number"
+            )
+        broad = int(share + torch.rand(()).item())
         v = torch.cat([self.flow.draw_with_log_prob(n - broad)[0], self.broad.draw(broad)])
         v = v[torch.randperm(n, device=v.device)]
         return v, self.log_prob(v)
@@ -254,7 +261,7 @@ class Density(EBM):
         super().__init__()
         self.space, self.flow = Space(shape, levels, margin), make(shape, **flow)
 
-    def initialise(self, data: Tensor) -> None:
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Fit the space to the data [N, *], then the flow as far as it goes without training."""
         self.space.initialise(data)
         self.flow.initialise(self.space.enter(data))

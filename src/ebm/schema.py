@@ -14,6 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 Count = Annotated[int, Field(gt=0)]
 Size = Annotated[int, Field(ge=0)]
+FEWEST = 4
+"""Test images that distances take: three neighbours of each are looked for."""
+TestSize = Annotated[int, Field(ge=FEWEST)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -83,7 +86,7 @@ class DigitsData(Section):
     kind: Literal["digits"]
     binarize: Literal["sample", "threshold", "none"]
     validation: Count
-    test: Count
+    test: TestSize
     seed: Seed
     reference: Reference
 
@@ -174,7 +177,7 @@ class StackedData(Section):
     parts: Annotated[int, Field(ge=2, le=4)]
     train: Count
     validation: Count
-    test: Count
+    test: TestSize
     held_out: Count
     seed: Seed
     reference: ClassifierReference

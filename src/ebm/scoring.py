@@ -44,7 +44,7 @@ class Scorer(EBM):
         self.shape, self.standardise = shape, standardise
         self.columns = Standardise(math.prod(shape))
 
-    def initialise(self, data: Tensor) -> None:
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         if self.standardise:
             self.columns.fit(data)
 

@@ -1,9 +1,9 @@
 """The one training loop: steps, seeds, checkpoints and the divergence watch, for any variant.
 
-Every draw is a function of where a run is: the order of the rows of (seed, epoch), the noise and
-the chains of (seed, restarts, step). A run that is killed at any moment and started again ends
-with the same weights therefore, bit for bit; and with the same but for rounding by however many
-processes (`ebm.parallel`).
+Every draw is a function of where a run is: the order of the rows of (seed, restarts, epoch), the
+noise and the chains of (seed, restarts, step). A run that is killed at any moment and started
+again ends with the same weights therefore, bit for bit; and with the same but for rounding by
+however many processes (`ebm.parallel`).
 """
 
 import logging
@@ -69,19 +69,21 @@ class Watch:
 
 class Batches:
     """Row indices of the batch of a step: each epoch is a fresh permutation of all rows, drawn
-    from (seed, epoch), cut into whole batches."""
+    from (seed, restarts, epoch), cut into whole batches."""
 
     def __init__(self, rows: int, size: int, seed: int, device: torch.device) -> None:
         self.rows, self.size, self.seed, self.device = rows, size, seed, device
         self.per_epoch = rows // size
-        self._epoch, self._order = -1, torch.empty(0)
+        self._drawn_for, self._order = (-1, 0), torch.empty(0)
 
-    def __call__(self, step: int) -> Tensor:
+    def __call__(self, step: int, restarts: int = 0) -> Tensor:
         epoch, position = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(seeds.mix("order", self.seed, epoch))
+        if self._drawn_for != (epoch, restarts):
+            again = [restarts] if restarts else []  # as if there were none, until there is one
+            seed = seeds.mix("order", self.seed, epoch, *again)
+            generator = torch.Generator().manual_seed(seed)
             self._order = torch.randperm(self.rows, generator=generator).to(self.device)
-            self._epoch = epoch
+            self._drawn_for = (epoch, restarts)
         return self._order[position * self.size : (position + 1) * self.size]
 
 
@@ -107,7 +109,8 @@ def fit(
     Resumes from `checkpoints` where there are any. The learning rates fall linearly to zero over
     the last share `cooldown` of the steps. On divergence (see Watch) training goes back to the
     older of the kept checkpoints, because the newer may already carry the trouble, and on with
-    fresh noise. Raises DivergenceError when that has happened more than `watch.restarts` times.
+    rows in another order and fresh noise. Raises DivergenceError when that has happened more than
+    `watch.restarts` times.
 
     Processes that train together call this alike, each with all rows; the first of them keeps
     checkpoints and is the only one to call the listener.
@@ -128,7 +131,7 @@ def fit(
         while progress.step < steps:
             seeds.seed("step", seed, progress.restarts, progress.step)
             _set_rates(model, rates, _rate_factor(progress.step, steps, cooldown))
-            rows = parallel.mine(batches(progress.step))
+            rows = parallel.mine(batches(progress.step, progress.restarts))
             x, y = unit(data[rows]), None if labels is None else labels[rows]
             with parallel.same_draws():
                 window.append(model.training_step(x, y))
@@ -161,9 +164,7 @@ def fit(
 
 def _begin(model: EBM, data: Tensor, labels: Tensor | None, checkpoints: Checkpoints) -> Progress:
     started = time.monotonic()
-    model.initialise(unit(data))
-    if labels is not None:
-        model.initialise_labels(unit(data), labels)
+    model.initialise(unit(data), labels)
     progress = Progress(seconds=time.monotonic() - started)
     _save(model, checkpoints, progress)
     return progress

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.data.shares import by_class
-from ebm.schema import FolderData
+from ebm.schema import FEWEST, FolderData
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,8 +40,6 @@ OF_THREE = ("LAB", "HSV")
 """Colours that become grey by way of RGB only."""
 OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 WHITE = "white"
-FEWEST = 4
-"""Test images that distances take: three neighbours of each are looked for."""
 
 LINK = "a link to a folder, in which DVC sees no change; expected the folder itself"
 

@@ -7,8 +7,9 @@ anomaly. Seven columns are categorical and have 3, 66, 11, 2, 2, 1 and 2 categor
 
 Protocol `paper` is what the code of MEG does, as its forerunners did:
 
-- Half of the rows, drawn at random, are test, anomalies and attacks as they come (19.8 % are
-  anomalies). The attacks of the other half are train. Most test rows have a twin in train.
+- Half of the rows, drawn at random, are test, anomalies and attacks as they come (with seed 0,
+  19.8 % are anomalies). The attacks of the other half are train. Most test rows have a twin in
+  train.
 - Nothing is set apart to choose a threshold with. Here validation is the anomalies of the first
   half and a share `validation` of its attacks, **which are trained on as well**.
 

@@ -58,7 +58,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebm import metrics
+from ebm import EBMError, metrics
 from ebm.data import Prepared
 from ebm.evaluation.density import evaluate_density
 from ebm.evaluation.images import evaluate_images
@@ -99,10 +99,23 @@ def evaluate(
     """All that can be said of `model` and its `samples`, on the device where they lie, as does the
     network of `reference`."""
     evaluator = EVALUATORS[prepared.manifest["settings"]["kind"]]
+    if evaluator is not evaluate_table:
+        _check_finite(samples)
     result = evaluator(model, samples, prepared, reference, settings)
     if evaluator is not evaluate_table:
         _set_usual_threshold(result, model, prepared, samples["samples"].device)
     return result
+
+
+def _check_finite(samples: dict[str, Tensor]) -> None:
+    """EBMError if there are samples that are no numbers: nothing true can be said of the others
+    alone."""
+    for name in ("samples", "generator"):
+        if name in samples:
+            odd = ~samples[name].flatten(1).isfinite().all(1)
+            if count := int(odd.sum()):
+                where = f"{count} of {len(odd)} {name} are not finite numbers"
+                raise EBMError(f"{where}; lower the step size of their chains, or train anew")
 
 
 def _set_usual_threshold(

@@ -40,12 +40,14 @@ class Kernel(Protocol[S]):
 @dataclass(frozen=True)
 class Interspersed:
     """`kernel`, and before the first of every `every` steps `times` steps of `other`, a kernel on
-    the same points; `acceptance` is that of the other's last proposal."""
+    the same points, from where `start` puts those that may not be there; `acceptance` is that of
+    the other's last proposal."""
 
     kernel: Kernel[State]
     other: Kernel[State]
     every: int
     times: int
+    start: Callable[[Tensor], Tensor] = lambda x: x
 
     def init(self, x: Tensor) -> State:
         return self.kernel.init(x)
@@ -53,7 +55,7 @@ class Interspersed:
     def step(self, state: State) -> State:
         acceptance = state.acceptance
         if state.steps % self.every == 0:
-            moved = run(self.other, state.x, self.times)
+            moved = run(self.other, self.start(state.x), self.times)
             acceptance = moved.acceptance
             state = self.kernel.init(moved.x)._replace(steps=state.steps)
         return self.kernel.step(state)._replace(acceptance=acceptance)

@@ -48,11 +48,9 @@ class EBM(nn.Module):
         """`samples` [n, *] and, under names of their own, what else is worth keeping."""
         raise NotImplementedError
 
-    def initialise(self, data: Tensor) -> None:
-        """Set what depends on the training data [N, *] once, before the first step."""
-
-    def initialise_labels(self, data: Tensor, labels: Tensor) -> None:
-        """The same for what depends on the classes [N] too, of a model that needs them."""
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
+        """Set what depends on the training data [N, *], and on their classes [N] where the model
+        needs them, once, before the first step."""
 
     def portraits(self) -> dict[str, Tensor]:
         """Parameters worth looking at, by name: images [n, height, width]."""

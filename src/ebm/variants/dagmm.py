@@ -99,7 +99,7 @@ class DAGMM(Scorer):
         self.optimizer = torch.optim.Adam(parameters_of(self), learning_rate, betas)
 
     @torch.no_grad()
-    def initialise(self, data: Tensor) -> None:
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """The mixture of all rows of `data` [N, *], by the network as it is."""
         super().initialise(data)
         parts = [self.features(self.columns(part))[0] for part in data.split(SLICE)]

@@ -116,8 +116,13 @@ class FCE(Contrasted):
     def needs_labels(self) -> bool:
         return self.labelled_classes > 0
 
-    def initialise_labels(self, data: Tensor, labels: Tensor) -> None:
-        """Keep the first labelled points of each class; all other labels go unseen."""
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
+        """Keep also the first labelled points of each class; all other labels go unseen."""
+        super().initialise(data)
+        if labels is not None:
+            self._keep_labelled(data, labels)
+
+    def _keep_labelled(self, data: Tensor, labels: Tensor) -> None:
         if (found := int(labels.max()) + 1) != self.labelled_classes:
             raise EBMError(f"model.classes = {self.labelled_classes}: the data have {found}")
         wanted = len(self.labels) // self.labelled_classes

@@ -29,7 +29,7 @@ the bounds like the chains: what reaches beyond them could be told from any samp
 the energy would grow without end.
 
 Chains of short length never pass from mode to mode, so nothing in the objective sets how deep one
-well is beside another, nor fills one that no data made. Where `jumps` are asked for, every chain
+well is beside another, nor raises one that no data made. Where `jumps` are asked for, every chain
 proposes so many before each `langevin_steps`: moves by the difference of two points of the buffer,
 which Metropolis' rule accepts or refuses. They pay where points are few numbers (toy densities,
 tables); between images no difference leads to another image.
@@ -132,7 +132,7 @@ class IGEBM(EBM):
         self.register_buffer("replay_age", torch.zeros(buffer, dtype=torch.long))
         self.optimizer = torch.optim.Adam(self.network.parameters(), learning_rate, betas)
 
-    def initialise(self, data: Tensor) -> None:
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Fill the buffer with uniform noise; the data have to lie within the bounds."""
         low, high = self.bounds
         if data.min() < low or data.max() > high:
@@ -165,7 +165,8 @@ class IGEBM(EBM):
         if not self.jumps:
             return walk
         jump = DifferentialEvolution(within(energy, *self.bounds), self.replay)
-        return Interspersed(walk, jump, self.langevin_steps, self.jumps)
+        start = partial(torch.clamp, min=self.bounds[0], max=self.bounds[1])  # a walk goes beyond
+        return Interspersed(walk, jump, self.langevin_steps, self.jumps, start)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         with parametrize.cached():

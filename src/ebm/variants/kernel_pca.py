@@ -61,7 +61,7 @@ class KernelPCA(Scorer):
         self.register_buffer("spread", torch.zeros((), dtype=torch.double))
         self.register_buffer("gamma", torch.ones((), dtype=torch.double))
 
-    def initialise(self, data: Tensor) -> None:
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Find the principal axes of some rows of `data` [N, *]."""
         super().initialise(data)
         self.rows.copy_(self.columns(rbf.some_rows(data, self.points)))

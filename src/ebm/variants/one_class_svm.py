@@ -54,7 +54,7 @@ class OneClassSVM(Scorer):
         self.register_buffer("offset", torch.zeros((), dtype=torch.double))
         self.register_buffer("gamma", torch.ones((), dtype=torch.double))
 
-    def initialise(self, data: Tensor) -> None:
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Fit the machine to some rows of `data` [N, *]."""
         from sklearn import svm
 

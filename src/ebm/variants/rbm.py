@@ -67,7 +67,7 @@ class RBM(EBM):
         ]
         self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)
 
-    def initialise(self, data: Tensor) -> None:
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Visible biases at the log-odds of the pixels (Hinton 2012, section 8); chains from
         there."""
         _require_binary(data)

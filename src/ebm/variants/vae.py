@@ -64,8 +64,8 @@ class VAE(EBM):
 
     def energy(self, x: Tensor) -> Tensor:
         """-ELBO for x [B, *] with the reconstruction at the posterior's mean: [B], in nats."""
-        reconstruction, divergence = self.terms(x, x.new_zeros(len(x), self.latent))
-        return reconstruction + divergence
+        mean, log_variance = self.encoder(x).chunk(2, 1)
+        return self.reconstruction(x, self.decoder(mean)) + kl_to_prior(mean, log_variance)
 
     def terms(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """-log p(x | z) at z = mu + sigma noise, noise [B, latent], and KL(q(z | x) || p(z)) for
