@@ -35,7 +35,7 @@ doctor: $(BIN)/.synced  ## Say what is wrong with this machine, and what to do a
 	python -m pipelines.doctor
 
 ui: $(BIN)/.synced  ## Open the tracked runs at http://127.0.0.1:5000
-	python -m pipelines.tracking
+	-python -m pipelines.tracking
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
 
 benchmark: $(BIN)/.synced  ## Time samplers, MEG, flows and orchestration beside their peers (THREADS=n)

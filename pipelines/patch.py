@@ -16,7 +16,7 @@ def value(text: str) -> Any:
     """What a YAML text says. EBMError if it is none."""
     try:
         return YAML(typ="safe").load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError, KeyError) as error:  # the latter of `!!int x`, `!!bool x`
         raise EBMError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 

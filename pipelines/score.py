@@ -153,7 +153,8 @@ def _settings(config: Path, source: Path) -> dict[str, Any]:
     if not config.exists():
         raise EBMError(f"{config.parent}: no model: there is no {config.name}")
     settings = stage.read_json(config, f"train@{config.parent.name}")
-    shape = settings["shape"]
+    if not isinstance(shape := settings.get("shape"), list):
+        raise EBMError(f"{config}: names no shape; run stage train@{config.parent.name} again")
     if source.is_dir() and len(shape) < 2:
         problem = f"a model of data set {settings.get('dataset')!r}, which is none of images"
         raise EBMError(f"{config.parent}: {problem}; --input {source} is a folder")

@@ -131,10 +131,16 @@ class Spool:
             os.close(descriptor)
         return False
 
-    def pending(self) -> bool:
-        """Whether a courier has something to do: an event to deliver, a dead run to close."""
+    def end(self) -> int:
+        """The offset behind the last event."""
+        return max((offset for _, offset in self.read()), default=0)
+
+    def pending(self, end: int | None = None) -> bool:
+        """Whether a courier has something to do: an event to deliver that begins before `end`, a
+        dead run to close."""
         state = self.state() or State()
-        return any(True for _ in self.read(state.offset)) or (state.open and not self.written())
+        waits = any(True for _ in self.read(state.offset)) if end is None else state.offset < end
+        return waits or (state.open and not self.written())
 
 
 def _parse(line: bytes) -> Event:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ebm.figures import Drawing
 
 PARAMS = Path("params.yaml")
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+"""What the system may refuse that its user can give: room, or the right to write."""
 _RECORDS = (":(top,exclude,glob)**/dvc.lock",)  # what a run itself changes
 
 
@@ -43,9 +45,9 @@ def guarded(run: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in MENDABLE:
             raise
-        sys.exit(f"error: {error.filename or 'disk'}: no space left on the device")
+        sys.exit(f"error: {error.filename or 'disk'}: {os.strerror(error.errno)}")
 
 
 def root() -> Path:
@@ -100,7 +102,10 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     """Read a JSON object that `stage` wrote; EBMError names the file and the stage if it is
     unusable."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+        return content
     except (OSError, ValueError) as error:
         raise EBMError(f"{path}: unusable ({error}); run stage {stage} again") from None
 

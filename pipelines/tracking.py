@@ -21,6 +21,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 CODE = ROOT / "src" / "ebm"
 SERVED = ROOT / "pipelines" / "served.py"
+SETTLE = 2.0  # seconds for a courier to end when all is delivered, unless it waits behind another
 LISTEN_EVERY = 2.0  # seconds between two looks of a busy stage at what the courier says
 
 _couriers: list[subprocess.Popen[bytes]] = []  # kept, or Python warns about children still running
@@ -216,17 +218,26 @@ class Run:
 
 
 def flush(timeout: float = 120.0) -> bool:
-    """Deliver everything that waits, now; whether nothing is left. Says what went wrong."""
-    spools = [spool for spool in Spool.all() if spool.pending()]
-    if not spools:
+    """Deliver everything that waits now; whether nothing of it is left. Says what went wrong.
+
+    While a stage runs, its courier may be at it, and the one that is started here waits behind it:
+    it is enough that one of them has delivered what there was.
+    """
+    waiting = {spool: spool.end() for spool in Spool.all() if spool.pending()}
+    if not waiting:
         return True
-    echoes = [Echo(spool) for spool in spools]
+    echoes = [Echo(spool) for spool in waiting]
     courier = _courier()
+    until = time.monotonic() + timeout
     try:
-        done = courier.wait(timeout) == 0
-    except subprocess.TimeoutExpired:
-        log.warning("tracking: not everything could be delivered in %g seconds", timeout)
-        done = False
+        while courier.poll() is None and any(s.pending(end) for s, end in waiting.items()):
+            if time.monotonic() > until:
+                log.warning("tracking: not everything could be delivered in %g seconds", timeout)
+                return False
+            time.sleep(0.1)
+        with suppress(subprocess.TimeoutExpired):
+            courier.wait(SETTLE)
+        done = courier.returncode in (0, None)
     finally:
         courier.kill()
         courier.wait()

@@ -2,6 +2,7 @@
 run; in several processes where they are asked for (`pipelines.processes`)."""
 
 import platform
+import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 SECTIONS = {"dataset", "variant", "seed", "threads", "model", "ensemble", "train"}
 """What of an experiment a training depends on."""
+
+DECLARES = re.compile(r"ebm\.(params|schema|variants|variants\.\w+_config)")
+"""Modules that say which parameters there may be: what these are is in the configuration."""
 
 
 def train(name: str) -> None:
@@ -105,7 +109,9 @@ def _checkpoint_folder(
 ) -> Path:
     """Checkpoints of another configuration, data set, device or code are never resumed from."""
     modules = sorted(
-        m.__file__ for n, m in sys.modules.items() if n.startswith("ebm.") if m.__file__
+        m.__file__
+        for name, m in sys.modules.items()
+        if name.startswith("ebm.") and m.__file__ and not DECLARES.fullmatch(name)
     )
     code = [sha256(Path(file).read_bytes()).hexdigest() for file in modules]
     key = stage.digest([settings, prepared.manifest["sha256"], device, code])

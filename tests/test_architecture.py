@@ -119,12 +119,12 @@ OF_NO_VARIANT = ("prepare", "reference", "samplers", "report")
 
 
 def stage_dependencies():
-    """(stage, variant or None, deps) by the templates of dvc.yaml over params.yaml, one key
+    """(stage, variant or None, deps) by the templates of dvc.yaml over both params.yaml, one key
     each."""
     yaml = YAML(typ="safe")
     stages = yaml.load(ROOT / "dvc.yaml")["stages"]
-    experiments = yaml.load(ROOT / "params.yaml")["experiments"]
-    for variant in sorted({e["variant"] for e in experiments.values()}):
+    both = [yaml.load(ROOT / folder / "params.yaml")["experiments"] for folder in ("", "paper")]
+    for variant in sorted({e["variant"] for some in both for e in some.values()}):
         for name, stage in stages.items():
             body = stage.get("do", stage)
             deps = [d.replace("${item.variant}", variant) for d in body["deps"]]

@@ -331,7 +331,11 @@ def test_a_value_that_is_none_of_several_things_hears_of_all_of_them(monkeypatch
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [1", "a: 1\na: 2\n", "\tx: 1", "- 1\n", "", "x: \x00", "a: *nobody"]
+    "text",
+    [
+        *["a: [1", "a: 1\na: 2\n", "\tx: 1", "- 1\n", "", "x: \x00", "a: *nobody"],
+        *["seed: 2001-13-45", "seed: !!int abc", "seed: !!bool abc"],
+    ],
 )
 def test_what_is_not_a_mapping_in_yaml_is_one_line(tmp_path, text):
     file = tmp_path / "params.yaml"
@@ -344,6 +348,8 @@ def test_what_is_not_a_mapping_in_yaml_is_one_line(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ParamsError, match="no such file"):
         params.load(tmp_path / "params.yaml")
+    with pytest.raises(ParamsError, match="cannot be read: Is a directory"):
+        params.load(tmp_path)
 
 
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path):

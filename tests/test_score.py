@@ -327,9 +327,13 @@ def test_another_name_of_the_input_is_the_input(home):
         scored(output="link.csv")
 
 
-@pytest.mark.parametrize("file", ["config.json", "weights.safetensors"])
-def test_a_damaged_model_is_one_line(home, file):
-    (home / "models/mine" / file).write_text("{")
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", "{"), ("config.json", "{}"), ("config.json", "[]")]
+    + [("weights.safetensors", "{")],
+)
+def test_a_damaged_model_is_one_line(home, file, content):
+    (home / "models/mine" / file).write_text(content)
     with pytest.raises(EBMError, match=file) as caught:
         scored()
     assert "\n" not in str(caught.value)

@@ -87,8 +87,10 @@ def _read(path: Path) -> dict[str, Any]:
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = " ".join(str(error.problem).split())
         raise ParamsError(f"{path.name}:{where}: not valid YAML: {problem}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, KeyError) as error:  # the latter of `!!int x`, `!!bool x`
         raise ParamsError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ParamsError(f"{path.name}: cannot be read: {error.strerror}") from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path.name}: expected a mapping with the keys datasets, experiments")
     return raw
