@@ -329,8 +329,12 @@ def test_another_name_of_the_input_is_the_input(home):
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("config.json", "{"), ("config.json", "{}"), ("config.json", "[]")]
-    + [("weights.safetensors", "{")],
+    [
+        ("config.json", "{"),
+        ("config.json", "{}"),
+        ("config.json", "[]"),
+        ("weights.safetensors", "{"),
+    ],
 )
 def test_a_damaged_model_is_one_line(home, file, content):
     (home / "models/mine" / file).write_text(content)
