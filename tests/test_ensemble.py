@@ -151,7 +151,7 @@ def test_members_are_given_the_classes_of_their_rows():
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["kernel_pca", "dagmm", "nce"])
+@pytest.mark.parametrize("name", ["kernel_pca", "dagmm", "nce", "fce"])
 def test_a_member_begins_with_what_it_may_see(name):
     """Axes, moments and scales too are those of a model that was given no other rows."""
     torch.manual_seed(0)

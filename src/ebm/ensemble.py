@@ -65,14 +65,14 @@ class Ensemble(EBM):
         """Each member with what it may see; EBMError if there is none of a class of `without`, or
         nothing else."""
         for m, member in enumerate(self._members()):
-            if not self.without or labels is None:
-                member.initialise(data, labels)
-                continue
-            seen = self._seen(m, labels)
-            if seen.all() or not seen.any():
-                problem = f"{'no' if seen.all() else 'every'} training row is of class"
-                raise EBMError(f"ensemble.without: {problem} {self._hidden(m)}")
-            member.initialise(data[seen], labels[seen])
+            x, y = data, labels
+            if self.without and labels is not None:
+                seen = self._seen(m, labels)
+                if seen.all() or not seen.any():
+                    problem = f"{'no' if seen.all() else 'every'} training row is of class"
+                    raise EBMError(f"ensemble.without: {problem} {self._hidden(m)}")
+                x, y = data[seen], labels[seen]
+            member.initialise(x, y if member.needs_labels else None)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         rows = parts(torch.arange(len(x), device=x.device), len(self.members))
