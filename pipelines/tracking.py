@@ -228,16 +228,17 @@ def flush(timeout: float = 120.0) -> bool:
         return True
     echoes = [Echo(spool) for spool in waiting]
     courier = _courier()
-    until = time.monotonic() + timeout
+    until, done = time.monotonic() + timeout, False
     try:
         while courier.poll() is None and any(s.pending(end) for s, end in waiting.items()):
             if time.monotonic() > until:
                 log.warning("tracking: not everything could be delivered in %g seconds", timeout)
-                return False
+                break
             time.sleep(0.1)
-        with suppress(subprocess.TimeoutExpired):
-            courier.wait(SETTLE)
-        done = courier.returncode in (0, None)
+        else:
+            with suppress(subprocess.TimeoutExpired):
+                courier.wait(SETTLE)
+            done = courier.returncode in (0, None)
     finally:
         courier.kill()
         courier.wait()

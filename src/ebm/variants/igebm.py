@@ -165,8 +165,13 @@ class IGEBM(EBM):
         if not self.jumps:
             return walk
         jump = DifferentialEvolution(within(energy, *self.bounds), self.replay)
-        start = partial(torch.clamp, min=self.bounds[0], max=self.bounds[1])  # a walk goes beyond
-        return Interspersed(walk, jump, self.langevin_steps, self.jumps, start)
+        return Interspersed(
+            walk,
+            jump,
+            self.langevin_steps,
+            self.jumps,
+            start=lambda x: x.clamp(*self.bounds),  # a walk goes beyond
+        )
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         with parametrize.cached():
