@@ -100,7 +100,7 @@ def test_the_generators_step_exchanges_the_labels():
     bigan = model()
     a, b = torch.tensor([1.0, -2.0]).double(), torch.tensor([-0.5, 1.5]).double()
     bigan.discriminator = Linear(a, b)
-    bigan.generator_optimizer = torch.optim.SGD(
+    bigan.optimizers["generator"] = torch.optim.SGD(
         [*bigan.encoder.parameters(), *bigan.generator.parameters()], lr=1e-2
     )
     x, z = torch.randn(32, 2).double(), torch.randn(32, 2).double()

@@ -245,14 +245,14 @@ def test_without_steps_samples_are_the_generator_s():
 
 def test_the_noise_follows_the_likelihood_while_it_warms_up_at_a_rate_that_falls():
     torch.manual_seed(6)
-    model, data = small(noise={"kind": "coupling", "transforms": 2, "width": 8})
-    (group,) = model.noise_optimizer.param_groups
+    model, data = small(noise={"kind": "coupling", "transforms": 2, "width": 8}, warmup=10)
+    (group,) = model.optimizers["warmup"].param_groups
     rates, losses, turns = [], [], []
     for _ in range(12):
         group["lr"] = 0.02
         x = model.space.enter(data[:200])
         losses.append(-model.flow.log_prob(x).mean().item())
-        turns.append(model.warm_up(x, model.noise_optimizer, 10, math.inf))
+        turns.append(model.warm_up(x))
         rates.append(group["lr"])
     assert turns[10:] == [None] * 2
     assert [turn.item() for turn in turns[:10]] == pytest.approx(losses[:10])

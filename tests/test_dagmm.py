@@ -128,7 +128,7 @@ def test_as_the_learning_rate_falls_the_moments_become_those_of_the_final_networ
     dagmm, x = model(ema=0.95, learning_rate=1e-2, standardise=True), blob(400)
     dagmm.initialise(x)
     for step in range(400):
-        dagmm.optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 400)
+        dagmm.optimizers["model"].param_groups[0]["lr"] = 1e-2 * (1 - step / 400)
         dagmm.training_step(x[torch.randperm(400)[:100]])
     running = dagmm.energy(x)
     z, _ = dagmm.features(dagmm.columns(x))
@@ -140,7 +140,7 @@ def test_as_the_learning_rate_falls_the_moments_become_those_of_the_final_networ
 def test_the_step_descends_the_objective_of_the_paper():
     dagmm, x = model(dropout=0.0), blob()
     dagmm.initialise(x)
-    dagmm.optimizer = torch.optim.SGD(dagmm.parameters(), lr=1.0)
+    dagmm.optimizers["model"] = torch.optim.SGD(dagmm.parameters(), lr=1.0)
     z, copy = dagmm.features(x)
     mixture = dagmm.mixture(dagmm.moments_of(z, 0.0))
     error = (x - copy).square().sum(1).mean()

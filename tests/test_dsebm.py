@@ -57,7 +57,7 @@ def test_what_a_point_scores_does_not_depend_on_its_place_in_a_batch():
 
 def test_the_step_descends_the_denoising_error():
     dsebm, x = model(noise=0.3), blob()
-    dsebm.optimizer = torch.optim.SGD(dsebm.parameters(), lr=1.0)
+    dsebm.optimizers["model"] = torch.optim.SGD(dsebm.parameters(), lr=1.0)
     before = [p.detach().clone() for p in dsebm.parameters()]
     torch.manual_seed(7)
     noisy = (x + 0.3 * torch.randn_like(x)).requires_grad_()
@@ -79,7 +79,7 @@ def test_on_a_gaussian_it_ends_as_the_conditional_mean():
     dsebm = model(1, widths=[32], learning_rate=1e-2).float()
     torch.manual_seed(2)
     for step in range(1000):
-        dsebm.optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 1000)
+        dsebm.optimizers["model"].param_groups[0]["lr"] = 1e-2 * (1 - step / 1000)
         dsebm.training_step(1 + 2 * torch.randn(512, 1))
     x = torch.linspace(-2, 4, 13)[:, None]
     torch.testing.assert_close(gradient(dsebm.energy, x), (x - 1) / 5, rtol=0, atol=0.1)

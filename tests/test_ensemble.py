@@ -21,15 +21,17 @@ class Mean(EBM):
     def __init__(self):
         super().__init__()
         self.m = torch.nn.Parameter(torch.randn(1))
-        self.optimizer = torch.optim.SGD([self.m], lr=1.0)
         self.seen: list[Tensor] = []
+
+    def configure_optimizers(self):
+        return {"m": torch.optim.SGD([self.m], lr=1.0)}
 
     def energy(self, x):
         return (x - self.m).square().sum(1) / 2
 
     def training_step(self, x, y=None):
         self.seen.append(x)
-        norm = descend(self.optimizer, self.energy(x).mean())
+        norm = descend(self.optimizers["m"], self.energy(x).mean())
         return {"energy_gap": self.m.detach().squeeze(), "gradient_norm": norm}
 
     def sample(self, n):

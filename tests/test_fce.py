@@ -64,12 +64,12 @@ def flow_turn_value(fce, data, seed):
 @pytest.mark.parametrize("defence", [0.0, 0.25])
 def test_the_flow_s_gradient_passes_through_its_density_and_its_draws(tilted, defence):
     """By finite differences of V with common random numbers."""
-    fce, data = ready(40, tilted=tilted, defence=defence)
+    fce, data = ready(40, tilted=tilted, defence=defence, warmup=0)
     with torch.no_grad():
         fce.network.head.weight += 0.3 * torch.randn_like(fce.network.head.weight)
-    fce.warm_up(data, None, 0, math.inf)
+    fce.warm_up(data)
     flow = list(fce.noise.parameters())
-    fce.flow_optimizer = torch.optim.SGD(flow, lr=1.0)
+    fce.optimizers["flow"] = torch.optim.SGD(flow, lr=1.0)
     fce.last_accuracy.fill_(1.0)
     before, twin = [p.detach().clone() for p in flow], deepcopy(fce)
     torch.manual_seed(2)
@@ -153,7 +153,7 @@ def test_a_tilted_energy_is_the_flow_right_after_the_warm_up():
 
 def test_the_rate_of_the_warm_up_falls_and_the_flow_is_told_from_the_broad_noise_alone():
     fce, data = ready(warmup=4, defence=0.3)
-    (group,) = fce.warmup_optimizer.param_groups
+    (group,) = fce.optimizers["warmup"].param_groups
     rates, asked = [], []
     fce._energy_turn = lambda data, noise: asked.append(noise) or {"accuracy": torch.tensor(1.0)}
     fce._flow_turn = lambda data: asked.append("flow") or {"accuracy": torch.tensor(1.0)}

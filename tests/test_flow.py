@@ -85,7 +85,7 @@ def test_it_learns_a_density_of_two_bumps(kind):
     flow.initialise(x)
     for _ in range(200):
         flow.training_step(data(256))
-        flow.optimizer.param_groups[0]["lr"] *= 0.985
+        flow.optimizers["flow"].param_groups[0]["lr"] *= 0.985
     lost = [(log_density(test) + of.energy(test)).mean().item() for of in (gaussian, flow)]
     assert -0.02 < lost[1] < 0.25 * lost[0]
     drawn = flow.sample(4000)["samples"]

@@ -47,7 +47,7 @@ def quadratic(**changes):
     free = {"bounds": (-9.0, 9.0), "energy_penalty": 0.0, "data_noise": 0.0, "clip": math.inf}
     model = build(ema=0.0, **free, **changes)
     model.network = Quadratic()
-    model.optimizer = torch.optim.SGD(model.network.parameters(), lr=1.0)
+    model.optimizers["energy"] = torch.optim.SGD(model.network.parameters(), lr=1.0)
     return model
 
 
@@ -130,7 +130,7 @@ def chains_of_two_wells(jumps):
     free = {"bounds": (-2.0, 2.0), "gradient_clip": None, "noise": "coupled", "fresh": 0.0}
     model = build((1,), step_size=1e-3, jumps=jumps, buffer=4000, ema=0.0, **free)
     model.network = Wells()
-    model.optimizer = torch.optim.SGD(model.network.parameters(), lr=0.0)
+    model.optimizers["energy"] = torch.optim.SGD(model.network.parameters(), lr=0.0)
     model.replay.copy_(torch.tensor([-1.0, 1.0]).repeat(2000)[:, None])
     for _ in range(100):
         model.training_step(torch.zeros(1000, 1))

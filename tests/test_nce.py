@@ -64,7 +64,9 @@ def test_the_constant_goes_up_by_its_own_rate_and_nothing_decays_it():
         nce.log_z.fill_(-4)  # p is far too large: everything looks like data
     nce.training_step(data(200))
     assert nce.log_z.item() == pytest.approx(-4 + 0.03, abs=1e-5)
-    decays = {p: g["weight_decay"] for g in nce.energy_optimizer.param_groups for p in g["params"]}
+    decays = {
+        p: g["weight_decay"] for g in nce.optimizers["energy"].param_groups for p in g["params"]
+    }
     assert decays.pop(nce.log_z) == 0
     assert set(decays.values()) == {0.5}
     assert nce.network.head.bias not in decays
@@ -111,7 +113,7 @@ def test_it_learns_log_z():
         nce.log_z += 1.0  # off to a bad start
     for _ in range(400):
         logs = nce.training_step(data(256))
-        for group in nce.energy_optimizer.param_groups:
+        for group in nce.optimizers["energy"].param_groups:
             group["lr"] *= 0.99
     grid = cell_centres(-4.0, 4.0, 200)
     with torch.no_grad():

@@ -187,10 +187,13 @@ class Quadratic(EBM):
     def __init__(self):
         super().__init__()
         self.w = torch.nn.Parameter(torch.ones(3))
-        self.optimizer = torch.optim.SGD([self.w], lr=0.0)
+
+    def configure_optimizers(self):
+        return {"w": torch.optim.SGD([self.w], lr=0.0)}
 
     def training_step(self, x, y=None):
-        norm = descend(self.optimizer, ((x - self.w) ** 2 * torch.rand(len(x), 1)).sum(1).mean())
+        loss = ((x - self.w) ** 2 * torch.rand(len(x), 1)).sum(1).mean()
+        norm = descend(self.optimizers["w"], loss)
         return {"gradient_norm": norm}
 
 

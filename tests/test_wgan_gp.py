@@ -46,8 +46,8 @@ def linear(shape=IMAGE, points=8, **changes):
     wgan.energy_network = nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 1))
     wgan.generator = Fixed(torch.rand(points, *shape))
     wgan.double()
-    wgan.energy_optimizer = torch.optim.SGD(wgan.energy_network.parameters(), lr=1.0)
-    wgan.generator_optimizer = torch.optim.SGD(wgan.generator.parameters(), lr=1.0)
+    wgan.optimizers["energy"] = torch.optim.SGD(wgan.energy_network.parameters(), lr=1.0)
+    wgan.optimizers["generator"] = torch.optim.SGD(wgan.generator.parameters(), lr=1.0)
     return wgan
 
 

@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
-from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Space
+from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Space, adam
 from ebm.networks import Scalar, scalar
 from ebm.samplers import Independence, State, run
 from ebm.variants.base import EBM, descend
@@ -125,15 +125,25 @@ class Contrasted(EBM):
     def __init__(
         self,
         shape: tuple[int, ...],
-        network: Mapping[str, Any],
         noise: Mapping[str, Any],
+        network: Mapping[str, Any],
         defence: float,
         tilted: bool,
         levels: int,
         margin: float,
+        warmup: int,
+        warmup_learning_rate: float,
+        learning_rate: float,
+        constant_learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        clip: float | None,
         outputs: int = 1,
     ) -> None:
         super().__init__()
+        self.warmup, self.warmup_learning_rate = warmup, warmup_learning_rate
+        self.learning_rate, self.constant_learning_rate = learning_rate, constant_learning_rate
+        self.betas, self.weight_decay, self.clip = betas, weight_decay, clip or math.inf
         if defence and len(shape) > 1:
             raise EBMError(f"model.defence = {defence}: expected 0 for images")
         self.normalised, self.shape, self.outputs = True, shape, outputs
@@ -207,38 +217,33 @@ class Contrasted(EBM):
         that knows none."""
         return {}
 
-    def energy_optimizer_with(
-        self,
-        learning_rate: float,
-        constant_learning_rate: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-    ) -> Optimizer:
-        """Adam for the energy, whose weights decay, and for its constants, which do not."""
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        """Adam for the energy, whose weights decay, and for its constants, which do not; for the
+        `warmup` of the flow, if it has anything to train."""
         weights = [p for p in self.network.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
-            {"params": weights, "lr": learning_rate, "weight_decay": weight_decay},
-            {"params": [self.log_z], "lr": constant_learning_rate, "weight_decay": 0.0},
+            {"params": weights, "lr": self.learning_rate, "weight_decay": self.weight_decay},
+            {"params": [self.log_z], "lr": self.constant_learning_rate, "weight_decay": 0.0},
         ]
-        return AdamW(groups, betas=betas, fused=True)
+        warmup = self.noise, self.warmup_learning_rate, self.betas, self.weight_decay
+        return {"energy": AdamW(groups, betas=self.betas, fused=True)} | adam("warmup", *warmup)
 
-    def warm_up(
-        self, data: Tensor, optimizer: Optimizer | None, steps: int, clip: float
-    ) -> Tensor | None:
-        """One of the first `steps`, in which the flow follows the likelihood of `data`, points of
-        the space, with a learning rate that falls to 0 over the second half of them: its loss, or
-        None where there is no such step to take. The first step after them lets a tilted energy
-        take up the flow as its base."""
-        left = steps - int(self.steps)
+    def warm_up(self, data: Tensor) -> Tensor | None:
+        """One of the first `warmup` steps, in which the flow follows the likelihood of `data`,
+        points of the space, with a learning rate that falls to 0 over the second half of them: its
+        loss, or None where there is no such step to take. The first step after them lets a tilted
+        energy take up the flow as its base."""
+        left = self.warmup - int(self.steps)
         self.steps += 1
         if left == 0:
             self._take_up_flow()
+        optimizer = self.optimizers.get("warmup")
         if left <= 0 or optimizer is None:
             return None
         for group in optimizer.param_groups:
-            group["lr"] *= min(1.0, 2 * left / steps)
+            group["lr"] *= min(1.0, 2 * left / self.warmup)
         loss = -self.flow.log_prob(data).mean()
-        descend(optimizer, loss, clip)
+        descend(optimizer, loss, self.clip)
         return loss
 
     def _take_up_flow(self) -> None:

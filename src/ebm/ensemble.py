@@ -46,8 +46,7 @@ class Ensemble(EBM):
         ).requires_grad_(False)
         self.register_buffer("steps", torch.tensor(0))
 
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
+    def configure_optimizers(self) -> dict[str, Optimizer]:
         return {
             f"{number}.{name}": optimizer
             for number, member in enumerate(self._members())

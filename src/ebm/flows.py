@@ -97,13 +97,17 @@ class Gaussian(nn.Module):
 
 
 def adam(
-    density: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> Optimizer | None:
-    """What trains a density; None where it has nothing to train."""
+    name: str,
+    density: nn.Module,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> dict[str, Optimizer]:
+    """What trains a density, under a name; nothing where it has nothing to train."""
     weights = list(density.parameters())
     if not weights:
-        return None
-    return AdamW(weights, learning_rate, betas, weight_decay=weight_decay, fused=True)
+        return {}
+    return {name: AdamW(weights, learning_rate, betas, weight_decay=weight_decay, fused=True)}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 class EBM(nn.Module):
     """An energy-based model p(x) = exp(-E(x)) / Z together with the way it is trained.
 
-    Parameters, persistent chains and counters are module state. With the state of the optimisers,
-    which are plain attributes, they are all that a checkpoint holds.
+    Parameters, persistent chains and counters are module state. With that of the optimisers, it is
+    all that a checkpoint holds.
     """
 
     classes = 0
@@ -65,10 +65,15 @@ class EBM(nn.Module):
         is not known."""
         return -self.energy(x) if self.normalised else None
 
-    @property
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        """What trains the parameters, by name; none where `initialise` does it all."""
+        return {}
+
+    @cached_property
     def optimizers(self) -> dict[str, Optimizer]:
-        """Name -> optimiser, in the order of their definition."""
-        return {name: o for name, o in vars(self).items() if isinstance(o, Optimizer)}
+        """`configure_optimizers`, once, when training first asks for them: a model that only
+        samples or scores does not wait for the second or two that PyTorch takes to import them."""
+        return self.configure_optimizers()
 
 
 def descend(optimizer: Optimizer, loss: Tensor, clip: float = float("inf")) -> Tensor:

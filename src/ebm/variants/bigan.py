@@ -37,6 +37,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.optim import Adam, Optimizer
 
 from ebm import networks
 from ebm.variants.base import EBM, descend, parameters_of, standard_normal, update_average
@@ -66,12 +67,17 @@ class BiGAN(EBM):
         self.discriminator = networks.Joint(network, shape, latent, discriminator)
         self.average = deepcopy(self._current()).requires_grad_(False) if ema else None
         self.to(memory_format=torch.channels_last)
-        self.discriminator_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), lr=discriminator_learning_rate, betas=betas
-        )
-        self.generator_optimizer = torch.optim.Adam(
-            parameters_of(self.encoder, self.generator), lr=generator_learning_rate, betas=betas
-        )
+        self.discriminator_learning_rate, self.betas = discriminator_learning_rate, betas
+        self.generator_learning_rate = generator_learning_rate
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        critic, both = self.discriminator, parameters_of(self.encoder, self.generator)
+        return {
+            "discriminator": Adam(
+                critic.parameters(), self.discriminator_learning_rate, self.betas
+            ),
+            "generator": Adam(both, self.generator_learning_rate, self.betas),
+        }
 
     def energy(self, x: Tensor) -> Tensor:
         """The anomaly score of x [B, *]: [B]."""
@@ -95,7 +101,7 @@ class BiGAN(EBM):
         logits = self.discriminator(torch.cat([x, fake]), torch.cat([code, z]))
         encoded, generated = logits.chunk(2)
         loss = cross_entropy(encoded, generated)
-        norm = descend(self.discriminator_optimizer, loss)
+        norm = descend(self.optimizers["discriminator"], loss)
         return {
             "energy_gap": (generated.mean() - encoded.mean()).detach(),
             "discriminator_loss": loss.detach(),
@@ -110,7 +116,7 @@ class BiGAN(EBM):
         encoded = self.discriminator.pair(features, code)
         generated = self.discriminator(fake, z)
         loss = cross_entropy(generated, encoded)
-        norm = descend(self.generator_optimizer, loss)
+        norm = descend(self.optimizers["generator"], loss)
         return {"generator_loss": loss.detach(), "generator_gradient_norm": norm}
 
     @torch.no_grad()

@@ -42,6 +42,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Adam, Optimizer
 
 from ebm.networks import mlp
 from ebm.parallel import averaged
@@ -96,7 +97,10 @@ class DAGMM(Scorer):
         self.head = nn.Linear(estimation[-1], components)
         size = 1 + features + features**2
         self.register_buffer("moments", torch.zeros(components, size, dtype=torch.double))
-        self.optimizer = torch.optim.Adam(parameters_of(self), learning_rate, betas)
+        self.learning_rate, self.betas = learning_rate, betas
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        return {"model": Adam(parameters_of(self), self.learning_rate, self.betas)}
 
     @torch.no_grad()
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
@@ -148,7 +152,7 @@ class DAGMM(Scorer):
         energy = mixture_energy(z.double(), mixture).mean()
         penalty = mixture.covariances.diagonal(dim1=1, dim2=2).reciprocal().sum()
         loss = error + self.energy_weight * energy + self.diagonal_penalty * penalty
-        norm = descend(self.optimizer, loss)
+        norm = descend(self.optimizers["model"], loss)
         with torch.no_grad():
             self.moments.lerp_(averaged(self.moments_of(z.detach(), 0.0)), 1 - self.ema)
         return {

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.optim import Adam, Optimizer
 
 from ebm.networks import mlp
 from ebm.scoring import Scorer
@@ -57,7 +58,10 @@ class DSEBM(Scorer):
         dimensions = len(self.columns.mean)
         self.layers = mlp([dimensions, *widths], nn.Softplus())
         self.centre = nn.Parameter(torch.zeros(dimensions))
-        self.optimizer = torch.optim.Adam(parameters_of(self), learning_rate, betas)
+        self.learning_rate, self.betas = learning_rate, betas
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        return {"model": Adam(parameters_of(self), self.learning_rate, self.betas)}
 
     def energy(self, x: Tensor) -> Tensor:
         return self.column_energy(self.columns(x))
@@ -74,7 +78,7 @@ class DSEBM(Scorer):
         error = (x - (noisy - gradient)).square().sum(1).mean()
         with torch.no_grad():
             gap = self.column_energy(x).mean() - energy.mean()
-        norm = descend(self.optimizer, error)
+        norm = descend(self.optimizers["model"], error)
         return {
             "energy_gap": gap,
             "gradient_norm": norm,

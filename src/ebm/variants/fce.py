@@ -39,7 +39,6 @@ over data, in the warm-up that of the flow alone; `energy_gap` = E_data[-log p] 
 does not compute is 0.
 """
 
-import math
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -47,7 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
 from ebm.contrastive import LOGGED, Contrasted, accuracy, outputs_of, value
@@ -70,47 +69,38 @@ class FCE(Contrasted):
     def __init__(
         self,
         shape: tuple[int, ...],
-        network: Mapping[str, Any],
         flow: Mapping[str, Any],
-        defence: float,
-        tilted: bool,
-        levels: int,
-        margin: float,
-        warmup: int,
-        warmup_learning_rate: float,
         threshold: float,
-        learning_rate: float,
-        constant_learning_rate: float,
         flow_learning_rate: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        clip: float | None,
         classes: int,
         labelled: int,
         supervision: float,
         smoothness: float,
         radius: float,
+        **contrasted: Any,
     ) -> None:
         if flow["kind"] == "gaussian":
             raise EBMError("model.flow: a gaussian has nothing to train; the variant nce keeps it")
-        super().__init__(shape, network, flow, defence, tilted, levels, margin, max(classes, 1))
-        self.warmup, self.threshold, self.clip = warmup, threshold, clip or math.inf
+        super().__init__(shape, flow, **contrasted, outputs=max(classes, 1))
+        self.threshold, self.flow_learning_rate = threshold, flow_learning_rate
         self.labelled_classes, self.supervision = classes, supervision
         self.smoothness, self.radius = smoothness, radius
-        self.energy_optimizer = self.energy_optimizer_with(
-            learning_rate, constant_learning_rate, betas, weight_decay
-        )
-        self.warmup_optimizer = adam(self.noise, warmup_learning_rate, betas, weight_decay)
-        self.flow_optimizer = adam(self.noise, flow_learning_rate, betas, weight_decay)
         self.register_buffer("last_accuracy", torch.zeros(()))
         self.register_buffer("points", torch.zeros(classes * labelled, *shape))
         self.register_buffer("labels", torch.zeros(classes * labelled, dtype=torch.long))
         if classes:
             self.twin = deepcopy(self.network)
             self.twin.head.bias.requires_grad_(True)
-            self.twin_optimizer = AdamW(
-                self.twin.parameters(), learning_rate, betas, weight_decay=weight_decay
-            )
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        """Those of every contrasted energy, one for the flow's turns and one for the twin."""
+        optimizers = super().configure_optimizers()
+        decay = self.weight_decay
+        optimizers |= adam("flow", self.noise, self.flow_learning_rate, self.betas, decay)
+        if self.labelled_classes:
+            weights = self.twin.parameters()
+            optimizers["twin"] = AdamW(weights, self.learning_rate, self.betas, weight_decay=decay)
+        return optimizers
 
     @property
     def needs_labels(self) -> bool:
@@ -135,7 +125,7 @@ class FCE(Contrasted):
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         data = self.space.enter(x)
-        warming = self.warm_up(data, self.warmup_optimizer, self.warmup, self.clip)
+        warming = self.warm_up(data)
         if warming is not None and self.base is not None:
             return self.logs(noise_loss=warming)
         noise = self.contrast if warming is None or self.broad is None else self.broad
@@ -160,14 +150,13 @@ class FCE(Contrasted):
             if self.smoothness:
                 logs["roughness"] = self.roughness(data)
                 loss = loss + self.smoothness * logs["roughness"]
-            descend(self.twin_optimizer, cross_entropy(self._twin(points), classes), self.clip)
-        return logs | {"gradient_norm": descend(self.energy_optimizer, loss, self.clip)}
+            descend(self.optimizers["twin"], cross_entropy(self._twin(points), classes), self.clip)
+        return logs | {"gradient_norm": descend(self.optimizers["energy"], loss, self.clip)}
 
     def _flow_turn(self, data: Tensor) -> dict[str, Tensor]:
         draws, log_q_draws = self.contrast.draw_with_log_prob(len(data))
         v, logs = self._play(data, draws, self.contrast.log_prob(data), log_q_draws)
-        assert self.flow_optimizer is not None
-        norm = descend(self.flow_optimizer, v, self.clip)
+        norm = descend(self.optimizers["flow"], v, self.clip)
         return logs | {"gradient_norm": norm, "flow_turns": torch.ones_like(v)}
 
     def _play(

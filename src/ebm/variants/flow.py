@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ebm.flows import Density, adam
 from ebm.variants.base import descend
@@ -44,11 +45,14 @@ class NormalisingFlow(Density):
     ) -> None:
         super().__init__(shape, flow, levels, margin)
         self.clip = clip or math.inf
-        self.optimizer = adam(self, learning_rate, betas, weight_decay)
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        return adam("flow", self, self.learning_rate, self.betas, self.weight_decay)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         loss = -self.log_likelihood(x).mean()
         norm = loss.new_zeros(())
-        if self.optimizer is not None:
-            norm = descend(self.optimizer, loss, self.clip)
+        if self.optimizers:
+            norm = descend(self.optimizers["flow"], loss, self.clip)
         return {"energy_gap": loss.detach(), "gradient_norm": norm}

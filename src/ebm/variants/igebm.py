@@ -55,6 +55,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.optim import Adam, Optimizer
 
 from ebm import EBMError
 from ebm.networks import Scalar, normalise_spectrally, scalar
@@ -130,7 +131,10 @@ class IGEBM(EBM):
         self.register_buffer("replay", torch.zeros(buffer, *shape))
         self.register_buffer("replay_label", torch.zeros(buffer, dtype=torch.long))
         self.register_buffer("replay_age", torch.zeros(buffer, dtype=torch.long))
-        self.optimizer = torch.optim.Adam(self.network.parameters(), learning_rate, betas)
+        self.learning_rate, self.betas = learning_rate, betas
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        return {"energy": Adam(self.network.parameters(), self.learning_rate, self.betas)}
 
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Fill the buffer with uniform noise; the data have to lie within the bounds."""
@@ -186,7 +190,7 @@ class IGEBM(EBM):
             scale = positive_energy.square().mean() + negative_energy.square().mean()
             kl, entropy = self._improvement(negative.x, energy, batch.others)
             loss = gap + self.energy_penalty * scale + self.kl * kl - self.entropy * entropy
-            norm = descend(self.optimizer, loss, self.clip)
+            norm = descend(self.optimizers["energy"], loss, self.clip)
         self._write_back(batch, negative.x.detach())
         if self.average is not None:
             update_average(self.average, self.network, self.ema)

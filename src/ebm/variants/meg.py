@@ -33,6 +33,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+from torch.optim import Adam, Optimizer
 
 from ebm.networks import Joint, Network, decoder, encoder
 from ebm.parallel import parts, shuffled
@@ -82,12 +83,15 @@ class MEG(EBM):
         self.energy_average = (
             deepcopy(self.energy_network).requires_grad_(False) if energy_ema else None
         )
-        self.energy_optimizer = torch.optim.Adam(
-            self.energy_network.parameters(), lr=energy_learning_rate, betas=betas
-        )
-        self.generator_optimizer = torch.optim.Adam(
-            parameters_of(self.generator, self.statistics), lr=generator_learning_rate, betas=betas
-        )
+        self.energy_learning_rate, self.betas = energy_learning_rate, betas
+        self.generator_learning_rate = generator_learning_rate
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        energy, generator = self.energy_network, parameters_of(self.generator, self.statistics)
+        return {
+            "energy": Adam(energy.parameters(), self.energy_learning_rate, self.betas),
+            "generator": Adam(generator, self.generator_learning_rate, self.betas),
+        }
 
     def energy(self, x: Tensor) -> Tensor:
         """E(x), by the moving average where there is one."""
@@ -107,7 +111,7 @@ class MEG(EBM):
         (score,) = torch.autograd.grad(positive.sum(), data, create_graph=True)
         score_norm = score.square().flatten(1).sum(1).mean()
         gap = positive.mean() - negative.mean()
-        norm = descend(self.energy_optimizer, gap + self.score_penalty * score_norm)
+        norm = descend(self.optimizers["energy"], gap + self.score_penalty * score_norm)
         if self.energy_average is not None:
             update_average(self.energy_average, self.energy_network, self.energy_ema)
         return {
@@ -122,7 +126,7 @@ class MEG(EBM):
             x = self.generator(z)
             information = self.information(x, z, shuffled(z))
             energy = self.energy_network(x)
-        norm = descend(self.generator_optimizer, energy.mean() - self.entropy * information)
+        norm = descend(self.optimizers["generator"], energy.mean() - self.entropy * information)
         if self.average is not None:
             update_average(self.average, self.generator, self.ema)
         return {"information": information.detach(), "generator_gradient_norm": norm}

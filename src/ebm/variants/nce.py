@@ -23,7 +23,6 @@ Logged: `value` = V; `accuracy` of the classifier, 1/2 where nothing is left to 
 warm-up that of the flow alone; `gradient_norm`. What a step does not compute is 0.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +30,6 @@ import torch
 from torch import Tensor
 
 from ebm.contrastive import Contrasted, accuracy, value
-from ebm.flows import adam
 from ebm.parallel import share, world
 from ebm.variants.base import descend
 
@@ -42,31 +40,16 @@ class NCE(Contrasted):
     def __init__(
         self,
         shape: tuple[int, ...],
-        network: Mapping[str, Any],
         noise: Mapping[str, Any],
-        defence: float,
-        tilted: bool,
-        levels: int,
-        margin: float,
         ratio: float,
-        warmup: int,
-        warmup_learning_rate: float,
-        learning_rate: float,
-        constant_learning_rate: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        clip: float | None,
+        **contrasted: Any,
     ) -> None:
-        super().__init__(shape, network, noise, defence, tilted, levels, margin)
-        self.ratio, self.warmup, self.clip = ratio, warmup, clip or math.inf
-        self.energy_optimizer = self.energy_optimizer_with(
-            learning_rate, constant_learning_rate, betas, weight_decay
-        )
-        self.noise_optimizer = adam(self.noise, warmup_learning_rate, betas, weight_decay)
+        super().__init__(shape, noise, **contrasted)
+        self.ratio = ratio
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         data = self.space.enter(x)
-        warming = self.warm_up(data, self.noise_optimizer, self.warmup, self.clip)
+        warming = self.warm_up(data)
         if warming is not None and self.base is not None:
             return self.logs(noise_loss=warming)
         with torch.no_grad():
@@ -75,7 +58,7 @@ class NCE(Contrasted):
         log_p, log_p_noise = self.log_density(data), self.log_density(noise)
         r, r_noise = log_p - log_q, log_p_noise - log_q_noise
         v = value(r, r_noise, self.ratio)
-        norm = descend(self.energy_optimizer, -v, self.clip)
+        norm = descend(self.optimizers["energy"], -v, self.clip)
         return self.logs(
             value=v,
             accuracy=accuracy(r, r_noise, self.ratio),

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.optim import SGD, Optimizer
 
 from ebm import EBMError
 from ebm.samplers import BlockGibbs, ais, draw, log_mean_exp, run, trace
@@ -61,11 +62,15 @@ class RBM(EBM):
         self.hidden_bias = nn.Parameter(torch.zeros(hidden))
         self.register_buffer("base_rate", torch.zeros(visible))
         self.register_buffer("chains", torch.zeros(chains, visible))
+        self.learning_rate, self.momentum = learning_rate, momentum
+        self.weight_decay = weight_decay
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
         groups: list[dict[str, Any]] = [
-            {"params": [self.weight], "weight_decay": weight_decay},
+            {"params": [self.weight], "weight_decay": self.weight_decay},
             {"params": [self.visible_bias, self.hidden_bias]},
         ]
-        self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)
+        return {"energy": SGD(groups, self.learning_rate, self.momentum)}
 
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Visible biases at the log-odds of the pixels (Hinton 2012, section 8); chains from
@@ -99,7 +104,7 @@ class RBM(EBM):
             self.chains.copy_(model)
 
         loss = self.energy(data).mean() - self.energy(model).mean()
-        norm = descend(self.optimizer, loss)
+        norm = descend(self.optimizers["energy"], loss)
         return {
             "energy_gap": loss.detach(),
             "gradient_norm": norm,

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.optim import Adam, Optimizer
 
 from ebm import networks
 from ebm.variants.base import EBM, descend, standard_normal
@@ -60,7 +61,10 @@ class VAE(EBM):
         self.decoder = nn.Sequential(*(m for m in layers if not isinstance(m, nn.Sigmoid)))
         self.log_scale = None if len(shape) > 1 else nn.Parameter(torch.zeros(()))
         self.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, betas=betas)
+        self.learning_rate, self.betas = learning_rate, betas
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        return {"model": Adam(self.parameters(), self.learning_rate, self.betas)}
 
     def energy(self, x: Tensor) -> Tensor:
         """-ELBO for x [B, *] with the reconstruction at the posterior's mean: [B], in nats."""
@@ -87,7 +91,7 @@ class VAE(EBM):
         parts = self.terms(x, self._noise(len(x)))
         reconstruction, divergence = (part.mean() for part in parts)
         loss = reconstruction + divergence
-        norm = descend(self.optimizer, loss)
+        norm = descend(self.optimizers["model"], loss)
         return {
             "energy_gap": loss.detach(),
             "reconstruction": reconstruction.detach(),

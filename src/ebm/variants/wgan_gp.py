@@ -35,6 +35,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor
+from torch.optim import Adam, Optimizer
 
 from ebm.networks import Network, decoder, encoder
 from ebm.parallel import parts
@@ -66,12 +67,15 @@ class WGANGP(EBM):
         self.generator = decoder(network, latent, shape, generator)
         self.average = deepcopy(self.generator).requires_grad_(False) if ema else None
         self.to(memory_format=torch.channels_last)
-        self.energy_optimizer = torch.optim.Adam(
-            self.energy_network.parameters(), lr=energy_learning_rate, betas=betas
-        )
-        self.generator_optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=generator_learning_rate, betas=betas
-        )
+        self.energy_learning_rate, self.betas = energy_learning_rate, betas
+        self.generator_learning_rate = generator_learning_rate
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        energy, generator = self.energy_network, self.generator
+        return {
+            "energy": Adam(energy.parameters(), self.energy_learning_rate, self.betas),
+            "generator": Adam(generator.parameters(), self.generator_learning_rate, self.betas),
+        }
 
     def energy(self, x: Tensor) -> Tensor:
         return self.energy_network(x).squeeze(1)
@@ -91,7 +95,7 @@ class WGANGP(EBM):
             slope = self._slope(mixed)
         gap = positive.mean() - negative.mean()
         penalty = (slope - 1).square().mean()
-        norm = descend(self.energy_optimizer, gap + self.gradient_penalty * penalty)
+        norm = descend(self.optimizers["energy"], gap + self.gradient_penalty * penalty)
         return {
             "energy_gap": gap.detach(),
             "slope": slope.detach().mean(),
@@ -109,7 +113,7 @@ class WGANGP(EBM):
         z = self._prior(n)
         with autocast(self.precision, z):
             energy = self.energy(self.generator(z))
-        norm = descend(self.generator_optimizer, energy.mean())
+        norm = descend(self.optimizers["generator"], energy.mean())
         if self.average is not None:
             update_average(self.average, self.generator, self.ema)
         return {"generator_gradient_norm": norm}
