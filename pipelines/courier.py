@@ -1,8 +1,9 @@
 """The courier: a process that takes events from the spools and brings them to MLflow.
 
-`python -m pipelines.courier KEY` delivers for all runs while the stage that writes KEY lives, and
-then what is left; `python -m pipelines.courier` delivers what waits now. There is one courier at a
-time, by a lock on the checkout: so an event is in one pair of hands, and a database is made once.
+`python -m pipelines.courier KEY` delivers for all runs while the stage that writes KEY lives, or
+any other (whose courier would have to import MLflow first, which takes seconds), and then what is
+left; `python -m pipelines.courier` delivers what waits now. There is one courier at a time, by a
+lock on the checkout: so an event is in one pair of hands, and a database is made once.
 
 A courier may be killed at any point. It notes an event as delivered after MLflow has it, and one
 that is sent twice has the same effect as once (see `pipelines.mlflow_store`).
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pipelines.mlflow_store import Store
 
 POLL, RETRY = 2.0, 10.0  # seconds to the next round after a good one, after a bad one
-LINGER = 15.0  # seconds that a courier may outlive its stage
+LINGER = 15.0  # seconds that a courier may outlive the last stage
 MEASURE = 10.0  # seconds between two looks at how busy the machine is
 BATCH = 1000  # values in a request: MLflow's limit
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST"}
@@ -216,18 +217,24 @@ def _run_id(state: State) -> str:
 
 
 def tail(own: Spool) -> bool:
-    """Deliver until the writer of `own` is gone, and then what is left; whether nothing is."""
+    """Deliver until the writer of `own` and all others are gone, and then what is left; whether
+    nothing is."""
     if not _lock(lambda: own.written() or any(spool.pending() for spool in Spool.all())):
         return True
     courier = Courier()
     while True:
-        alive = own.written()
+        alive = _any_written(own)
         clean = courier.round()
         if not alive:
             return clean
         until = time.monotonic() + (POLL if clean else RETRY)
-        while own.written() and time.monotonic() < until:
+        while _any_written(own) and time.monotonic() < until:
             time.sleep(0.25)
+
+
+def _any_written(own: Spool) -> bool:
+    """Whether there is a writer still, most likely of `own`."""
+    return own.written() or any(spool.written() for spool in Spool.all())
 
 
 def _lock(wanted: Callable[[], bool]) -> bool:
@@ -246,8 +253,8 @@ def _lock(wanted: Callable[[], bool]) -> bool:
 
 
 def _leave_in_time(own: Spool) -> None:
-    """End the process, in the middle of whatever it does, when its stage is long gone."""
-    while own.written():
+    """End the process, in the middle of whatever it does, when the last stage is long gone."""
+    while _any_written(own):
         time.sleep(0.5)
     time.sleep(LINGER)
     os._exit(1)

@@ -85,6 +85,22 @@ def test_kill_9_of_a_stage_loses_nothing_and_leaves_no_courier(database, begun):
     assert database.rows("loss") == [(step, step) for step in range(5000)]
 
 
+def test_a_courier_goes_on_with_the_stages_that_outlive_its_own(database):
+    """So MLflow is imported once, and not for every stage."""
+    with stage("first") as first:
+        spool = Spool(first.stdout.readline().strip())
+        assert wait_until(lambda: spool.state().open, 60)
+        [deliverer] = couriers()
+        with stage("second") as second:
+            second.stdout.readline()
+            first.communicate()
+            time.sleep(2 * courier.POLL)
+            assert deliverer in couriers()
+            second.communicate()
+    assert wait_until(lambda: not couriers(), LEFT)
+    assert undelivered() == []
+
+
 def test_a_server_that_is_down_neither_stops_nor_slows_a_stage(database, monkeypatch):
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
