@@ -30,7 +30,7 @@ from dvc.scm import map_scm_exception
 from dvc.utils.serialize import dumps_yaml, load_yaml, parse_yaml_for_update
 
 from ebm import EBMError
-from pipelines import ROOT
+from pipelines import ROOT, files
 
 IN_PLACE = {"dump", "_edit_rwlock"}
 """The functions in which DVC overwrites files of its own."""
@@ -292,7 +292,10 @@ def _amend(entries: Mapping[str, Entry | None], root: Path) -> dict[str, Entry |
             stages[key] = entries[name]
             if entries[name] is None:
                 del stages[key]
-        _replace(file, dumps_yaml(lock) if stages else "")
+        if stages:
+            files.replace(file, dumps_yaml(lock))
+        else:
+            file.unlink(missing_ok=True)
     return before
 
 
@@ -300,15 +303,6 @@ def _place(name: str, root: Path) -> tuple[Path, str]:
     """The lock file that a stage's entry stands in, and its key there."""
     path, _, key = name.rpartition(":")
     return root / Path(path or "dvc.yaml").with_suffix(".lock"), key
-
-
-def _replace(file: Path, text: str) -> None:
-    if not text:
-        file.unlink(missing_ok=True)
-        return
-    fresh = file.with_suffix(".lock.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(file)
 
 
 def _outdated(stage: Any, graph: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ebm.schema import COMPANIONS
 from pipelines.results import Comparison, History, Line, Picture, Reference, Result
+from pipelines.tracking import flat
 from pipelines.typeset import duration, measured, number, template
 from pipelines.words import (
     AREAS,
@@ -82,14 +83,14 @@ def render(
             r.name: matrix(r.record.dataset, [r], list(AREAS)) for r in results if classes(r)
         },
         curves={r.name: curves(r.history, EQUILIBRIA.get(r.record.variant)) for r in results},
-        settings={result.name: dict(_flat(_settings(result))) for result in results},
+        settings={result.name: dict(flat(_settings(result))) for result in results},
         glossary=[metric for name, metric in METRICS.items() if name in shown],
         kinds={kind: text for kind, text in KINDS.items() if kind in kinds},
         lanes=lanes(results),
         comparison=comparison,
         bench=by_oracle(comparison.table) if comparison else {},
         bench_columns=SAMPLERS,
-        bench_settings=dict(_flat(comparison.settings)) if comparison else {},
+        bench_settings=dict(flat(comparison.settings)) if comparison else {},
         timeline=timeline,
         variants=VARIANTS,
         width=WIDTH,
@@ -412,12 +413,3 @@ def _settings(result: Result) -> dict[str, Any]:
     return {"dataset": {"name": result.record.dataset, **result.data}} | {
         key: value for key, value in result.settings.items() if key != "dataset"
     }
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings under dotted names, as params.yaml and MLflow call them."""
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(value)

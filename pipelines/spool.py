@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT
+from pipelines import ROOT, files
 
 Event = dict[str, Any]
 
@@ -95,9 +95,7 @@ class Spool:
 
     def save(self, state: State) -> None:
         """Replace state.json: a reader sees the old one or the new one."""
-        fresh = self._state.with_suffix(".new")
-        fresh.write_text(json.dumps(asdict(state)), encoding="utf-8")
-        fresh.replace(self._state)
+        files.replace(self._state, json.dumps(asdict(state)))
 
     def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
         """The events from `offset` on, each with the offset behind it. A last line without an end

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError
-from pipelines import ROOT, dag, patch, run, space, stage, tracking
+from pipelines import ROOT, dag, files, patch, run, space, stage, tracking
 from pipelines.promote import direction
 from pipelines.space import Space
 from pipelines.supervise import Cancelled, Launcher
@@ -339,9 +339,7 @@ def conclude(sweep: Sweep, study: "Study", apply: bool) -> bool:
     if now == new:
         run.show("params.yaml has these parameters already")
     elif apply:
-        fresh = path.with_name("params.yaml.new")
-        fresh.write_text(new, encoding="utf-8")
-        fresh.replace(path)
+        files.replace(path, new)
         run.show("params.yaml has these parameters now")
     else:
         run.show(f"git apply {sweep.file.relative_to(recipe.root)}  # or again with --apply")

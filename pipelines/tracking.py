@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,7 +83,7 @@ class Run:
             experiment=experiment,
             uri=tracking_uri(),
             stage=os.environ.get("DVC_STAGE", "").partition("@")[0] or "later",
-            params=dict(_flat(params)),
+            params=dict(flat(params)),
             tags={"ebm.experiment": experiment, **_environment(), **tags},
             dataset=dataset,
             parent=parent,
@@ -271,10 +271,11 @@ def _copy(sources: tuple[Path, ...], place: Path) -> None:
         raise
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings under dotted names, as params.yaml and MLflow call them."""
     for name, value in nested.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", str(value)
 

@@ -28,6 +28,7 @@ ROUTING = {
     "ebm/schema.py": "declares; no field has a default (tests/test_params.py)",
     "ebm/variants/__init__.py": "finds a variant by its name",
     "pipelines/__init__.py": "finds the source tree",
+    "pipelines/files.py": "writes whole files",
     "pipelines/processes.py": "starts others; how many there are changes rounding at most",
     "pipelines/gpu.py": "chooses among cards",
     "pipelines/stage.py": "arguments and error lines",
