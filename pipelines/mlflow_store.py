@@ -54,6 +54,7 @@ REQUIREMENTS = (
     "pydantic",
     "safetensors",
     "scikit-learn",
+    "threadpoolctl",
     "torch",
     "zuko",
 )

@@ -91,10 +91,11 @@ def _axes(gram: Tensor, components: int) -> Tensor:
     eigenvalues. Where those are small, the sums that should be 0 are not quite, so they are
     taken out."""
     from sklearn.decomposition import KernelPCA
+    from threadpoolctl import threadpool_limits
 
-    fitted = KernelPCA(components, kernel="precomputed", eigen_solver="dense").fit(
-        gram.cpu().numpy()
-    )
+    machine = KernelPCA(components, kernel="precomputed", eigen_solver="dense")
+    with threadpool_limits(torch.get_num_threads(), "blas"):  # its last bits depend on them
+        fitted = machine.fit(gram.cpu().numpy())
     values, vectors = torch.from_numpy(fitted.eigenvalues_), torch.from_numpy(fitted.eigenvectors_)
     axes = torch.where(values > 0, vectors / values.sqrt(), 0.0)
     return axes - axes.mean(0)
