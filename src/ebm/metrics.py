@@ -6,6 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+SLICE = 1024
+"""So many points are compared with all others at once."""
+
 
 def nearest_mode(x: Tensor, modes: Tensor, radius: float) -> Tensor:
     """For x [N, D] the index of its nearest mode [N], or -1 where that is over `radius` away."""
@@ -118,19 +121,23 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     negative."""
     x, y = x.double().flatten(1), y.double().flatten(1)
     n, m = len(x), len(y)
-    within = (_kernel_sum(x, x) - _kernel(x, x).sum()) / (n * (n - 1))
-    within += (_kernel_sum(y, y) - _kernel(y, y).sum()) / (m * (m - 1))
-    return (within - 2 * _kernel_sum(x, y) / (n * m)).item()
+    within = 2 * _kernel_of_pairs(x) / (n * (n - 1)) + 2 * _kernel_of_pairs(y) / (m * (m - 1))
+    between = torch.stack([_kernel(part, y).sum() for part in x.split(SLICE)]).sum()
+    return (within - 2 * between / (n * m)).item()
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    """k of each row of x with the same row of y."""
-    return ((x * y).mean(1) + 1) ** 3
+    """k of each row of x [N, D] with each row of y [M, D]: [N, M]."""
+    k = torch.addmm(x.new_ones(()), x, y.T, alpha=1 / x.shape[1])
+    return k.square().mul_(k)
 
 
-def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
-    """k of each row of x with each row of y, summed in slices of x."""
-    sums = [((part @ y.T / x.shape[1] + 1) ** 3).sum() for part in x.split(1024)]
+def _kernel_of_pairs(x: Tensor) -> Tensor:
+    """k summed over all pairs of two different rows of x, each once."""
+    sums = [
+        _kernel(part, x[start:]).triu_(1).sum()
+        for start, part in zip(range(0, len(x), SLICE), x.split(SLICE), strict=True)
+    ]
     return torch.stack(sums).sum()
 
 
@@ -142,15 +149,20 @@ def precision_recall(x: Tensor, y: Tensor, neighbours: int = 3) -> tuple[float, 
     other point.
     """
     x, y = x.double().flatten(1), y.double().flatten(1)
-    return _inside(x, y, neighbours), _inside(y, x, neighbours)
+    of_x, of_y = _radii(x, neighbours), _radii(y, neighbours)
+    within, covered = [], torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for part, radii in zip(x.split(SLICE), of_x.split(SLICE), strict=True):
+        distances = torch.cdist(part, y)
+        within.append((distances <= of_y).any(1))
+        covered |= (distances <= radii[:, None]).any(0)
+    return torch.cat(within).double().mean().item(), covered.double().mean().item()
 
 
-def _inside(x: Tensor, y: Tensor, neighbours: int) -> float:
-    """Share of x that lies in the manifold of y."""
+def _radii(x: Tensor, neighbours: int) -> Tensor:
+    """Distance of each point of x [N, D] to its `neighbours`-th nearest other point: [N]."""
     k = neighbours + 1  # a point is its own nearest
-    nearest = in_batches(lambda part: torch.cdist(part, y).topk(k, largest=False).values, y, 1024)
-    inside = in_batches(lambda part: (torch.cdist(part, y) <= nearest[:, -1]).any(1), x, 1024)
-    return inside.double().mean().item()
+    nearest = in_batches(lambda part: torch.cdist(part, x).topk(k, largest=False).values, x, SLICE)
+    return nearest[:, -1]
 
 
 def _unordered(inliers: Tensor, outliers: Tensor) -> bool:
