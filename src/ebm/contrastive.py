@@ -115,8 +115,8 @@ class Contrasted(EBM):
     learned: log p(v) = -f(v) - c. Of several `outputs` f_k, c_k the density is the mixture of
     equal parts; they share all layers but the last.
 
-    `network` are the settings of f (`ebm.networks.scalar`), `noise`, `levels` and `margin` those of
-    a `flows.Density`, the others as in `schema.Contrasted`.
+    `network` are the settings of f (`ebm.networks.scalar`); `noise`, `levels` and `margin` those
+    of a `flows.Density`; the others as in `schema.Contrasted`.
     """
 
     steps: Tensor
