@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pipelines.mlflow_store import Store
 
 POLL, RETRY = 2.0, 10.0  # seconds to the next round after a good one, after a bad one
-LINGER = 15.0  # seconds that a courier may outlive the last stage
+LINGER = 15.0  # seconds that a courier may outlive the last stage, its own while it only waits
 MEASURE = 10.0  # seconds between two looks at how busy the machine is
 BATCH = 1000  # values in a request: MLflow's limit
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST"}
@@ -216,11 +216,12 @@ def _run_id(state: State) -> str:
     return state.mlflow_run_id
 
 
-def tail(own: Spool) -> bool:
-    """Deliver until the writer of `own` and all others are gone, and then what is left; whether
-    nothing is."""
+def tail(own: Spool, delivers: threading.Event) -> bool:
+    """Wait for the lock, which sets `delivers`; deliver until the writer of `own` and all others
+    are gone, and then what is left; whether nothing is."""
     if not _lock(lambda: own.written() or any(spool.pending() for spool in Spool.all())):
         return True
+    delivers.set()
     courier = Courier()
     while True:
         alive = _any_written(own)
@@ -252,9 +253,10 @@ def _lock(wanted: Callable[[], bool]) -> bool:
             return True
 
 
-def _leave_in_time(own: Spool) -> None:
-    """End the process, in the middle of whatever it does, when the last stage is long gone."""
-    while _any_written(own):
+def _leave_in_time(own: Spool, delivers: threading.Event) -> None:
+    """End the process, in the middle of whatever it does, when the last stage is long gone, or its
+    own while another courier delivers."""
+    while own.written() or (delivers.is_set() and _any_written(own)):
         time.sleep(0.5)
     time.sleep(LINGER)
     os._exit(1)
@@ -269,9 +271,9 @@ def main(arguments: list[str]) -> int:
         return 0 if Courier().round() else 1
     os.nice(19)
     psutil.cpu_percent()  # so that the first look at the CPUs is at their load since now
-    own = Spool(arguments[0])
-    threading.Thread(target=_leave_in_time, args=[own], daemon=True).start()
-    return 0 if tail(own) else 1
+    own, delivers = Spool(arguments[0]), threading.Event()
+    threading.Thread(target=_leave_in_time, args=[own, delivers], daemon=True).start()
+    return 0 if tail(own, delivers) else 1
 
 
 if __name__ == "__main__":

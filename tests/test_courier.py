@@ -101,6 +101,21 @@ def test_a_courier_goes_on_with_the_stages_that_outlive_its_own(database):
     assert undelivered() == []
 
 
+def test_a_courier_that_only_waits_does_not_outlive_its_stage(database, monkeypatch):
+    """Or those of all stages would gather while a server is down."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with stage("first") as first:
+        spool = Spool(first.stdout.readline().strip())
+        assert wait_until(lambda: spool.state().problem, 60)
+        [deliverer] = couriers()
+        with stage("second") as second:
+            second.stdout.readline()
+            assert len(couriers()) == 2
+            second.communicate()
+        assert wait_until(lambda: couriers() == [deliverer], LEFT)
+        first.communicate()
+
+
 def test_a_server_that_is_down_neither_stops_nor_slows_a_stage(database, monkeypatch):
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
