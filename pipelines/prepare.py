@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from ebm import EBMError, params
+from ebm import params
 from pipelines import stage
 
 
 def prepare(name: str) -> None:
-    settings = params.load(stage.PARAMS).datasets.get(name)
-    if settings is None:
-        raise EBMError(f"{stage.PARAMS}: datasets: no data set named {name!r}")
+    settings = params.dataset(stage.PARAMS, name)
+
     from ebm import data  # torch: only once the parameters are known to be right
 
     data.write(data.prepare(settings), Path("data", name))

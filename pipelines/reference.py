@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from ebm import EBMError, params
+from ebm import params
 from pipelines import stage
 
 
 def reference(name: str) -> None:
-    dataset = params.load(stage.PARAMS).datasets.get(name)
-    if dataset is None:
-        raise EBMError(f"{stage.PARAMS}: datasets: no data set named {name!r}")
+    dataset = params.dataset(stage.PARAMS, name)
     folder, settings = Path("models/reference", name), dataset.reference
     if settings.kind == "coordinates":  # nothing to learn, so nothing to import
         folder.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ METRICS = {
         False,
     ),
     "inception_score": Metric(
-        "Inception score",
+        "Inception-style score",
         +1,
         "How clearly each sample shows one class, and how many classes there are: exp of the mean "
         "KL(p(class | sample) ‖ p(class)) by the reference network, at most as many as classes.",
@@ -182,7 +182,12 @@ METRICS = {
         "Flagged", 0, "Share of the test rows that the threshold flags, where none has a label."
     ),
     "acceptance": Metric(
-        "Acceptance", 0, "Mean acceptance probability of the sampling chains.", "", False
+        "Acceptance",
+        0,
+        "Mean acceptance probability of the proposals of the sampling chains; of IGEBM, of "
+        "the last jump of each.",
+        "",
+        False,
     ),
     "seconds": Metric("Training time", -1, "Wall time of the training loop."),
 }

@@ -167,7 +167,7 @@ def test_one_outlier_does_not_fade_the_other_filters():
 def test_a_chain_runs_to_the_right_and_chains_lie_below_each_other():
     steps, chains = 3, 2
     chain = np.arange(steps * chains).reshape(steps, chains, 1, 1) / 5 * np.ones((1, 1, 4, 4))
-    figure = figures.chain_strip(chain, [0, 10, 1000])
+    figure = figures.chain_strip(chain.swapaxes(0, 1), [0, 10, 1000])
     pixels = drawn(figure)
     top = pixels.shape[0] - (chains * 48 + 8)
     grey = [tile(pixels, k, steps, (4, 4), (8, 4), top).mean() for k in range(steps * chains)]

@@ -177,7 +177,7 @@ def test_one_process_goes_on_where_two_were_stopped(double, stratified, shared, 
 
 
 def test_what_cannot_be_shared_equally_is_refused_in_one_line(shared):
-    told = "train: batch_size = 9 cannot be shared equally by 2 processes"
+    told = "train.batch_size = 9 cannot be shared equally by 2 processes"
     assert (shared / "9.txt").read_text() == told
 
 

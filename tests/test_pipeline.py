@@ -212,5 +212,5 @@ def test_processes_that_cannot_share_a_batch_say_so_once(clone):
     with train_together(clone, "rbm-digits") as refused:
         assert refused.wait(60) == 1
         told = refused.stderr.read().splitlines()
-    assert told.count("error: train: batch_size = 51 cannot be shared equally by 2 processes") == 1
+    assert told.count("error: train.batch_size = 51 cannot be shared equally by 2 processes") == 1
     edit(clone, lambda params: params["experiments"]["rbm-digits"]["train"].update(batch_size=128))

@@ -230,9 +230,9 @@ class Contrasted(EBM):
 
     def warm_up(self, data: Tensor) -> Tensor | None:
         """One of the first `warmup` steps, in which the flow follows the likelihood of `data`,
-        points of the space, with a learning rate that falls to 0 over the second half of them: its
-        loss, or None where there is no such step to take. The first step after them lets a tilted
-        energy take up the flow as its base."""
+        points of the space: its loss, or None where there is no such step to take. The learning
+        rate falls from what `ebm.train` has set for this step to 0 over the second half of them.
+        The first step after them lets a tilted energy take up the flow as its base."""
         left = self.warmup - int(self.steps)
         self.steps += 1
         if left == 0:

@@ -50,7 +50,7 @@ def _demonstrate_classes(model: "IGEBM", x: Tensor, y: Tensor, steps: int, draw:
     words = ", ".join(f"{a} and {b}" for a, b in zip(y.tolist(), target.tolist(), strict=True))
     caption = f"From noise down the sum of the energies of two classes, row by row: {words}."
     frames = tasks.compose(model, [y, target], steps)
-    chain = figures.chain_strip(_array(frames.transpose(0, 1)), milestones(steps))
+    chain = figures.chain_strip(_array(frames), milestones(steps))
     draw("composition", "Composition of two classes", caption, chain)
 
 

@@ -208,10 +208,10 @@ def filters(weights: Array, columns: int) -> Figure:
 
 @rc_context(STYLE)
 def chain_strip(chain: Array, step_numbers: Sequence[int]) -> Figure:
-    """Markov chains [steps, chains, *] of images in [0, 1]: a row for each chain, time to the
+    """Markov chains [chains, steps, *] of images in [0, 1]: a row for each chain, time to the
     right."""
     first, *others = step_numbers
-    return strips(chain.swapaxes(0, 1), [f"step {first:,}", *(f"{n:,}" for n in others)])
+    return strips(chain, [f"step {first:,}", *(f"{n:,}" for n in others)])
 
 
 @rc_context(STYLE)

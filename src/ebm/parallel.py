@@ -162,7 +162,7 @@ def whole(model: nn.Module) -> Iterator[None]:
 def _split(model: nn.Module) -> None:
     for module, name in _sharded(model):
         buffer = module.get_buffer(name)
-        share(len(buffer), f"model: {name}")
+        share(len(buffer), f"model.{name}")
         setattr(module, name, mine(buffer).clone())
 
 

@@ -77,6 +77,14 @@ def experiment(path: Path, name: str) -> tuple[Experiment, Dataset]:
     return found, params.datasets[found.dataset]
 
 
+def dataset(path: Path, name: str) -> Dataset:
+    """The settings of one data set."""
+    known = load(path).datasets
+    if name not in known:
+        raise ParamsError(f"{path.name}: datasets: {_unknown(name, known)}")
+    return known[name]
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))

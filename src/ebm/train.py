@@ -116,9 +116,11 @@ def fit(
     checkpoints and is the only one to call the listener.
     """
     rates = [group["lr"] for o in model.optimizers.values() for group in o.param_groups]
-    parallel.share(batch_size, "train: batch_size")
+    parallel.share(batch_size, "train.batch_size")
     if steps and batch_size > len(data):
-        raise EBMError(f"batch_size = {batch_size} is more than the {len(data)} training rows")
+        raise EBMError(
+            f"train.batch_size = {batch_size} is more than the {len(data)} training rows"
+        )
     batches = Batches(len(data), batch_size, seed, data.device)
     progress = _resume(model, checkpoints) or _begin(model, data, labels, checkpoints)
     model.train()

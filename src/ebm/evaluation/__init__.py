@@ -36,7 +36,8 @@ Names of metrics, the same in every experiment:
                             the class that was asked for
     auroc_<set>             of the energy as score of anomaly, test split against an outlier set
                             (`ebm.outliers`); `auroc_mean` over all sets
-    acceptance              mean acceptance probability of the chains that drew the samples
+    acceptance              mean acceptance probability of what the sampling chains proposed to
+                            Metropolis' rule; of IGEBM, of the last jump of each chain
     precision, recall, f1   of the test rows that are flagged as anomalies (`ebm.evaluation.tables`
                             has the rule), their areas `auroc` and `auprc` over all thresholds
     f1_ensemble, auprc_ensemble   the same of the mean energy of all trainings

@@ -21,15 +21,16 @@ from ebm.evaluation.result import Evaluation
 from ebm.flows import Gaussian
 
 RATIOS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-"""nu, at which log Z of the true density is estimated,"""
+"""Draws of the noise for each draw of the true density, nu, at which its log Z is estimated."""
 POINTS = 10_000
-"""from so many of its draws,"""
+"""Draws of the true density in one such estimate."""
 TRIALS = 16
-"""so many times."""
+"""Estimates for each nu, whose spread is held against theory."""
 
 SLICES = 16
+"""Slices of draws of the noise that tell what is left of a learned log Z."""
 SLICE = 512
-"""In so many slices of so many draws the noise tells what is left of a learned log Z."""
+"""Draws in a slice."""
 
 
 def measure_classes(result: Evaluation, model: Contrasted, prepared: Prepared) -> None:

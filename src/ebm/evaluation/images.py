@@ -217,7 +217,7 @@ def _draw_chains(result: Evaluation, model: EBM, samples: dict[str, Tensor]) -> 
     if "chain" in samples:
         chain, steps = samples["chain"].cpu().numpy(), samples["chain_steps"].tolist()
         caption = "One chain a row, from its start; columns are steps of the sampler."
-        picture = figures.chain_strip(chain[:8].swapaxes(0, 1), steps)
+        picture = figures.chain_strip(chain[:8], steps)
         result.draw("chain", "Chains over time", caption, picture)
         caption = "The same chains and more of them, moving."
         result.draw("animation", "Chains, animated", caption, animate(samples["chain"]))
