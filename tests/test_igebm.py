@@ -33,13 +33,11 @@ def images(n=8):
 class Quadratic(torch.nn.Module):
     """E(x) = theta |x|^2 / 2."""
 
-    images = False
-
     def __init__(self):
         super().__init__()
         self.theta = torch.nn.Parameter(torch.tensor(0.7))
 
-    def forward(self, x, y=None):
+    def of_points(self, x, y=None):
         return self.theta * x.square().sum(1) / 2
 
 
@@ -120,7 +118,7 @@ def test_chains_are_written_back_where_they_came_from():
 class Wells(Quadratic):
     """Two wells of standard deviation 0.1 at -1 and 1, the right one four times as heavy."""
 
-    def forward(self, x, y=None):
+    def of_points(self, x, y=None):
         squares = torch.stack([(x + 1).square(), (x - 1).square() - 0.02 * math.log(4)])
         return self.theta / 0.7 * -torch.logsumexp(-squares[:, :, 0] / 0.02, 0)
 
@@ -158,7 +156,7 @@ def test_jumps_stay_within_the_bounds_and_say_how_many_were_accepted():
 class Slope(Quadratic):
     """Wells at the edge of [0, 1]: x is exponential, of rate 20."""
 
-    def forward(self, x, y=None):
+    def of_points(self, x, y=None):
         return self.theta / 0.7 * 20 * x[:, 0]
 
 

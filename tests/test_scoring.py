@@ -64,10 +64,10 @@ def test_the_scale_is_that_of_scikit_learn():
 
     x = rows(50)[:, :2].double()
     fitted = OneClassSVM(gamma="scale").fit(x.numpy())
-    assert rbf.width("scale", x) == pytest.approx(fitted._gamma)
-    assert rbf.width("scale", x) == pytest.approx(1 / (2 * np.var(x.numpy())))
-    assert rbf.width("scale", torch.ones(5, 2)) == 1
-    assert rbf.width(0.3, x) == 0.3
+    assert rbf.fitting_gamma("scale", x) == pytest.approx(fitted._gamma)
+    assert rbf.fitting_gamma("scale", x) == pytest.approx(1 / (2 * np.var(x.numpy())))
+    assert rbf.fitting_gamma("scale", torch.ones(5, 2)) == 1
+    assert rbf.fitting_gamma(0.3, x) == 0.3
 
 
 def test_rows_are_drawn_once_each_by_the_global_generator():

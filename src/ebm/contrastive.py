@@ -28,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
 from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Space, adam
-from ebm.networks import Scalar, scalar
+from ebm.networks import scalar
 from ebm.samplers import Independence, State, run
 from ebm.variants.base import EBM, descend
 
@@ -180,7 +180,7 @@ class Contrasted(EBM):
 
     def unnormalised(self, v: Tensor) -> Tensor:
         """f_k(v) for points v [B, *] of the space: [B, outputs]."""
-        return outputs_of(self.network, v, self.shape)
+        return self.network.of_points(v).view(len(v), -1)
 
     def log_densities(self, v: Tensor) -> Tensor:
         """log p_k(v) of every output: [B, outputs]."""
@@ -292,12 +292,3 @@ def frozen(flow: Flow) -> Flow:
     copy = deepcopy(flow)
     cast(nn.Module, copy).requires_grad_(False)
     return copy
-
-
-def outputs_of(network: Scalar, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What a network says of points [B, *shape]: [B, outputs]."""
-    if network.images:
-        x = x.view(len(x), -1, *shape[-2:]).contiguous(memory_format=torch.channels_last)
-    else:
-        x = x.flatten(1)
-    return network(x).view(len(x), -1)

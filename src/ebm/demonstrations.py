@@ -2,7 +2,7 @@
 images of the test split."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,6 @@ from torch import Tensor
 from ebm import figures, tasks
 from ebm.figures import Drawing
 from ebm.samplers import milestones
-
-if TYPE_CHECKING:
-    from ebm.variants.igebm import IGEBM
 
 ROWS = 8
 NOISE = 0.3
@@ -23,7 +20,7 @@ Draw = Callable[[str, str, str, Drawing], None]
 
 
 def demonstrate(
-    model: "IGEBM", test: Tensor, labels: Tensor | None, steps: int, draw: Draw
+    model: tasks.Chained, test: Tensor, labels: Tensor | None, steps: int, draw: Draw
 ) -> None:
     """Complete and denoise images [N, *] of the test split with `steps` Langevin steps; with a
     conditional model also carry them from class to class and compose classes."""
@@ -41,7 +38,9 @@ def demonstrate(
         _demonstrate_classes(model, x, y, steps, draw)
 
 
-def _demonstrate_classes(model: "IGEBM", x: Tensor, y: Tensor, steps: int, draw: Draw) -> None:
+def _demonstrate_classes(
+    model: tasks.Chained, x: Tensor, y: Tensor, steps: int, draw: Draw
+) -> None:
     target = (y + 1) % model.classes
     words = ", ".join(f"{a} to {b}" for a, b in zip(y.tolist(), target.tolist(), strict=True))
     caption = f"Chains that start at a test image of one class and follow the next one's: {words}."

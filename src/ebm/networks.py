@@ -215,6 +215,14 @@ class Scalar(nn.Module):
             x = block(x, y)
         return self.head(x.sum((2, 3)) if self.pool else x.flatten(1)).squeeze(1)
 
+    def of_points(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The same of points as data sets have them: vectors [B, D], grey images [B, H, W] or
+        images [B, C, H, W]."""
+        if not self.images:
+            return self(x.flatten(1), y)
+        x = x.view(len(x), -1, *x.shape[-2:])
+        return self(x.contiguous(memory_format=torch.channels_last), y)
+
 
 def scalar(
     kind: str, shape: tuple[int, ...], classes: int = 0, outputs: int = 1, **sizes: Any

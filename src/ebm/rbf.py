@@ -1,5 +1,5 @@
-"""The Gaussian kernel k(x, y) = exp(-gamma |x - y|^2), for models that compare a point with some
-of the training rows."""
+"""The Gaussian kernel k(x, y) = exp(-gamma |x - y|^2), and what models have in common that compare
+a point with some of the training rows by it."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,39 @@ import torch
 from torch import Tensor
 
 from ebm import EBMError
+from ebm.scoring import Scorer
 
 SLICE = 4096
 """So many points are compared with the rows at once."""
+
+
+class KernelScorer(Scorer):
+    """A detector over points of `shape` that is fitted to so many `points` of the training data
+    at once. `rows` are those, as it sees them, in float64; `gamma` is the kernel's, a number or
+    `scale`."""
+
+    rows: Tensor
+    gamma: Tensor
+
+    def __init__(
+        self, shape: tuple[int, ...], points: int, gamma: float | str, standardise: bool
+    ) -> None:
+        super().__init__(shape, standardise)
+        self.points, self.asked_gamma = points, gamma
+        dimensions = len(self.columns.mean)
+        self.register_buffer("rows", torch.zeros(points, dimensions, dtype=torch.double))
+        self.register_buffer("gamma", torch.ones((), dtype=torch.double))
+
+    def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
+        """Choose the rows among `data` [N, *], and gamma by them."""
+        super().initialise(data)
+        self.rows.copy_(self.columns(some_rows(data, self.points)))
+        self.gamma.fill_(fitting_gamma(self.asked_gamma, self.rows))
+
+    @torch.no_grad()
+    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mean = self.energy(x).mean()
+        return {"energy_gap": mean, "gradient_norm": torch.zeros_like(mean)}
 
 
 def kernel(x: Tensor, rows: Tensor, gamma: Tensor) -> Tensor:
@@ -19,7 +49,7 @@ def kernel(x: Tensor, rows: Tensor, gamma: Tensor) -> Tensor:
     return torch.exp(-gamma * (squares - 2 * x @ rows.T).clamp(min=0))
 
 
-def width(gamma: float | str, rows: Tensor) -> float:
+def fitting_gamma(gamma: float | str, rows: Tensor) -> float:
     """`gamma` itself, or for `scale` 1 / (D times the variance of all entries of `rows` [M, D]),
     and 1 where nothing varies: scikit-learn's way."""
     if not isinstance(gamma, str):

@@ -2,7 +2,7 @@
 
 import math
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -17,10 +17,8 @@ from ebm.evaluation.contrast import measure_classes, measure_constant
 from ebm.evaluation.result import Evaluation
 from ebm.outliers import outlier_sets
 from ebm.reference import KEPT, Reference
+from ebm.tasks import Chained
 from ebm.variants.base import EBM
-
-if TYPE_CHECKING:
-    from ebm.variants.igebm import IGEBM
 
 FEWEST = 30
 """Fewer samples have no distances worth a number."""
@@ -65,10 +63,10 @@ def evaluate_images(
     caption = "What the samples should look like." if draws else "What is held for usual."
     result.draw("data", "Test images", caption, _grid(test[:64], 16))
     _draw_chains(result, model, samples)
-    if steps := settings.get("steps"):
-        chained = cast("IGEBM", histories(model)[0][0])  # whose settings alone have `steps`
-        classes = prepared.labels("test") if chained.classes else None
-        demonstrate(chained, test, classes, steps, result.draw)
+    first, steps = histories(model)[0][0], settings.get("steps")
+    if steps and isinstance(first, Chained):
+        classes = prepared.labels("test") if first.classes else None
+        demonstrate(first, test, classes, steps, result.draw)
     picture = figures.energy_histogram({k: e.cpu().numpy() for k, e in energies.items()})
     caption = (
         "The lower, the more likely. What lies beyond the frame counts in its outermost bins."

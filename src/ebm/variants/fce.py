@@ -49,7 +49,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
-from ebm.contrastive import LOGGED, Contrasted, accuracy, outputs_of, value
+from ebm.contrastive import LOGGED, Contrasted, accuracy, value
 from ebm.flows import Noise, adam
 from ebm.parallel import averaged, mine, permutation, share, world
 from ebm.variants.base import descend
@@ -199,7 +199,7 @@ class FCE(Contrasted):
         return (-self.unnormalised(v) - self.log_z).log_softmax(1)
 
     def _twin(self, v: Tensor) -> Tensor:
-        return -outputs_of(self.twin, v, self.shape)
+        return -self.twin.of_points(v)
 
     def classify(self, x: Tensor) -> dict[str, Tensor]:
         """The most likely class of x [B, *], all being as frequent: `accuracy`; and by the twin,

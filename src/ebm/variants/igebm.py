@@ -232,12 +232,7 @@ class IGEBM(EBM):
 
     def _evaluate(self, network: Scalar, x: Tensor, y: Tensor | None) -> Tensor:
         """The network's number for points [B, *] of this model's shape."""
-        x = self.input_scale * x
-        if self.network.images:
-            x = x.view(len(x), -1, *self.shape[-2:]).contiguous(memory_format=torch.channels_last)
-        else:
-            x = x.flatten(1)
-        return network(x, y)
+        return network.of_points(self.input_scale * x, y)
 
     def _draw_batch(self, n: int) -> "Batch":
         """Rows of the buffer, where their chains start now, and other rows to compare with."""

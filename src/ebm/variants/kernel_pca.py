@@ -30,17 +30,14 @@ import torch
 from torch import Tensor
 
 from ebm import EBMError, rbf
-from ebm.scoring import Scorer
 
 
-class KernelPCA(Scorer):
+class KernelPCA(rbf.KernelScorer):
     """The detector over points of `shape`; settings as in `kernel_pca_config.Model`."""
 
-    rows: Tensor
     axes: Tensor
     centre: Tensor
     spread: Tensor
-    gamma: Tensor
 
     def __init__(
         self,
@@ -50,22 +47,17 @@ class KernelPCA(Scorer):
         gamma: float | str,
         standardise: bool,
     ) -> None:
-        super().__init__(shape, standardise)
+        super().__init__(shape, points, gamma, standardise)
         if components > points:
             raise EBMError(f"model.components = {components} is more than points = {points}")
-        self.points, self.components, self.width = points, components, gamma
-        dimensions = len(self.columns.mean)
-        self.register_buffer("rows", torch.zeros(points, dimensions, dtype=torch.double))
+        self.components = components
         self.register_buffer("axes", torch.zeros(points, components, dtype=torch.double))
         self.register_buffer("centre", torch.zeros(components, dtype=torch.double))
         self.register_buffer("spread", torch.zeros((), dtype=torch.double))
-        self.register_buffer("gamma", torch.ones((), dtype=torch.double))
 
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Find the principal axes of some rows of `data` [N, *]."""
         super().initialise(data)
-        self.rows.copy_(self.columns(rbf.some_rows(data, self.points)))
-        self.gamma.fill_(rbf.width(self.width, self.rows))
         gram = rbf.kernel(self.rows, self.rows, self.gamma)
         self.axes.copy_(_axes(gram, self.components))
         self.centre.copy_(gram.mean(0) @ self.axes)
@@ -78,11 +70,6 @@ class KernelPCA(Scorer):
             return distance - (k @ self.axes - self.centre).square().sum(1)
 
         return rbf.in_slices(energy, self.columns(x).double()).to(x.dtype)
-
-    @torch.no_grad()
-    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        mean = self.energy(x).mean()
-        return {"energy_gap": mean, "gradient_norm": torch.zeros_like(mean)}
 
 
 def _axes(gram: Tensor, components: int) -> Tensor:

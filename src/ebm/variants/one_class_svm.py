@@ -27,16 +27,13 @@ import torch
 from torch import Tensor
 
 from ebm import rbf
-from ebm.scoring import Scorer
 
 
-class OneClassSVM(Scorer):
+class OneClassSVM(rbf.KernelScorer):
     """The machine over points of `shape`; settings as in `one_class_svm_config.Model`."""
 
-    rows: Tensor
     dual: Tensor
     offset: Tensor
-    gamma: Tensor
 
     def __init__(
         self,
@@ -46,21 +43,16 @@ class OneClassSVM(Scorer):
         gamma: float | str,
         standardise: bool,
     ) -> None:
-        super().__init__(shape, standardise)
-        self.points, self.nu, self.width = points, nu, gamma
-        dimensions = len(self.columns.mean)
-        self.register_buffer("rows", torch.zeros(points, dimensions, dtype=torch.double))
+        super().__init__(shape, points, gamma, standardise)
+        self.nu = nu
         self.register_buffer("dual", torch.zeros(points, dtype=torch.double))
         self.register_buffer("offset", torch.zeros((), dtype=torch.double))
-        self.register_buffer("gamma", torch.ones((), dtype=torch.double))
 
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Fit the machine to some rows of `data` [N, *]."""
         from sklearn import svm
 
         super().initialise(data)
-        self.rows.copy_(self.columns(rbf.some_rows(data, self.points)))
-        self.gamma.fill_(rbf.width(self.width, self.rows))
         fitted = svm.OneClassSVM(nu=self.nu, gamma=self.gamma.item()).fit(self.rows.cpu().numpy())
         self.dual[torch.from_numpy(fitted.support_).long()] = self.dual.new_tensor(
             fitted.dual_coef_[0]
@@ -75,8 +67,3 @@ class OneClassSVM(Scorer):
             return self.offset - rbf.kernel(part, rows, self.gamma) @ dual
 
         return rbf.in_slices(energy, self.columns(x).double()).to(x.dtype)
-
-    @torch.no_grad()
-    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        mean = self.energy(x).mean()
-        return {"energy_gap": mean, "gradient_norm": torch.zeros_like(mean)}
