@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PACKINGS = (".bz2", ".tar", ".xz", ".zip", ".zst")
+"""What a file may be packed as for whoever reads it by its name, and is never written as."""
 BATCH, AT_ONCE = 4096, 2**19  # points, and numbers, that go through the network at once at most
 
 
@@ -138,6 +140,8 @@ def _check(
         raise EBMError(f"--threshold {threshold}: expected a finite number")
     if not source.exists():
         raise EBMError(f"{source}: no such file or folder")
+    if target.suffix in PACKINGS:
+        raise EBMError(f"--output {target}: can be packed as .gz only")
     if not target.parent.is_dir():
         raise EBMError(f"{target.parent}: no such folder")
     if target.exists() and (not target.is_file() or target.samefile(source)):
@@ -161,6 +165,8 @@ def _settings(config: Path, source: Path) -> dict[str, Any]:
     if source.is_dir() and len(shape) > 2 and shape[0] != 3:
         problem = f"a model of images with {shape[0]} channels"
         raise EBMError(f"{config.parent}: {problem}; expected one of grey or colour images")
+    if not source.is_dir() and len(shape) > 1:
+        raise EBMError(f"{config.parent}: a model of images; expected a folder, not {source}")
     if not source.is_dir() and "transform" not in settings:
         kind = f"of data set {settings.get('dataset')!r}, which is no table"
         raise EBMError(f"{config.parent}: a model {kind}; expected one of kind table or kddcup99")
@@ -306,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
         required=True,
         help="a CSV file with a header, may be packed, or a folder of images",
     )
-    add("--output", type=Path, required=True, help="a CSV file to write, packed if its name says")
+    add("--output", type=Path, required=True, help="a CSV file to write, packed if it ends in .gz")
     add("--threshold", type=float, help="if not that of evaluation/threshold.json in the folder")
     add(
         "--chunk",

@@ -143,6 +143,16 @@ def test_what_is_no_image_by_its_name_is_left_out_and_said(root, caplog):
     assert "1 files are left out" in caplog.text
 
 
+def test_a_photograph_with_broken_notes_is_named(tmp_path):
+    """Its height is text in its notes: Pillow finds out when it turns the image upright."""
+    notes = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + b"\x01\x01\0\x02\0\0\0\x02x\0\0\0"
+    notes += b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(pixels(1, SIDE, SIDE, 3)).save(path, exif=notes)
+    with pytest.raises(EBMError, match=r"photo\.jpg: cannot be read as an image"):
+        folder.read(path, (SIDE, SIDE))
+
+
 def damaged(root, name):
     path = root / "oak" / name
     path.write_bytes(path.read_bytes()[:60])
@@ -257,5 +267,5 @@ def test_stacks_of_two_are_no_images(root, model):
 
 def test_a_table_is_not_for_a_model_of_images(root, model):
     Path("x.csv").write_text("a\n1\n")
-    with pytest.raises(EBMError, match="models/mine: a model of data set 'leaves', which is no t"):
+    with pytest.raises(EBMError, match="models/mine: a model of images; expected a folder, not x"):
         scored("x.csv")

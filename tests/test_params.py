@@ -277,7 +277,16 @@ def test_without_labels_a_share_to_flag_is_needed_before_anything_is_trained(tmp
     YAML().dump(content, file)
     params.load(file)
     content["experiments"]["rbm-mine"] = content["experiments"]["rbm-digits"] | {"dataset": "mine"}
-    assert "variant rbm can flag no rows" in complaint(tmp_path, content)
+    assert "variant rbm flags no rows without" in complaint(tmp_path, content)
+    del content["experiments"]["rbm-mine"]
+    content["datasets"]["mine"] = TABLE
+    line = complaint(tmp_path, content)
+    assert line.endswith("evaluate.flagged = 0.1: should be null, as labels set the threshold")
+
+
+def test_too_few_samples_of_images_are_refused_before_anything_is_trained(tmp_path):
+    line = complaint(tmp_path, broken(put("experiments.rbm-digits.sample.count", 29)))
+    assert line.endswith("rbm-digits.sample.count = 29: images are measured from 30 on")
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,10 @@ HEAD = "id,amount,colour,kind\n"
         ("id,id,amount,colour,kind\n", "more than one column 'id'"),
         (",id,amount,colour,kind\n0,1,2,red,fine\n", "ignore it as 'Unnamed: 0'"),
         ("id,colour,kind\n1,red,fine\n", "1 normal rows are too few"),
+        (
+            "id;amount;kind\n1;2;fine\n",
+            "one column 'id;amount;kind'; cells are separated by commas",
+        ),
     ],
 )
 def test_whatever_is_wrong_with_a_table_is_one_line_that_names_the_file(csv, content, line):
@@ -311,6 +315,24 @@ def test_whatever_is_wrong_with_a_table_is_one_line_that_names_the_file(csv, con
     assert str(caught.value).startswith("mine.csv: ")
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_line_of_a_single_column_is_an_empty_cell(csv, tmp_path):
+    alone = {"label": None, "normal": [], "categorical": [], "ignore": []}
+    with pytest.raises(EBMError, match=r"^mine\.csv: row 3, column 'a' is empty$"):
+        csv("a\n1\n\n3\n", **alone)
+    lines = [f"{n}\n" for n in range(20)]
+    text = "a\n" + "".join(lines[:10]) + "\n\n" + "".join(lines[10:])
+    assert csv(text, missing="drop", **alone).manifest["dropped"] == 2
+    (tmp_path / "one.csv").write_text(text)
+    (frame,) = table.chunks(tmp_path / "one.csv", [])
+    assert frame["a"].isna().tolist() == 10 * [False] + 2 * [True] + 10 * [False]
+
+
+def test_a_column_of_names_is_no_category(csv):
+    told = r"^mine\.csv: column 'id': \d{4} categories, more than 1000; ignore it"
+    with pytest.raises(EBMError, match=told):
+        csv(made_up(3000), ignore=[], categorical=["colour", "id"])
 
 
 def test_a_table_without_a_column_for_the_model_is_refused(csv):

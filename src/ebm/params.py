@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ebm import EBMError
-from ebm.schema import Dataset, Experiment, Samplers, Section
+from ebm.schema import FEWEST_DRAWN, Dataset, Experiment, Samplers, Section
 from ebm.variants import VARIANTS
 
 
@@ -149,23 +149,30 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
 
 
 def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> None:
-    """That rows have a rule by which they are flagged."""
-    unset = getattr(experiment.evaluate, "flagged", 0) is None
-    if dataset.kind == "kddcup99" and dataset.protocol == "paper" and unset:
-        wanted = "the share of the test rows to flag, as the protocol 'paper' does"
-        raise ParamsError(f"{where}.evaluate.flagged = None: should be {wanted}")
-    if dataset.kind != "table" or dataset.label is not None:
-        return
-    if not hasattr(experiment.evaluate, "flagged"):
-        problem = f"a table without label, of which variant {experiment.variant} can flag no rows"
-        raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
-    if unset:
-        wanted = "the share of rows to flag, as no labels set a threshold"
-        raise ParamsError(f"{where}.evaluate.flagged = None: should be {wanted}")
+    """That rows have a rule by which they are flagged, and no more than one."""
+    key, flagged = f"{where}.evaluate.flagged", getattr(experiment.evaluate, "flagged", None)
+    if dataset.kind == "kddcup99" and dataset.protocol == "paper":
+        if hasattr(experiment.evaluate, "flagged") and flagged is None:
+            wanted = "the share of the test rows to flag, as the protocol 'paper' does"
+            raise ParamsError(f"{key} = None: should be {wanted}")
+    elif dataset.kind == "kddcup99" or (dataset.kind == "table" and dataset.label is not None):
+        if flagged is not None:
+            raise ParamsError(f"{key} = {flagged}: should be null, as labels set the threshold")
+    elif dataset.kind == "table":
+        if not hasattr(experiment.evaluate, "flagged"):
+            problem = f"no label, and variant {experiment.variant} flags no rows without"
+            raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
+        if flagged is None:
+            wanted = "the share of rows to flag, as no labels set a threshold"
+            raise ParamsError(f"{key} = None: should be {wanted}")
 
 
 def _check_samples(where: str, experiment: Experiment, dataset: Dataset) -> None:
-    """That there are samples where data are measured by nothing else."""
+    """That there are samples where data are measured by nothing else, and enough of them."""
+    count = experiment.sample.count
+    if dataset.kind in ("digits", "folder", "images", "stacked") and 0 < count < FEWEST_DRAWN:
+        wanted = f"images are measured from {FEWEST_DRAWN} on"
+        raise ParamsError(f"{where}.sample.count = {count}: {wanted}")
     if dataset.kind not in ("density", "stacked"):
         return
     if not experiment.sample.count:

@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 Count = Annotated[int, Field(gt=0)]
 Size = Annotated[int, Field(ge=0)]
+FEWEST_DRAWN = 30
+"""Fewer samples of images have no distances worth a number."""
 FEWEST = 4
 """Test images that distances take: three neighbours of each are looked for."""
 TestSize = Annotated[int, Field(ge=FEWEST)]

@@ -16,6 +16,7 @@ folders refused: DVC sees no change in those.
 import hashlib
 import logging
 import os
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -40,6 +41,9 @@ OF_THREE = ("LAB", "HSV")
 """Colours that become grey by way of RGB only."""
 OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 WHITE = "white"
+BROKEN = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error)
+UNREADABLE = (OSError, *BROKEN)
+"""What Pillow raises of a file that is no image, or a damaged one."""
 
 LINK = "a link to a folder, in which DVC sees no change; expected the folder itself"
 
@@ -128,7 +132,7 @@ def read(path: Path, shape: tuple[int, ...]) -> Tensor:
             image = _of_8_bits(ImageOps.exif_transpose(file), "RGB" if len(shape) == 3 else "L")
         *_, height, width = shape
         fitted = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         problem = " ".join(str(error).split())[:200]
         raise EBMError(f"{path}: cannot be read as an image ({problem})") from None
     pixels = torch.from_numpy(np.array(fitted))

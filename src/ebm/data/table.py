@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MISSING = ["", "nan", "NaN"]
+MOST_CATEGORIES = 1000
+"""A column with more is an identifier or free text, and would be as many columns."""
+ADVICE = "a column of text belongs in categorical or ignore"
 FIRST_ROW = 2
 """The row, as messages count, of what a frame has at index 0."""
 
@@ -115,7 +118,8 @@ class Transform:
             block, blocks = blocks[:, : column.width], blocks[:, column.width :]
             values = _present(frame[column.name], source)
             if column.kind == "numeric":
-                block[:, 0] = self._scaled(column, _numbers(values, source))
+                numbers = _numbers(values, source, "as the model was fitted to numbers there")
+                block[:, 0] = self._scaled(column, numbers)
                 _finite(block[:, 0], values, source)
             elif unknown := _one_hot(column.categories, values, block):
                 unseen[column.name] = unknown
@@ -205,6 +209,10 @@ def fit(
     for name in (name for name in frame.columns if name not in others):
         if name in categorical:
             seen = _present(of[name], source).astype(str).unique()
+            if len(seen) > MOST_CATEGORIES:
+                many = f"{len(seen)} categories, more than {MOST_CATEGORIES}"
+                where = f"{source}: column {_short(name)}"
+                raise EBMError(f"{where}: {many}; ignore it, or group them")
             columns.append(Column(name, "categorical", tuple(sorted(seen))))
         else:
             values = _present(frame[name], source)
@@ -220,8 +228,9 @@ def _present(values: "Series", source: str) -> "Series":
     return values
 
 
-def _numbers(values: "Series", source: str) -> np.ndarray:
-    """The cells of a column, none of them empty, as float64 [N]."""
+def _numbers(values: "Series", source: str, advice: str = ADVICE) -> np.ndarray:
+    """The cells of a column, none of them empty, as float64 [N]; EBMError names one that is no
+    number, with the `advice`."""
     import pandas as pd
 
     if values.dtype.kind in "iuf":
@@ -229,8 +238,8 @@ def _numbers(values: "Series", source: str) -> np.ndarray:
     numbers = pd.to_numeric(values.astype(str), errors="coerce").to_numpy(np.float64)
     if (text := np.isnan(numbers)).any():
         cell = f"{_cell(values, text, source)} = {_short(values[text].iloc[0])}"
-        advice = "a column of text belongs in categorical or ignore, and nothing but an empty cell"
-        raise EBMError(f"{cell}: not a number; {advice} or {MISSING[-1]} counts as missing")
+        missing = f"nothing but an empty cell or {MISSING[-1]} counts as missing"
+        raise EBMError(f"{cell}: not a number, {advice}; {missing}")
     return numbers
 
 
@@ -263,7 +272,7 @@ def _cell(values: "Series", wrong: np.ndarray, source: str) -> str:
     the name it has there."""
     row = values.index[wrong][0]
     number = row + FIRST_ROW if isinstance(row, int | np.integer) else repr(row)
-    return f"{source}: row {number}, column {values.name!r}"
+    return f"{source}: row {number}, column {_short(values.name)}"
 
 
 def _listed(names: Sequence[Any], most: int = 8) -> str:
@@ -282,13 +291,16 @@ def header(path: Path) -> list[str]:
     import pandas as pd
 
     if not path.is_file():
-        raise EBMError(f"{path}: no such file")
+        problem = "no regular file, and it is read twice" if path.exists() else "no such file"
+        raise EBMError(f"{path}: {problem}")
     options: dict[str, Any] = {"header": None, "nrows": 1, "dtype": str, "skipinitialspace": True}
     with _reading(path):
         first = pd.read_csv(path, **options, keep_default_na=False).iloc[0]
     names = [name or f"Unnamed: {number}" for number, name in enumerate(first)]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise EBMError(f"{path}: more than one column {_listed(twice)}")
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+        raise EBMError(f"{path}: one column {_short(names[0])}; cells are separated by commas")
     return names
 
 
@@ -300,6 +312,9 @@ def chunks(path: Path, text: Collection[str], rows: int | None = None) -> "Itera
     """
     import pandas as pd
 
+    names, alone = header(path), dict[str, Any]()
+    if len(names) == 1:  # then an empty line is an empty cell
+        alone = {"skip_blank_lines": False, "header": 0, "names": names}
     count = 0
     with _reading(path):
         reader = pd.read_csv(
@@ -310,6 +325,7 @@ def chunks(path: Path, text: Collection[str], rows: int | None = None) -> "Itera
             na_values=MISSING,
             skipinitialspace=True,
             index_col=False,
+            **alone,
             low_memory=False,  # the type of a column is that of a chunk, not of a piece of it
         )
     with reader:

@@ -86,8 +86,8 @@ EVALUATORS: dict[str, Callable[..., Evaluation]] = {
 """By the kind of the data."""
 
 FLAGGED = 0.01
-"""The share of the validation split that the threshold of a model flags, unless it is one of a
-table, which has a rule of its own."""
+"""The share of the validation split that the threshold of a model flags, unless another is asked
+for or it is a model of a table, which has a rule of its own."""
 
 
 def evaluate(
@@ -104,7 +104,8 @@ def evaluate(
         _check_finite(samples)
     result = evaluator(model, samples, prepared, reference, settings)
     if evaluator is not evaluate_table:
-        _set_usual_threshold(result, model, prepared, samples["samples"].device)
+        share = settings.get("flagged") or FLAGGED
+        _set_usual_threshold(result, model, prepared, share, samples["samples"].device)
     return result
 
 
@@ -120,10 +121,10 @@ def _check_finite(samples: dict[str, Tensor]) -> None:
 
 
 def _set_usual_threshold(
-    result: Evaluation, model: EBM, prepared: Prepared, device: torch.device
+    result: Evaluation, model: EBM, prepared: Prepared, share: float, device: torch.device
 ) -> None:
-    """The energy from which on a point is unusual: about FLAGGED of the validation split are."""
+    """The energy from which on a point is unusual, as this `share` of the validation split is."""
     usual = energies(model, prepared.tensors["validation"].to(device))
-    threshold = metrics.share_threshold(usual, FLAGGED)
+    threshold = metrics.share_threshold(usual, share)
     if math.isfinite(threshold):
         result.thresholds["energy"] = threshold

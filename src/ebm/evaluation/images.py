@@ -17,11 +17,9 @@ from ebm.evaluation.contrast import measure_classes, measure_constant
 from ebm.evaluation.result import Evaluation
 from ebm.outliers import outlier_sets
 from ebm.reference import KEPT, Reference
+from ebm.schema import FEWEST_DRAWN
 from ebm.tasks import Chained
 from ebm.variants.base import EBM
-
-FEWEST = 30
-"""Fewer samples have no distances worth a number."""
 
 ENERGIES = 2000
 """So many images of a set have their energies compared with those of other sets."""
@@ -113,8 +111,8 @@ def _bits(result: Evaluation, model: EBM, train: Tensor, test: Tensor, suffix: s
 
 def enough(drawn: Tensor) -> None:
     """EBMError if there are too few samples."""
-    if len(drawn) < FEWEST:
-        raise EBMError(f"sample.count = {len(drawn)}: images are measured from {FEWEST} on")
+    if len(drawn) < FEWEST_DRAWN:
+        raise EBMError(f"sample.count = {len(drawn)}: images are measured from {FEWEST_DRAWN} on")
 
 
 def measure_samples(
