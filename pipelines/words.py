@@ -64,8 +64,8 @@ METRICS = {
     "log_partition_error": Metric(
         "Error of log Z by the noise",
         -1,
-        "Absolute error of the true density's log Z, by telling its draws from a hundred times as "
-        "many of the noise.",
+        "Root mean square error of the true density's log Z, by telling its draws from a hundred "
+        "times as many of the noise.",
         "nats",
         False,
     ),

@@ -312,7 +312,8 @@ def test_it_learns_a_density():
         bounds=(-3.0, 3.0),
         noise="coupled",
         step_size=0.02,
-        langevin_steps=20,
+        langevin_steps=10,
+        jumps=8,
         gradient_clip=None,
         buffer=2000,
         learning_rate=3e-3,
@@ -328,7 +329,7 @@ def test_it_learns_a_density():
     line = torch.linspace(-3, 3, 601)[:, None]
     shares = torch.tensor([share, 1 - share])
     true = (shares.log() - ((line - means) / deviation).square() / 2).logsumexp(1)
-    assert metrics.grid_kl(true, -model.energy(line).detach()) < 0.1
+    assert metrics.grid_kl(true, -model.energy(line).detach()) < 0.03
 
 
 def test_augmentation_moves_images_and_keeps_their_range():

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.functional import jacobian
 from torch.distributions import MultivariateNormal, Normal
 
-from ebm import EBMError, flows
+from ebm import EBMError, parallel
 from ebm.flows import Defended, Density, Gaussian, Space, adam, make
 from ebm.metrics import cell_centres
 
@@ -174,10 +174,13 @@ def test_the_defence_has_its_share_of_every_batch_anywhere_in_it(share, n):
 def test_processes_that_draw_together_have_a_whole_defence_each(monkeypatch):
     mixture = Defended(Gaussian(2), Gaussian(2), 0.1)
     mixture.draw_with_log_prob(32)
-    monkeypatch.setattr(flows, "world", lambda: 2)
-    mixture.draw_with_log_prob(30)
-    with pytest.raises(EBMError, match=r"model\.defence = 0\.1: of 32 draws"):
-        mixture.draw_with_log_prob(32)
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    mixture.draw_with_log_prob(32)  # alike in all processes
+    with parallel.same_draws():
+        mixture.draw_with_log_prob(30)
+        with pytest.raises(EBMError, match=r"model\.defence = 0\.1: of 32 draws"):
+            mixture.draw_with_log_prob(32)
 
 
 def test_a_few_draws_have_their_share_of_the_defence_too():

@@ -107,6 +107,15 @@ def test_coupled_it_is_langevin_seen_half_a_step_later():
     torch.testing.assert_close(decoupled.energy, y.energy)
 
 
+def test_with_the_noise_last_it_is_langevin():
+    step_size, start = 0.1, torch.randn(50, 2)
+    torch.manual_seed(13)
+    kernel = DecoupledLangevin(banana, step_size, math.sqrt(2 * step_size), noise_last=True)
+    ours = run(kernel, start, 7)
+    torch.manual_seed(13)
+    torch.testing.assert_close(ours.x, run(Langevin(banana, step_size), start, 7).x)
+
+
 def test_its_clip_and_bounds_hold():
     kernel = DecoupledLangevin(lambda x: 1000 * gaussian(x), 0.1, 0.5, clip=0.3, bounds=(0.0, 1.0))
     x = torch.rand(500, 2)

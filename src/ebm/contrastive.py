@@ -266,8 +266,9 @@ class Contrasted(EBM):
         return {name: known.get(name, nothing).detach() for name in self.logged}
 
     def sample(self, n: int, steps: int = 100) -> dict[str, Tensor]:
-        """`generator` [n, *], draws of the noise; `samples` [n, *], after `steps` of Metropolis'
-        algorithm that proposes such draws; the mean `acceptance` of every step [steps]."""
+        """`samples` [n, *], after `steps` of Metropolis' algorithm that starts at draws of the
+        noise and proposes such; `generator` [n, *], those that it started at, or where these have
+        a defence other ones of the flow alone; the mean `acceptance` of every step [steps]."""
         rates: list[Tensor] = []
         first: list[Tensor] = []
 
@@ -279,10 +280,11 @@ class Contrasted(EBM):
 
         kernel = Independence(lambda v: -self.log_density(v), self.contrast.draw_with_log_prob)
         end = run(kernel, self.log_z.new_empty(n), steps, observe)
+        drawn = first[0] if self.broad is None else self.flow.draw_with_log_prob(n)[0]
         leave = self.space.leave
         return {
             "samples": leave(end.x),
-            "generator": leave(first[0]),
+            "generator": leave(drawn),
             "acceptance": torch.stack(rates) if rates else torch.ones(0),
         }
 

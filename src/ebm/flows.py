@@ -26,7 +26,7 @@ from torch.distributions import MultivariateNormal
 from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
-from ebm.parallel import world
+from ebm.parallel import draws_are_shared
 from ebm.variants.base import EBM
 
 
@@ -116,8 +116,8 @@ class Defended:
     (Hesterberg 1995), which has draws wherever data might be however narrow the flow becomes, so
     that a density told from them is low where nothing lies. The Gaussian has its `share` of every
     batch of draws, rounded up or down at random so that it has it on average too: each draw is one
-    of the mixture, however few there are. Where several processes draw, it has to be whole in
-    each: one alone would round another number."""
+    of the mixture, however few there are. Where several processes share the draws, it has to be
+    whole in each: one alone would round another number."""
 
     flow: Flow
     broad: Gaussian
@@ -129,7 +129,7 @@ class Defended:
 
     def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
         share = self.share * n
-        if world() > 1 and not math.isclose(share, round(share)):
+        if draws_are_shared() and not math.isclose(share, round(share)):
             raise EBMError(
                 f"model.defence = {self.share}: of {n} draws of a process no whole number"
             )

@@ -176,6 +176,11 @@ def same_draws() -> AbstractContextManager[Any]:
     return SameDraws() if world() > 1 else nullcontext()
 
 
+def draws_are_shared() -> bool:
+    """Whether the draws of this process are its part of those of all."""
+    return SameDraws.entered > 0
+
+
 class SameDraws(TorchFunctionMode):
     """Draws as one process would, for all rows, and keeps this process' rows.
 
@@ -183,6 +188,16 @@ class SameDraws(TorchFunctionMode):
     drawn is that of the batch, of which every process has equally many rows. A permutation of n
     rows is one of this process' rows among all. Batch normalisation takes the statistics of all.
     """
+
+    entered = 0
+
+    def __enter__(self) -> "SameDraws":
+        SameDraws.entered += 1
+        return super().__enter__()
+
+    def __exit__(self, *problem: Any) -> None:
+        SameDraws.entered -= 1
+        super().__exit__(*problem)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

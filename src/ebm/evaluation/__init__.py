@@ -15,11 +15,13 @@ Names of metrics, the same in every experiment:
     log_likelihood          mean log p of the test split, nats; where Z is estimated, the middle of
                             `_lower`, `_upper`: estimates that tend to err low and high (reverse
                             and forward annealed importance sampling), and within their noise may
-                            cross; `_train` is the same of the training split
+                            cross; `_train` is the same of the training split; in the plane Z is
+                            the integral over the square, but that of a flow is 1
     log_partition           log Z, nats; of a model with a constant of its own what is left of it,
                             by a grid, of images by importance sampling from the noise that the
                             energy was told from; `_ess`, the effective size of that sample
-    log_partition_error     |error| of log Z of the true density, told from the model's noise
+    log_partition_error     root mean square error of log Z of the true density, told from the
+                            model's noise, over several trials
     log_density_mse         mean squared error of log p at the test points, nats^2
     bits_per_dim            -log2 p per pixel of grey images; `_train` of the training split
     accuracy                of the model as a classifier; `_supervised` of the same network without

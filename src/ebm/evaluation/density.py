@@ -3,6 +3,7 @@ draws."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ebm import EBMError, figures, metrics
@@ -12,6 +13,7 @@ from ebm.densities import EXTENT, GaussianMixture
 from ebm.evaluation.contrast import measure_classes, measure_contrast
 from ebm.evaluation.result import Evaluation
 from ebm.evaluation.scores import variant
+from ebm.flows import Density
 from ebm.reference import Reference
 from ebm.variants.base import EBM
 
@@ -101,9 +103,8 @@ def _grid_scores(
     result.refer("log_density_mse", 0.0, "exact", "the learned density equals the true one")
     exact = true_test.mean().item()
     result.refer("log_likelihood", exact, "ceiling", "the true density on the same test split")
-    if model.normalised:
-        result.refer("log_partition", 0.0, "exact", "the model's own constant is right")
     if isinstance(model, Contrasted):
+        result.refer("log_partition", 0.0, "exact", "the model's own constant is right")
         scores, of_noise = density_scores(model.noise, grid, test, true, true_test)
         result.metrics |= {f"{name}_generator": value for name, value in scores.items()}
         measure_contrast(result, model, density, _square(of_noise), grid)
@@ -121,7 +122,7 @@ def _draw_panels(
         points = {title: samples["generator"], "After MCMC": samples["samples"]}
         shown = f"draws of {draws}, and samples: Markov chains that began with such draws."
     if isinstance(model, Contrasted) and model.defence:
-        shown += f" {model.defence:.0%} of the draws are of a broad Gaussian beside it."
+        shown += f" {model.defence:.0%} of what chains start at is of a broad Gaussian instead."
     picture = figures.density_panels(
         true, learned, {k: x.cpu().numpy() for k, x in points.items()}, (*EXTENT, *EXTENT)
     )
@@ -133,18 +134,21 @@ def density_scores(
     model: EBM, grid: Tensor, test: Tensor, true: Tensor, true_test: Tensor
 ) -> tuple[dict[str, float], Tensor]:
     """How near exp(-E) / Z comes to the true density, whose log is `true` on the `grid` and
-    `true_test` at the test points; and its log on the grid. Z is the integral over the square, but
-    for the likelihood of a model that has a constant of its own."""
+    `true_test` at the test points; and its log on the grid. Z is the integral over the square,
+    also of a model that has learned its constant, which may be off and would then be told of as
+    likelihood; that of a flow is 1, however much of it lies outside."""
     energy = metrics.in_batches(model.energy, grid.to(test.dtype))
-    log_z = metrics.grid_log_partition(energy, *EXTENT)
+    within = metrics.grid_log_partition(energy, *EXTENT)
+    log_z = torch.zeros_like(within) if isinstance(model, Density) else within
     learned = -energy.double() - log_z
-    log_p = -metrics.in_batches(model.energy, test).double()
+    log_p = -metrics.in_batches(model.energy, test).double() - log_z
     scores = {
-        "grid_kl": metrics.grid_kl(true, learned),
-        "log_likelihood": (log_p - (0 if model.normalised else log_z)).mean().item(),
-        "log_density_mse": (log_p - log_z - true_test).square().mean().item(),
+        "grid_kl": metrics.grid_kl(true, learned) - (within - log_z).item(),
+        "log_likelihood": log_p.mean().item(),
+        "log_density_mse": (log_p - true_test).square().mean().item(),
     }
-    return scores | ({"log_partition": log_z.item()} if model.normalised else {}), learned
+    own = isinstance(model, Contrasted)
+    return scores | ({"log_partition": log_z.item()} if own else {}), learned
 
 
 def _square(values: Tensor) -> Any:

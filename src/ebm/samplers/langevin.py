@@ -83,9 +83,11 @@ class DecoupledLangevin:
     with y kept within `bounds` and every entry of the gradient within +-`clip`. It is Langevin
     dynamics on E / T at the temperature T = noise^2 / (2 eps), without bounds and clip, and up to
     where in the loop one looks: T = 1 where noise = sqrt(2 eps), and then the points y are
-    Langevin's chain. `gradient` of its states is that at y, before the cut, `energy` is E(y): one
-    evaluation a step. If `differentiable`, x' keeps its dependence on the parameters of E through
-    this step's gradient.
+    Langevin's chain, and the points x', which the noise has yet to come to, lie too close
+    together. With `noise_last` a step ends with the noise, at the next y before it is put within
+    the bounds. `gradient` of its states is that at y, before the cut, `energy` is E(y): one
+    evaluation a step. If `differentiable`, the end of a step keeps its dependence on the
+    parameters of E through this step's gradient.
     """
 
     energy: Energy
@@ -94,16 +96,18 @@ class DecoupledLangevin:
     clip: float = inf
     bounds: tuple[float, float] = (-inf, inf)
     differentiable: bool = False
+    noise_last: bool = False
 
     def init(self, x: Tensor) -> State:
         return State(x)
 
     def step(self, state: State) -> State:
         noise = at(self.noise, state.steps) * torch.randn_like(state.x)
-        y = (state.x + noise).clamp(*self.bounds)
+        y = (state.x if self.noise_last else state.x + noise).clamp(*self.bounds)
         energy, gradient = value_and_gradient(self.energy, y, self.differentiable)
         x = y - at(self.step_size, state.steps) * gradient.clamp(-self.clip, self.clip)
-        return State(x, energy, gradient, steps=state.steps + 1)
+        end = x + noise if self.noise_last else x
+        return State(end, energy, gradient, steps=state.steps + 1)
 
 
 def polynomial_decay(first: float, delay: float, power: float) -> Callable[[int], float]:

@@ -16,7 +16,8 @@ of some points of the buffer, whose logarithm estimates the entropy of x~ (Kozac
     ----------|-------------------------------------------------------------------------------
     E_theta   | network, conditional on a class where there are `classes`
     K, lambda | langevin_steps; step_size (the code's x - step grad E; the text halves it)
-    omega     | noise, of its own, or `coupled` to the step size: sqrt(2 step_size)
+    omega     | noise, of its own, or `coupled` to the step size: sqrt(2 step_size), and then the
+              | last thing in a step: the chains are Langevin's at temperature 1
     B         | replay [buffer, *], with replay_label and replay_age; written back by index (the
               | released code appends a second copy of the chain), without a detour over bytes
     5 %       | fresh
@@ -116,6 +117,7 @@ class IGEBM(EBM):
         self.shape, self.classes, self.ema = shape, classes, ema
         self.input_scale, self.precision = input_scale, getattr(torch, precision)
         self.langevin_steps, self.jumps, self.step_size = langevin_steps, jumps, step_size
+        self.coupled = isinstance(noise, str)
         self.noise = math.sqrt(2 * step_size) if isinstance(noise, str) else noise
         self.gradient_clip = math.inf if gradient_clip is None else gradient_clip
         self.bounds = (bounds[0], bounds[1])
@@ -160,7 +162,12 @@ class IGEBM(EBM):
     def kernel(self, energy: Energy) -> DecoupledLangevin:
         """The chains that this model was trained with, on any energy of its points."""
         return DecoupledLangevin(
-            energy, self.step_size, self.noise, self.gradient_clip, self.bounds
+            energy,
+            self.step_size,
+            self.noise,
+            self.gradient_clip,
+            self.bounds,
+            noise_last=self.coupled,
         )
 
     def chains(self, energy: Energy, differentiable: bool = False) -> Kernel[State]:
