@@ -13,18 +13,21 @@ import graphlib
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from dvc.exceptions import CheckoutError, DvcException
+from dvc.lock import LockError
 from dvc.repo import Repo, lock_repo
 from dvc.scm import map_scm_exception
 from dvc.utils.serialize import dumps_yaml, load_yaml, parse_yaml_for_update
@@ -41,6 +44,10 @@ DEAF = {"match"}
 RESTORED = 64
 """The exit code of `reproduce` where the command did not run, because DVC had its outputs."""
 WRITTEN_BY_DVC = {"dvc.lock", ".gitignore"}
+PATIENCE_SECONDS = 1.0
+"""Between two looks at whether files are free that another run works on."""
+
+T = TypeVar("T")
 
 Entry = dict[str, Any]
 """What stands in `dvc.lock` of a stage: its command and the checksums of what it read and made."""
@@ -86,6 +93,13 @@ class Plan:
         """Those that may have to run. A downstream stage among them whose inputs come out as
         they were is skipped by DVC when its turn comes."""
         return tuple(stage for stage in self.stages if stage.stale)
+
+
+def plan_when_free(
+    targets: Sequence[str] = (), root: Path = ROOT, made_elsewhere: bool = False
+) -> Plan:
+    """The same as `plan`, once nobody else is at work on the files."""
+    return _when_free(lambda: plan(targets, root, made_elsewhere))
 
 
 def plan(targets: Sequence[str] = (), root: Path = ROOT, made_elsewhere: bool = False) -> Plan:
@@ -138,18 +152,46 @@ def reproduce(name: str, force: bool) -> int:
     """Do in this process what `dvc --wait-for-lock repro --single-item` does; its exit code.
 
     It is RESTORED where DVC ran no command: the outputs were in its cache, or are as they have to
-    be because what is upstream came out as it was. The root of the repository has to be the
-    current directory. A process may call this once, in its main thread: DVC keeps its locks by
-    process.
+    be because what is upstream came out as it was, or another run has made them while this one
+    waited. The root of the repository has to be the current directory. A process may call this
+    once, in its main thread: DVC keeps its locks by process.
     """
-    _prepare_process()
-    try:
+
+    def work() -> None:
         with _plain_errors(), Repo(_wait_for_lock=True) as repo:
             repo.reproduce(name, single_item=True, force=force)
+
+    _prepare_process()
+    try:
+        _when_free(work)
     except EBMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0 if _command_has_ended() else RESTORED
+
+
+def _when_free(act: Callable[[], T]) -> T:
+    """What `act` returns, tried again as long as another run is at work on the same files. DVC
+    forgets runs that were killed."""
+    told = False
+    while True:
+        try:
+            return act()
+        except EBMError as error:
+            if (who := _blockers(error)) is None:
+                raise
+        if not told:
+            print(f"waiting for another run at work on the same files: {who}", file=sys.stderr)
+        told = True
+        time.sleep(PATIENCE_SECONDS)
+
+
+def _blockers(error: BaseException | None) -> str | None:
+    """Who has the files, in DVC's words, if that is what an error comes from."""
+    if isinstance(error, LockError):
+        found = re.search(r"blocked by:(.*?)(\n\n|$)", str(error), re.DOTALL)
+        return " ".join((found[1] if found else str(error)).split())
+    return None if error is None else _blockers(error.__cause__)
 
 
 def _command_has_ended() -> bool:

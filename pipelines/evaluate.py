@@ -82,6 +82,7 @@ def _track(
     record = stage.read_json(folder / "run.json", f"train@{name}")
     key = record["tracking_key"]
     with tracking.Run.start(name, key=key, params={}, tags={}, dataset=None) as run:
+        run.tag({"data.sha256": record["data_sha256"]})  # a trial that trained nothing has none
         run.model(folder / "weights.safetensors", folder / "config.json", serving, example)
         run.log_final(result.metrics)
         for picture in sorted((folder / "evaluation" / "figures").iterdir()):

@@ -48,7 +48,7 @@ def main() -> int:
 
     def execute(targets: Sequence[str], force: bool, dask: str | None, **options: Any) -> bool:
         started = time.time()
-        plan = dag.plan(targets, made_elsewhere=bool(dask))
+        plan = dag.plan_when_free(targets, made_elsewhere=bool(dask))
         if not force and not plan.stale:
             return run.nothing_to_do(targets, plan, started)
         if dask:
@@ -104,7 +104,7 @@ def pipeline(
     if runtime.deployment.id:
         end_with_parent()
     started = time.time()
-    plan = dag.plan(targets, made_elsewhere=bool(dask))
+    plan = dag.plan_when_free(targets, made_elsewhere=bool(dask))
     stages = plan.stages if force else plan.stale
     flow_run, results, cancelled = runtime.flow_run.id, list[Result](), False
     if stages:

@@ -27,7 +27,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ebm import EBMError
-from pipelines import stage, words
+from pipelines import stage, tracking, words
 from pipelines.courier import SETTINGS
 from pipelines.spool import public, root, tracking_uri
 
@@ -115,7 +115,9 @@ def _measured(runs: "list[Recorded]", experiment: str, metric: str) -> "list[Rec
 
 
 def _on_the_newest_data(runs: "list[Recorded]") -> "list[Recorded]":
-    return [run for run in runs if run.data == runs[-1].data]
+    """Those on the data of the newest run of which it is known on what; all if it is of none."""
+    known = [run for run in runs if run.data]
+    return [run for run in known if run.data == known[-1].data] or runs
 
 
 def _best(runs: "list[Recorded]", metric: str, better: int, own: str | None) -> "Recorded":
@@ -164,6 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.rollback:
             print(rollback(options.experiment, options.alias))
         else:
+            tracking.flush()  # a run that still waits may be the best
             print(promote(options.experiment, options.metric, options.alias, options.better))
 
     stage.guarded(act)

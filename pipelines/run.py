@@ -194,7 +194,7 @@ def run(
         root: the DVC repository.
     """
     jobs, started = jobs or cores(), time.time()
-    plan = dag.plan(targets, root)
+    plan = dag.plan_when_free(targets, root)
     stages = plan.stages if force else plan.stale
     if not stages:
         return nothing_to_do(targets, plan, started, root)

@@ -175,13 +175,11 @@ def _write(
 ) -> None:
     import csv
 
-    from safetensors.torch import save_file
+    from safetensors.torch import save  # whose sister, which writes, has errors of its own
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.cpu().contiguous() for k, v in model.state_dict().items()},
-        folder / "weights.safetensors",
-    )
+    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
+    (folder / "weights.safetensors").write_bytes(save(weights))
     config = {key: settings[key] for key in ("variant", "model", "ensemble", "dataset")}
     transform = prepared.transform()  # of a table: what a row has to go through to be scored
     about = {"transform": transform} if transform else {}

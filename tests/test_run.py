@@ -299,17 +299,16 @@ def test_sigint_ends_a_runner_in_the_background_of_a_script(house):
     assert not any(alive(pid) for *_, pid in house.events())
 
 
-@slow
-def test_a_second_runner_is_told_who_is_at_work(house):
-    house.tell("train@a", seconds=600)
-    with house.start() as runner:
+def test_a_second_runner_waits_for_whoever_is_at_work_and_says_who(house):
+    house.tell("train@a", seconds=5)
+    with house.start("-j1") as runner:
         wait_for(lambda: house.events("start"), 30)
-        code, output = house.run()
-        runner.send_signal(signal.SIGINT)
-        runner.communicate(timeout=15)
-    assert code == 1
-    assert "is busy" in output
-    assert len(output.splitlines()) == 1
+        with house.start("-j1") as second:
+            outputs = [process.communicate(timeout=120)[0] for process in (runner, second)]
+    assert (runner.returncode, second.returncode) == (0, 0), outputs
+    assert "waiting for another run at work on the same files: (PID " in outputs[1]
+    assert sorted(house.ran()) == sorted(set(house.ran()))
+    assert not dag.plan(root=house.root).stale
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
@@ -290,8 +290,9 @@ def _floors(found: Reference, prepared: Prepared, device: torch.device) -> dict[
 def write(reference: Reference, folder: Path) -> None:
     """Write the files of `reference` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(reference.network.state_dict(), folder / "weights.safetensors")
-    save_file(reference.statistics, folder / "statistics.safetensors")
+    tensors = {"weights": reference.network.state_dict(), "statistics": reference.statistics}
+    for name, content in tensors.items():
+        (folder / f"{name}.safetensors").write_bytes(save(content))
     for name, content in (("config", reference.config), ("metrics", reference.metrics)):
         text = json.dumps(content, indent=2) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
