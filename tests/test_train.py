@@ -218,7 +218,9 @@ def test_every_variant_keeps_its_contract(name):
     logs = model.training_step(data())
     assert all(value.shape == () and not value.requires_grad for value in logs.values())
     assert {"energy_gap", "gradient_norm"} <= logs.keys()
-    assert model.sample(6)["samples"].shape in {(6, 4), (0, 4)}  # not every model can draw
+    drawn = model.sample(6)
+    assert drawn["samples"].shape in {(6, 4), (0, 4)}  # not every model can draw
+    assert not any(tensor.requires_grad for tensor in drawn.values())
     assert bool(model.optimizers) == bool(list(model.parameters()))
     documented = sys.modules[type(model).__module__].__doc__
     assert all(f"`{key}`" in documented for key in logs)

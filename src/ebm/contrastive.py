@@ -265,6 +265,7 @@ class Contrasted(EBM):
         known = {"log_z": self.log_z.mean(), **known}
         return {name: known.get(name, nothing).detach() for name in self.logged}
 
+    @torch.no_grad()
     def sample(self, n: int, steps: int = 100) -> dict[str, Tensor]:
         """`samples` [n, *], after `steps` of Metropolis' algorithm that starts at draws of the
         noise and proposes such; `generator` [n, *], those that it started at, or where these have
