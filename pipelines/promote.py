@@ -9,8 +9,7 @@ and the alias points at it; the versions it pointed at before are kept as a tag 
 model. Only runs on the data of the newest one are compared: a metric of another test split says
 nothing about them, so a champion of other data gives way. Nothing changes if the present version
 is as good, unless it is of the same run, which was evaluated anew since and has another
-threshold. What is still on its way to MLflow is not seen: `python -m pipelines.tracking` delivers
-it.
+threshold. What waits for MLflow is delivered first.
 
 Metrics are mostly those of the test split, so the best of many runs looks better than it is: quote
 numbers of a run that was not chosen by them.

@@ -27,7 +27,7 @@ from pipelines.dag import Plan, Stage
 from pipelines.supervise import Launcher
 
 LAST_LINES = 12
-KEPT_BYTES = str(1 << 30)
+KEPT_BYTES = str(1 << 30)  # more than any tensor takes here
 BY = "python -m pipelines.run"
 NOTHING_TO_DO = "nothing to do: every stage is up to date"
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
