@@ -225,7 +225,8 @@ def _of_rows(
     names = table.header(source)
     transform.check(names, str(source))
     numeric = set(transform.numeric)
-    for frame in table.chunks(source, [name for name in names if name not in numeric], chunk):
+    text = [name for name in names if name not in numeric]
+    for frame in table.chunks(source, names, text, chunk):
         kept = np.full(len(frame), True)
         if transform.missing == "drop":
             kept = transform.complete(frame)

@@ -325,7 +325,7 @@ def test_an_empty_line_of_a_single_column_is_an_empty_cell(csv, tmp_path):
     text = "a\n" + "".join(lines[:10]) + "\n\n" + "".join(lines[10:])
     assert csv(text, missing="drop", **alone).manifest["dropped"] == 2
     (tmp_path / "one.csv").write_text(text)
-    (frame,) = table.chunks(tmp_path / "one.csv", [])
+    (frame,) = table.chunks(tmp_path / "one.csv", ["a"], [])
     assert frame["a"].isna().tolist() == 10 * [False] + 2 * [True] + 10 * [False]
 
 
@@ -607,7 +607,7 @@ def test_a_typo_in_a_table_gets_a_suggestion(tmp_path):
 def test_a_chunk_knows_which_rows_it_holds(tmp_path):
     (tmp_path / "x.csv").write_text("a\n" + "".join(f"{row}\n" for row in range(10)))
     for size in (1, 3, 10, None):
-        frames = list(table.chunks(tmp_path / "x.csv", [], size))
+        frames = list(table.chunks(tmp_path / "x.csv", ["a"], [], size))
         assert max(map(len, frames)) == (size or 10)
         whole = pd.concat(frames)
         assert whole.index.tolist() == whole["a"].tolist() == list(range(10))

@@ -304,17 +304,20 @@ def header(path: Path) -> list[str]:
     return names
 
 
-def chunks(path: Path, text: Collection[str], rows: int | None = None) -> "Iterator[DataFrame]":
-    """The rows of a CSV file, `rows` at a time (all if None), the columns `text` as they are
-    written, the others as numbers wherever they are some; the index counts rows from 0.
+def chunks(
+    path: Path, names: Sequence[str], text: Collection[str], rows: int | None = None
+) -> "Iterator[DataFrame]":
+    """The rows of a CSV file whose `header` is `names`, `rows` at a time (all if None), the
+    columns `text` as they are written, the others as numbers wherever they are some; the index
+    counts rows from 0.
 
     Raises EBMError naming the file if it is no table, or has no rows.
     """
     import pandas as pd
 
-    names, alone = header(path), dict[str, Any]()
+    alone: dict[str, Any] = {}
     if len(names) == 1:  # then an empty line is an empty cell
-        alone = {"skip_blank_lines": False, "header": 0, "names": names}
+        alone = {"skip_blank_lines": False, "header": 0, "names": list(names)}
     count = 0
     with _reading(path):
         reader = pd.read_csv(
@@ -376,9 +379,10 @@ def prepare(settings: TableData) -> Made:
     import pandas as pd
 
     path = Path(settings.path)
-    _check_names(settings, header(path))
+    names = header(path)
+    _check_names(settings, names)
     others = [*settings.ignore, *([settings.label] if settings.label else [])]
-    frame = pd.concat(chunks(path, [*settings.categorical, *others]))
+    frame = pd.concat(chunks(path, names, [*settings.categorical, *others]))
     frame, dropped = _checked(frame, settings, str(path))
     anomaly = _anomalies(frame, settings)
     index = split(anomaly, settings)
