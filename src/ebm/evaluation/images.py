@@ -22,7 +22,8 @@ from ebm.tasks import Chained
 from ebm.variants.base import EBM
 
 ENERGIES = 2000
-"""So many images of a set have their energies compared with those of other sets."""
+"""So many images of a set have their energies compared with those of the test split, which counts
+whole: the published test images are not in random order."""
 
 
 def evaluate_images(
@@ -46,15 +47,15 @@ def evaluate_images(
         _bits(result, model.noise, train, test, "_generator")
         measure_classes(result, model, prepared)
         measure_constant(result, model)
-    sets = {"train": train, "test": test}
+    sets = {"train": train[:ENERGIES], "test": test}
     if draws:
         measure_samples(result, samples, train, test, reference)
-        sets["samples"] = drawn
+        sets["samples"] = drawn[:ENERGIES]
     if "labels" in samples:
         _conditional_accuracy(result, drawn, samples["labels"], reference)
     outliers = outlier_sets(prepared, ENERGIES, prepared.manifest["settings"]["seed"])
     sets |= {name: images.to(drawn.device) for name, images in outliers.items()}
-    energies = {k: metrics.in_batches(model.energy, x[:ENERGIES], 256) for k, x in sets.items()}
+    energies = {k: metrics.in_batches(model.energy, x, 256) for k, x in sets.items()}
     _anomalies(result, energies["test"], {name: energies[name] for name in outliers})
     if draws:
         _draw_samples(result, samples)
