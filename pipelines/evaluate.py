@@ -61,7 +61,7 @@ def _write(model: Path, result: "Evaluation") -> None:
 
 def _example(prepared: "Prepared") -> dict[str, Any]:
     """A request to the served model: the first test points, those of a table as its rows."""
-    from ebm.data.table import Transform
+    from ebm.data.transform import Transform
 
     points = prepared.points("test")[:EXAMPLES]
     transform = prepared.transform()

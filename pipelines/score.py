@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
     from pandas import DataFrame
 
-    from ebm.data.table import Transform
+    from ebm.data.transform import Transform
     from ebm.variants.base import EBM
 
 log = logging.getLogger(__name__)
@@ -107,10 +107,10 @@ def score(
     from tqdm import tqdm
 
     from ebm import variants
-    from ebm.data import table
+    from ebm.data.transform import Transform, warn_of_unseen
 
     content = settings.get("transform")
-    transform = table.Transform.from_json(content, str(config)) if content else None
+    transform = Transform.from_json(content, str(config)) if content else None
     device = stage.device(threads or torch.get_num_threads())
     network = variants.load(model / "weights.safetensors", config).to(device)
     loaded = Model(network, device, tuple(settings["shape"]))
@@ -126,7 +126,7 @@ def score(
         for first, energy in found:
             _append(file, first, energy, threshold, seen)
             bar.update(len(energy))
-    table.warn_of_unseen(seen.unseen, str(input))
+    warn_of_unseen(seen.unseen, str(input))
     _report(seen, threshold, time.perf_counter() - started)
 
 
@@ -221,6 +221,7 @@ def _of_rows(
     import pandas as pd
 
     from ebm.data import table
+    from ebm.data.transform import FIRST_ROW
 
     names = table.header(source)
     transform.check(names, str(source))
@@ -233,7 +234,7 @@ def _of_rows(
         points, unseen = transform.encode(frame[kept], str(source))
         seen.unseen.update(unseen)
         found = model.energies(points)
-        _refuse(found, f"{source}: row ", frame.index[kept] + table.FIRST_ROW)
+        _refuse(found, f"{source}: row ", frame.index[kept] + FIRST_ROW)
         energy = np.full(len(frame), np.nan)
         energy[kept] = found
         yield pd.DataFrame({"row": np.arange(seen.count, seen.count + len(frame)) + 1}), energy

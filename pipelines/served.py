@@ -42,7 +42,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ebm.data.table import Transform
+    from ebm.data.transform import Transform
 
 MOST_ROWS, MOST_SAMPLES = 10_000, 256  # in one request
 AT_ONCE = 2**18  # numbers that go through the network at once
@@ -54,7 +54,7 @@ class Energy(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         from ebm import variants
-        from ebm.data.table import Transform
+        from ebm.data.transform import Transform
 
         weights, config = Path(context.artifacts["weights"]), Path(context.artifacts["config"])
         settings = json.loads(config.read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ class Energy(PythonModel):
         if self.transform is None:
             return torch.from_numpy(_numbers(given, self.shape))
         from ebm import EBMError
-        from ebm.data.table import FIRST_ROW, warn_of_unseen
+        from ebm.data.transform import FIRST_ROW, warn_of_unseen
 
         first = 1 - FIRST_ROW  # so that messages count the rows from 1
         try:

@@ -21,7 +21,8 @@ from test_data import density
 from test_train import MODELS
 
 from ebm import EBMError, data, variants
-from ebm.data import kddcup99, table
+from ebm.data import kddcup99
+from ebm.data.transform import Transform
 from ebm.variants.base import EBM
 from pipelines import train
 from pipelines.score import main, score
@@ -71,7 +72,7 @@ def scored(input="mine.csv", output="scores.csv", model="models/mine", **options
 def amounts(frame=None):
     """The first coordinate of the points of a table [N]."""
     content = json.loads(Path("models/mine/config.json").read_text())["transform"]
-    transform = table.Transform.from_json(content, "it")
+    transform = Transform.from_json(content, "it")
     return transform.apply(made_up(ROWS) if frame is None else frame)[:, 0].double()
 
 
@@ -79,7 +80,7 @@ def test_energies_are_those_of_the_model(home):
     folder = home / "models/mine"
     model = variants.load(folder / "weights.safetensors", folder / "config.json")
     content = json.loads((folder / "config.json").read_text())["transform"]
-    points = table.Transform.from_json(content, "it").apply(made_up(ROWS))
+    points = Transform.from_json(content, "it").apply(made_up(ROWS))
     with torch.no_grad():
         expected = model.energy(points)
     found = scored(chunk=64)

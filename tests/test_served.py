@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tracking_store import MLFLOW_WARNS, start
 
 from ebm import data, seeds, variants
-from ebm.data.table import Transform
+from ebm.data.transform import Transform
 from pipelines import tracking
 from pipelines.evaluate import EXAMPLES, _example
 from pipelines.spool import Spool

@@ -29,6 +29,7 @@ from test_params import GOOD, complaint, put, remove
 
 from ebm import EBMError, data, params
 from ebm.data import files, kddcup99, table
+from ebm.data.transform import Transform, fit
 
 FRAME = pd.DataFrame(
     {
@@ -47,7 +48,7 @@ POINTS = [  # size, blue, red, always, 443, 80
 
 
 def fitted(scale="minmax", **options):
-    return table.fit(FRAME, CATEGORICAL, scale, "x.csv", **options)
+    return fit(FRAME, CATEGORICAL, scale, "x.csv", **options)
 
 
 def changed(**columns):
@@ -84,21 +85,21 @@ def test_beyond_the_bounds_of_training_nothing_is_clipped():
 
 
 def test_bounds_are_those_of_the_rows_it_was_fitted_on():
-    half = table.fit(FRAME[:2], CATEGORICAL, "minmax", "x.csv")
+    half = fit(FRAME[:2], CATEGORICAL, "minmax", "x.csv")
     assert (half.columns[0].low, half.columns[0].high) == (2, 4)
     assert half.apply(FRAME)[2, 0] == 4
 
 
 def test_categories_may_come_from_more_rows_than_bounds_do():
-    half = table.fit(FRAME[:1], CATEGORICAL, "minmax", "x.csv", vocabulary=FRAME)
+    half = fit(FRAME[:1], CATEGORICAL, "minmax", "x.csv", vocabulary=FRAME)
     assert half.columns[1].categories == ("blue", "red")
     assert half.columns[0].high == 2
 
 
 def test_a_transform_survives_its_file_bit_for_bit(tmp_path):
-    third = table.fit(changed(size=[1 / 3, 0.1, 2e7 / 3]), CATEGORICAL, "minmax", "x.csv")
+    third = fit(changed(size=[1 / 3, 0.1, 2e7 / 3]), CATEGORICAL, "minmax", "x.csv")
     third.save(tmp_path / "transform.json")
-    again = table.Transform.load(tmp_path / "transform.json")
+    again = Transform.load(tmp_path / "transform.json")
     assert again == third
     assert torch.equal(again.apply(FRAME), third.apply(FRAME))
     json.loads((tmp_path / "transform.json").read_text())
@@ -110,7 +111,7 @@ def test_what_is_no_transform_is_named(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(EBMError, match=r"transform\.json: not a transform"):
-        table.Transform.load(path)
+        Transform.load(path)
 
 
 def test_an_unseen_category_is_all_zeros_and_counted(caplog):
@@ -135,7 +136,7 @@ def test_columns_are_found_by_name_and_others_are_warned_of(caplog):
 
 
 def test_a_label_is_nothing_to_warn_of(caplog):
-    transform = table.fit(FRAME, CATEGORICAL, "minmax", "x.csv", others=["always"])
+    transform = fit(FRAME, CATEGORICAL, "minmax", "x.csv", others=["always"])
     assert transform.width == 5
     transform.apply(FRAME)
     assert caplog.messages == []
@@ -231,7 +232,7 @@ def test_splits_of_a_table_are_disjoint_and_hold_both_kinds(csv):
 def test_points_are_those_of_the_rows_that_their_index_names(csv):
     frame = made_up()
     prepared = csv(frame)
-    transform = table.Transform.from_json(prepared.transform(), "it")
+    transform = Transform.from_json(prepared.transform(), "it")
     for split in data.SPLITS:
         rows = frame.iloc[prepared.tensors[f"{split}_index"].tolist()]
         assert torch.equal(transform.apply(rows), prepared.tensors[split])
@@ -435,7 +436,7 @@ def anomalous(rows):
 def test_the_cup_has_121_columns_and_normal_is_the_anomaly(cup, protocol):
     prepared = cup(protocol)
     assert prepared.shape == (121,)
-    transform = table.Transform.from_json(prepared.transform(), "it")
+    transform = Transform.from_json(prepared.transform(), "it")
     assert [column.name for column in transform.columns] == kddcup99.COLUMNS
     assert {c.name: c.width for c in transform.columns if c.kind != "numeric"} == CATEGORIES
     assert not anomalous(prepared.tensors["train_index"]).any()
@@ -490,7 +491,7 @@ def test_the_strict_protocol_shares_no_row_and_scales_by_train(cup):
     assert train.amin() == 0
     assert train.amax() == 1
     kept = set(range(REPEATED)) - {CONTRADICTORY, CONTRADICTORY + 1}
-    transform = table.Transform.from_json(prepared.transform(), "it")
+    transform = Transform.from_json(prepared.transform(), "it")
     source = transform.columns[kddcup99.COLUMNS.index("src_bytes")]
     bytes_ = connections()["src_bytes"].iloc[prepared.tensors["train_index"].tolist()]
     assert (source.low, source.high) == (bytes_.min(), bytes_.max())

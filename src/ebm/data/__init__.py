@@ -6,7 +6,7 @@ uint8 for images; where the source has them `<split>_labels` [N]; where the sour
 collection `<split>_index` [N], the rows of the source), `manifest.json` (source, SHA-256 of the
 tensors, counts, shape, settings), for images `outliers.safetensors` (other sets by name, in the
 type and shape of the images) and for tables `transform.json` (what made points of their rows,
-`ebm.data.table`).
+`ebm.data.transform`).
 
 What is stored becomes points by `unit` and nothing else (images points of [0, 1]): train, test and
 outliers alike.
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,9 @@ from torch import Tensor
 from ebm import EBMError
 from ebm.densities import DENSITIES, GaussianMixture
 from ebm.schema import Dataset
+
+if TYPE_CHECKING:
+    from ebm.data.made import Made
 
 SPLITS = ("train", "validation", "test")
 FILES = ("splits.safetensors", "manifest.json")
@@ -85,7 +88,7 @@ def prepare(settings: Dataset) -> Prepared:
     # stages that only read depend on none of them
     from ebm.data import density, digits, folder, images, kddcup99, novelty, stacked, table
 
-    sources: dict[str, Any] = {
+    sources: dict[str, Callable[[Any], Made]] = {
         "density": density.prepare,
         "digits": digits.prepare,
         "folder": folder.prepare,
@@ -95,19 +98,18 @@ def prepare(settings: Dataset) -> Prepared:
         "stacked": stacked.prepare,
         "table": table.prepare,
     }
-    source, tensors, outliers, *more = sources[settings.kind](settings)
-    notes, transform = more or ({}, None)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    made = sources[settings.kind](settings)
+    tensors = {name: tensor.contiguous() for name, tensor in made.tensors.items()}
     manifest = {
-        "source": source,
+        "source": made.source,
         "settings": settings.model_dump(exclude={"reference"}),  # no part of the tensors
         "shape": list(tensors["train"].shape[1:]),
         "counts": {split: len(tensors[split]) for split in SPLITS},
-        **notes,
+        **made.notes,
     }
-    if outliers:
-        manifest["outliers"] = {name: len(tensor) for name, tensor in outliers.items()}
-    return Prepared(tensors, manifest, lambda: outliers, lambda: transform)
+    if made.outliers:
+        manifest["outliers"] = {name: len(tensor) for name, tensor in made.outliers.items()}
+    return Prepared(tensors, manifest, lambda: made.outliers, lambda: made.transform)
 
 
 def write(prepared: Prepared, folder: Path) -> None:

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from ebm.data import SPLITS
+from ebm.data.made import Made
 from ebm.densities import DENSITIES
 from ebm.schema import DensityData
 
 
-def prepare(settings: DensityData) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """What it is, float32 splits [N, 2], with classes where the density has any, no outliers."""
+def prepare(settings: DensityData) -> Made:
+    """Float32 splits [N, 2], with classes where the density has any."""
     density = DENSITIES[settings.density]()
     torch.manual_seed(settings.seed)
     counts = {split: getattr(settings, split) for split in SPLITS}
@@ -19,4 +20,4 @@ def prepare(settings: DensityData) -> tuple[str, dict[str, Tensor], dict[str, Te
         tensors[split] = x.float()
         if density.classes > 1:
             tensors[f"{split}_labels"] = classes
-    return f"ebm.densities {settings.density}, exact draws", tensors, {}
+    return Made(f"ebm.densities {settings.density}, exact draws", tensors)

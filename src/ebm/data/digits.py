@@ -5,14 +5,15 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.data import SPLITS
+from ebm.data.made import Made, chosen
 from ebm.schema import DigitsData
 
 
-def prepare(settings: DigitsData) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """What it is, float32 splits [N, 8, 8] in [0, 1] with labels and rows, no outliers."""
+def prepare(settings: DigitsData) -> Made:
+    """Float32 splits [N, 8, 8] in [0, 1] with labels and rows."""
     parts = settings.validation, settings.test
     source = f"scikit-learn load_digits, 1797 images, binarised: {settings.binarize}"
-    return source, splits(settings.binarize, *parts, settings.seed), {}
+    return Made(source, splits(settings.binarize, *parts, settings.seed))
 
 
 def splits(binarize: str, validation: int, test: int, seed: int) -> dict[str, Tensor]:
@@ -31,11 +32,7 @@ def splits(binarize: str, validation: int, test: int, seed: int) -> dict[str, Te
     parts = order.split([len(order) - validation - test, validation, test])
     tensors: dict[str, Tensor] = {}
     for split, index in zip(SPLITS, parts, strict=True):
-        tensors |= {
-            split: images[index],
-            f"{split}_labels": labels[index],
-            f"{split}_index": index,
-        }
+        tensors |= chosen(split, index, images, labels)
     return tensors
 
 

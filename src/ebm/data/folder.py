@@ -21,13 +21,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ebm import EBMError
+from ebm.data.made import Made
 from ebm.data.shares import by_class
 from ebm.schema import FEWEST, FolderData
 
@@ -47,14 +48,11 @@ UNREADABLE = (OSError, *BROKEN)
 
 LINK = "a link to a folder, in which DVC sees no change; expected the folder itself"
 
-Made = tuple[str, dict[str, Tensor], dict[str, Tensor], dict[str, Any], None]
-"""What it is, tensors, outliers, notes for the manifest, no transform."""
-
 
 def prepare(settings: FolderData) -> Made:
     """The images of a folder, uint8 [N, size, size] or in colour [N, 3, size, size], split at
     random by `seed`, each class in the same shares; rows of the list of all files that are no
-    outliers'. What it is ends in a digest of all files; the notes name the classes, if there are
+    outliers'. The source ends in a digest of all files; the notes name the classes, if there are
     any."""
     root = Path(settings.path)
     if links := [path for path in (root, *root.parents) if path.is_symlink()]:
@@ -78,7 +76,7 @@ def prepare(settings: FolderData) -> Made:
         tensors |= {f"{split}_labels": labels[rows] for split, rows in index.items()}
     sets = {name: read_all(members, shape) for name, members in outliers.items()}
     source = f"{root}, {len(paths)} images, sha256 {_digest(paths, root)}"
-    return source, tensors, sets, {"classes": names} if names else {}, None
+    return Made(source, tensors, sets, notes={"classes": names} if names else {})
 
 
 def files(root: Path) -> list[Path]:

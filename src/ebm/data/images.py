@@ -6,7 +6,7 @@ from torch.nn.functional import interpolate
 
 from ebm import EBMError
 from ebm.data import published
-from ebm.data.published import Part
+from ebm.data.made import Made, chosen
 from ebm.schema import ImageData
 
 OUTLIERS_AT_MOST = 10_000
@@ -14,8 +14,8 @@ LUMA = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
 """What red, green and blue weigh in grey (ITU-R BT.601)."""
 
 
-def prepare(settings: ImageData) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """What it is, uint8 splits [N, H, W] or [N, 3, H, W] with labels and rows, outliers.
+def prepare(settings: ImageData) -> Made:
+    """Uint8 splits [N, H, W] or [N, 3, H, W] with labels and rows, and outliers.
 
     Train and validation are drawn from the published train part, whose rows their index names;
     test is the published test part in its order.
@@ -23,7 +23,7 @@ def prepare(settings: ImageData) -> tuple[str, dict[str, Tensor], dict[str, Tens
     source, tensors = splits(settings.name, settings.validation, settings.seed)
     shape = tensors["test"].shape[1:]
     outliers: dict[str, Tensor] = {name: outlier_set(name, shape) for name in settings.outliers}
-    return source, tensors, outliers
+    return Made(source, tensors, outliers)
 
 
 def splits(name: str, validation: int, seed: int) -> tuple[str, dict[str, Tensor]]:
@@ -38,19 +38,11 @@ def splits(name: str, validation: int, seed: int) -> tuple[str, dict[str, Tensor
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train.images), generator=generator)
     tensors = (
-        _rows(train, "train", order[validation:])
-        | _rows(train, "validation", order[:validation])
-        | _rows(test, "test", torch.arange(len(test.images)))
+        chosen("train", order[validation:], train.images, train.labels)
+        | chosen("validation", order[:validation], train.images, train.labels)
+        | chosen("test", torch.arange(len(test.images)), test.images, test.labels)
     )
     return f"{name}: {train.source}; {test.source}", tensors
-
-
-def _rows(part: Part, split: str, index: Tensor) -> dict[str, Tensor]:
-    return {
-        split: part.images[index],
-        f"{split}_labels": part.labels[index],
-        f"{split}_index": index,
-    }
 
 
 def outlier_set(name: str, shape: torch.Size) -> Tensor:

@@ -31,6 +31,8 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.data import files, table
+from ebm.data.made import Made
+from ebm.data.transform import fit
 from ebm.schema import KDDCup99Data
 
 if TYPE_CHECKING:
@@ -58,14 +60,14 @@ PER_ANOMALY = 4
 Split = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-def prepare(settings: KDDCup99Data) -> table.Made:
+def prepare(settings: KDDCup99Data) -> Made:
     """Splits float32 [N, 121] with rows of the file (from 0) and, but for train, labels; the notes
     say how many rows were dropped, how many anomalies are where, and what validation shares with
     train."""
     frame, anomaly = _read()
     divide = _paper if settings.protocol == "paper" else _strict
     index, notes = divide(frame, anomaly, settings)
-    transform = table.fit(
+    transform = fit(
         frame.iloc[index["train"].numpy()],
         CATEGORICAL,
         settings.scale,
@@ -78,7 +80,8 @@ def prepare(settings: KDDCup99Data) -> table.Made:
         tensors[split], _ = transform.encode(frame.iloc[rows.numpy()], FILE)
     tensors |= table.labels(anomaly, index)
     notes |= {"anomalies": table.counts(anomaly, index)["anomalies"]}
-    return f"{FILE}, protocol {settings.protocol}", tensors, {}, notes, transform.to_json()
+    source = f"{FILE}, protocol {settings.protocol}"
+    return Made(source, tensors, notes=notes, transform=transform.to_json())
 
 
 def _read() -> tuple["DataFrame", Tensor]:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.data import SPLITS, published
+from ebm.data.made import Made, chosen
 from ebm.schema import NoveltyData
 
 
-def prepare(settings: NoveltyData) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """What it is, uint8 splits [N, H, W] with labels and rows of the pool (the published train
-    part, then the test part), and `released_index`."""
+def prepare(settings: NoveltyData) -> Made:
+    """Uint8 splits [N, H, W] with labels and rows of the pool (the published train part, then the
+    test part), and `released_index`."""
     parts = [published.part(settings.name, which) for which in ("train", "test")]
     images = torch.cat([part.images for part in parts])
     labels = torch.cat([part.labels for part in parts])
@@ -31,11 +32,7 @@ def prepare(settings: NoveltyData) -> tuple[str, dict[str, Tensor], dict[str, Te
     tensors: dict[str, Tensor] = {}
     pieces = order.split([train, settings.validation, test])
     for split, index in zip(SPLITS, pieces, strict=True):
-        tensors |= {
-            split: images[index],
-            f"{split}_labels": labels[index],
-            f"{split}_index": index,
-        }
+        tensors |= chosen(split, index, images, labels)
     again = torch.randperm(len(images), generator=generator)
     tensors["released_index"] = again[train:].sort().values
-    return f"{settings.name}: {parts[0].source}; {parts[1].source}; pooled", tensors, {}
+    return Made(f"{settings.name}: {parts[0].source}; {parts[1].source}; pooled", tensors)

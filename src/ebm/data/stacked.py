@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ebm.data import SPLITS, digits, images, mode
+from ebm.data.made import Made
 from ebm.schema import StackedData
 
 
-def prepare(settings: StackedData) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """What it is, uint8 splits [N, parts, H, W] with the mode of each stack as label, and the
+def prepare(settings: StackedData) -> Made:
+    """Uint8 splits [N, parts, H, W] with the mode of each stack as label, and the
     single images as `<split>_parts` [M, H, W] with their classes as `<split>_parts_labels`."""
     source, base = _base(settings)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -29,7 +30,7 @@ def prepare(settings: StackedData) -> tuple[str, dict[str, Tensor], dict[str, Te
             f"{split}_parts": singles,
             f"{split}_parts_labels": labels,
         }
-    return f"{settings.parts} random images a stack of {source}", tensors, {}
+    return Made(f"{settings.parts} random images a stack of {source}", tensors)
 
 
 def _base(settings: StackedData) -> tuple[str, dict[str, Tensor]]:

@@ -1,20 +1,6 @@
-"""Tables as points: numbers are scaled, categories become one column each, by a transform that is
-fitted on training rows and kept with the data and with every model that is trained on them.
-
-    cell                     becomes
-    number, scale `minmax`   (x - low) / (high - low), by the bounds of the training rows and not
-                             clipped beyond them; x - low (so 0 in training) where they are equal
-    number, scale `none`     itself
-    category                 1 in its own column, 0 in those of the others; all 0 if it was never
-                             fitted, which is counted and warned of
-    empty, or NaN            an error, or the whole row is left out if `missing` is `drop`
-
-Categories are compared as text (`0` is not `0.0`). Messages count rows as an editor does: the
-header is row 1 (blank lines do not count).
-"""
+"""CSV files: the rows of any, and a user's as a data set."""
 
 import hashlib
-import json
 import logging
 import lzma
 import tarfile
@@ -23,266 +9,21 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ebm import EBMError
+from ebm.data.made import Made
+from ebm.data.transform import MISSING, fit, listed, numbers_of, present, short, warn_of_unseen
 from ebm.schema import TableData
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
 log = logging.getLogger(__name__)
-
-MISSING = ["", "nan", "NaN"]
-MOST_CATEGORIES = 1000
-"""A column with more is an identifier or free text, and would be as many columns."""
-ADVICE = "a column of text belongs in categorical or ignore"
-FIRST_ROW = 2
-"""The row, as messages count, of what a frame has at index 0."""
-
-Kind = Literal["numeric", "categorical"]
-Scale = Literal["none", "minmax"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column that the model sees: its `categories`, or the bounds of its numbers."""
-
-    name: str
-    kind: Kind
-    categories: tuple[str, ...] = ()
-    low: float = 0.0
-    high: float = 0.0
-
-    @property
-    def width(self) -> int:
-        """How many columns it becomes."""
-        return len(self.categories) if self.kind == "categorical" else 1
-
-
-@dataclass(frozen=True)
-class Transform:
-    """Rows of a table to points: see the table in this module's docstring.
-
-    Attributes:
-        columns: what becomes a point, in the order in which it does.
-        scale: `minmax` or `none`, of all numeric columns.
-        missing: what becomes of a row with an empty cell.
-        others: columns that the table may have and the model never sees, such as its label.
-    """
-
-    columns: tuple[Column, ...]
-    scale: Scale
-    missing: Literal["error", "drop"] = "error"
-    others: tuple[str, ...] = ()
-
-    @property
-    def width(self) -> int:
-        """Dimension D of a point."""
-        return sum(column.width for column in self.columns)
-
-    @property
-    def numeric(self) -> list[str]:
-        """Names of the numeric columns."""
-        return [column.name for column in self.columns if column.kind == "numeric"]
-
-    def check(self, names: Sequence[str], source: str) -> None:
-        """EBMError if a column is not among `names`, a warning if there are others; both name
-        them."""
-        known = [column.name for column in self.columns]
-        if lacking := [name for name in known if name not in names]:
-            raise EBMError(f"{source}: no column {_listed(lacking)}; it has {_listed(names)}")
-        if extra := [name for name in names if name not in {*known, *self.others}]:
-            log.warning("%s: columns that the model does not know: %s", source, _listed(extra))
-
-    def complete(self, frame: "DataFrame") -> np.ndarray:
-        """Which rows have no empty cell in these columns: bool [N]."""
-        return frame[[column.name for column in self.columns]].notna().all(axis=1).to_numpy()
-
-    def encode(self, frame: "DataFrame", source: str) -> tuple[Tensor, dict[str, int]]:
-        """Points float32 [N, D] of the rows of `frame`, and by column how many of its categories
-        were not fitted.
-
-        Raises EBMError naming `source`, row and column of a cell that is empty or no number.
-        """
-        points = torch.zeros(len(frame), self.width)
-        unseen: dict[str, int] = {}
-        blocks = points.numpy()
-        for column in self.columns:
-            block, blocks = blocks[:, : column.width], blocks[:, column.width :]
-            values = _present(frame[column.name], source)
-            if column.kind == "numeric":
-                numbers = _numbers(values, source, "as the model was fitted to numbers there")
-                block[:, 0] = self._scaled(column, numbers)
-                _finite(block[:, 0], values, source)
-            elif unknown := _one_hot(column.categories, values, block):
-                unseen[column.name] = unknown
-        return points, unseen
-
-    def _scaled(self, column: Column, numbers: np.ndarray) -> np.ndarray:
-        if self.scale == "none":
-            return _single(numbers)
-        return _single((numbers - column.low) / self._span(column))
-
-    @staticmethod
-    def _span(column: Column) -> float:
-        return (column.high - column.low) or 1.0
-
-    def decode(self, points: Tensor) -> "DataFrame":
-        """Rows of which `encode` makes `points` [N, D], up to rounding; for a category the largest
-        of its columns counts."""
-        import pandas as pd
-
-        blocks = points.double().cpu().numpy()
-        cells: dict[str, Any] = {}
-        for column in self.columns:
-            block, blocks = blocks[:, : column.width], blocks[:, column.width :]
-            if column.kind == "categorical":
-                cells[column.name] = [column.categories[i] for i in block.argmax(1)]
-            elif self.scale == "none":
-                cells[column.name] = block[:, 0]
-            else:
-                cells[column.name] = column.low + block[:, 0] * self._span(column)
-        return pd.DataFrame(cells)
-
-    def apply(self, frame: "DataFrame", source: str = "table") -> Tensor:
-        """Points float32 [N, D] of a table whose columns are found by their names; unknown
-        columns and categories are warned of. Raises EBMError as `check` and `encode` do."""
-        self.check(list(frame.columns), source)
-        points, unseen = self.encode(frame, source)
-        warn_of_unseen(unseen, source)
-        return points
-
-    def to_json(self) -> dict[str, Any]:
-        """Itself as what JSON knows."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_json(cls, content: Any, source: str) -> "Transform":
-        """What `to_json` made; EBMError naming `source` if it is something else."""
-        try:
-            columns = [c | {"categories": tuple(c["categories"])} for c in content["columns"]]
-            lists = {"columns": tuple(Column(**c) for c in columns)}
-            return cls(**content | lists | {"others": tuple(content["others"])})
-        except (KeyError, TypeError) as error:
-            raise EBMError(f"{source}: not a transform of a table ({error!r})") from None
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> "Transform":
-        """Read what `save` wrote; EBMError names the file if it is missing or something else."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EBMError(f"{path}: not a transform of a table ({error})") from None
-        return cls.from_json(content, str(path))
-
-
-def warn_of_unseen(unseen: dict[str, int], source: str) -> None:
-    """A warning for each column with categories that were not fitted."""
-    for name, count in unseen.items():
-        log.warning("%s: column %r: %d rows with a category never fitted", source, name, count)
-
-
-def fit(
-    frame: "DataFrame",
-    categorical: Collection[str],
-    scale: Scale,
-    source: str,
-    missing: Literal["error", "drop"] = "error",
-    others: Collection[str] = (),
-    vocabulary: "DataFrame | None" = None,
-) -> Transform:
-    """The transform of all columns of `frame` but `others`, in their order, with the bounds and
-    the categories (sorted) of its rows, or the categories of another frame, the `vocabulary`."""
-    of = frame if vocabulary is None else vocabulary
-    columns = []
-    for name in (name for name in frame.columns if name not in others):
-        if name in categorical:
-            seen = _present(of[name], source).astype(str).unique()
-            if len(seen) > MOST_CATEGORIES:
-                many = f"{len(seen)} categories, more than {MOST_CATEGORIES}"
-                where = f"{source}: column {_short(name)}"
-                raise EBMError(f"{where}: {many}; ignore it, or group them")
-            columns.append(Column(name, "categorical", tuple(sorted(seen))))
-        else:
-            values = _present(frame[name], source)
-            numbers = _finite(_numbers(values, source), values, source)
-            columns.append(Column(name, "numeric", (), numbers.min().item(), numbers.max().item()))
-    return Transform(tuple(columns), scale, missing, tuple(others))
-
-
-def _present(values: "Series", source: str) -> "Series":
-    """The cells of a column, if none is empty."""
-    if (empty := values.isna().to_numpy()).any():
-        raise EBMError(f"{_cell(values, empty, source)} is empty")
-    return values
-
-
-def _numbers(values: "Series", source: str, advice: str = ADVICE) -> np.ndarray:
-    """The cells of a column, none of them empty, as float64 [N]; EBMError names one that is no
-    number, with the `advice`."""
-    import pandas as pd
-
-    if values.dtype.kind in "iuf":
-        return values.to_numpy(np.float64)
-    numbers = pd.to_numeric(values.astype(str), errors="coerce").to_numpy(np.float64)
-    if (text := np.isnan(numbers)).any():
-        cell = f"{_cell(values, text, source)} = {_short(values[text].iloc[0])}"
-        missing = f"nothing but an empty cell or {MISSING[-1]} counts as missing"
-        raise EBMError(f"{cell}: not a number, {advice}; {missing}")
-    return numbers
-
-
-def _single(numbers: np.ndarray) -> np.ndarray:
-    """As float32; what is too large for it becomes infinite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return numbers.astype(np.float32)
-
-
-def _finite(numbers: np.ndarray, values: "Series", source: str) -> np.ndarray:
-    """`numbers`, made of `values`, if all of them are finite."""
-    if (wrong := ~np.isfinite(numbers)).any():
-        cell = f"{_cell(values, wrong, source)} = {_short(values[wrong].iloc[0])}"
-        raise EBMError(f"{cell}: too large for float32, or no finite number")
-    return numbers
-
-
-def _one_hot(categories: tuple[str, ...], values: "Series", block: np.ndarray) -> int:
-    """Set the 1s in `block` [N, len(categories)]; how many values are none of `categories`."""
-    import pandas as pd
-
-    codes = pd.Index(categories, dtype=str).get_indexer(pd.Index(values.astype(str)))
-    rows = np.flatnonzero(codes >= 0)
-    block[rows, codes[rows]] = 1.0
-    return len(values) - len(rows)
-
-
-def _cell(values: "Series", wrong: np.ndarray, source: str) -> str:
-    """Where the first wrong cell of a column is; a row of a frame that counts in another way has
-    the name it has there."""
-    row = values.index[wrong][0]
-    number = row + FIRST_ROW if isinstance(row, int | np.integer) else repr(row)
-    return f"{source}: row {number}, column {_short(values.name)}"
-
-
-def _listed(names: Sequence[Any], most: int = 8) -> str:
-    shown = ", ".join(map(_short, names[:most]))
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
-
-
-def _short(value: object) -> str:
-    text = repr(str(value))
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def header(path: Path) -> list[str]:
@@ -298,9 +39,9 @@ def header(path: Path) -> list[str]:
         first = pd.read_csv(path, **options, keep_default_na=False).iloc[0]
     names = [name or f"Unnamed: {number}" for number, name in enumerate(first)]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise EBMError(f"{path}: more than one column {_listed(twice)}")
+        raise EBMError(f"{path}: more than one column {listed(twice)}")
     if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-        raise EBMError(f"{path}: one column {_short(names[0])}; cells are separated by commas")
+        raise EBMError(f"{path}: one column {short(names[0])}; cells are separated by commas")
     return names
 
 
@@ -365,10 +106,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise EBMError(f"{path}: cannot be read as a CSV table ({problem})") from None
 
 
-Made = tuple[str, dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]
-"""Of a table: what it is, tensors, no outliers, notes for the manifest, the transform."""
-
-
 def prepare(settings: TableData) -> Made:
     """A user's table, split at random by `seed`, each class (if there is a label) in the same
     shares. Only rows that count as normal are trained on; the anomalies of the rest are not used.
@@ -398,7 +135,8 @@ def prepare(settings: TableData) -> Made:
     if settings.label:
         tensors |= labels(anomaly, index)
         notes |= counts(anomaly, index)
-    return f"{path}, sha256 {_digest(path)}", tensors, {}, notes, transform.to_json()
+    source = f"{path}, sha256 {_digest(path)}"
+    return Made(source, tensors, notes=notes, transform=transform.to_json())
 
 
 def _check_names(settings: TableData, names: list[str]) -> None:
@@ -407,8 +145,8 @@ def _check_names(settings: TableData, names: list[str]) -> None:
     wanted = {"label": label, "categorical": settings.categorical, "ignore": settings.ignore}
     for key, columns in wanted.items():
         if lacking := [name for name in columns if name not in names]:
-            has = _listed(names)
-            raise EBMError(f"{settings.path}: {key}: no column {_listed(lacking)}; it has {has}")
+            has = listed(names)
+            raise EBMError(f"{settings.path}: {key}: no column {listed(lacking)}; it has {has}")
     nameless = [name for name in names if name.startswith("Unnamed: ")]
     if left := [name for name in nameless if name not in settings.ignore]:
         advice = f"give it one, or ignore it as {left[0]!r}"
@@ -431,9 +169,9 @@ def _checked(frame: "DataFrame", settings: TableData, source: str) -> tuple["Dat
             raise EBMError(f"{source}: no row is left: {where} of {dropped}")
         log.warning("%s: %d rows with an empty cell are left out", source, dropped)
         used = used[complete]
-    columns = {str(name): _present(used[name], source) for name in used}
+    columns = {str(name): present(used[name], source) for name in used}
     numeric = set(columns) - {*settings.categorical, settings.label}
-    numbers = {name: _numbers(columns[name], source) for name in columns if name in numeric}
+    numbers = {name: numbers_of(columns[name], source) for name in columns if name in numeric}
     return used.assign(**numbers), dropped
 
 
@@ -441,14 +179,14 @@ def _anomalies(frame: "DataFrame", settings: TableData) -> Tensor:
     """Which rows do not count as normal: bool [N]; none where there is no label."""
     if settings.label is None:
         return torch.zeros(len(frame), dtype=torch.bool)
-    values = _present(frame[settings.label], settings.path)
+    values = present(frame[settings.label], settings.path)
     found = list(values.unique())
     where = f"{settings.path}: column {settings.label!r}"
     if absent := [name for name in settings.normal if name not in found]:
-        raise EBMError(f"{where} is never {_listed(absent)} (normal); it is {_listed(found)}")
+        raise EBMError(f"{where} is never {listed(absent)} (normal); it is {listed(found)}")
     stripped = {name.strip() for name in settings.normal}
     if alike := [v for v in found if v not in settings.normal and str(v).strip() in stripped]:
-        raise EBMError(f"{where}: {_listed(alike)} differ from normal by blanks only")
+        raise EBMError(f"{where}: {listed(alike)} differ from normal by blanks only")
     return torch.from_numpy(~values.isin(settings.normal).to_numpy())
 
 

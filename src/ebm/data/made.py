@@ -1,0 +1,30 @@
+"""What all kinds of data are made into."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Made:
+    """A data set, from its source.
+
+    Attributes:
+        source: what it is, for a reader.
+        tensors: the splits, their labels and rows, by the names that `ebm.data` lists.
+        outliers: other sets by name, in the type and shape of the splits.
+        notes: more for the manifest.
+        transform: what made points of the rows of a table, as JSON has it.
+    """
+
+    source: str
+    tensors: dict[str, Tensor]
+    outliers: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    transform: dict[str, Any] | None = None
+
+
+def chosen(split: str, index: Tensor, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The rows `index` of a collection as a split with its labels and rows."""
+    return {split: images[index], f"{split}_labels": labels[index], f"{split}_index": index}
