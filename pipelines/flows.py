@@ -25,6 +25,7 @@ from uuid import UUID
 
 from pipelines import ROOT, EBMError, dag, gpu, run, timeline, worker
 from pipelines.dag import Stage
+from pipelines.polling import polling
 from pipelines.run import Result, StageFailed
 from pipelines.supervise import Cancelled, Launcher
 from pipelines.timeline import Rebuild
@@ -392,20 +393,12 @@ def watched(flow_run: UUID, tasks: Tasks | Launcher) -> Iterator[None]:
     A worker that started the flow sends it a signal then, but a flow that was started by hand has
     none, and has to look.
     """
-    over = threading.Event()
 
-    def watch() -> None:
-        with get_client(sync_client=True) as client:
-            while not over.wait(POLL_SECONDS):
-                with contextlib.suppress(httpx.HTTPError):  # the server is busy: ask again
-                    state = client.read_flow_run(flow_run).state
-                    if state and (state.is_cancelling() or state.is_cancelled()):
-                        tasks.cancel()
+    def look() -> None:
+        with contextlib.suppress(httpx.HTTPError):  # the server is busy: ask again
+            state = client.read_flow_run(flow_run).state
+            if state and (state.is_cancelling() or state.is_cancelled()):
+                tasks.cancel()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with get_client(sync_client=True) as client, polling(look, POLL_SECONDS):
         yield
-    finally:
-        over.set()
-        thread.join()

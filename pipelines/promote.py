@@ -182,12 +182,17 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--metric", help="by which runs are compared, such as log_likelihood")
     what.add_argument("--rollback", action="store_true", help="back to the version before")
     parser.add_argument("--alias", default="champion", help="what to point (default: champion)")
+    add_direction(parser)
+    return parser
+
+
+def add_direction(parser: argparse.ArgumentParser) -> None:
+    """Options of a command line that say which way a metric is better."""
     way = parser.add_mutually_exclusive_group()
     for name, sign in (("higher", +1), ("lower", -1)):
         way.add_argument(
             f"--{name}", dest="better", action="store_const", const=sign, help=f"{name} is better"
         )
-    return parser
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError
 from pipelines import ROOT, dag, files, patch, run, space, stage, tracking
-from pipelines.promote import direction
+from pipelines.promote import add_direction, direction
 from pipelines.space import Space
 from pipelines.supervise import Cancelled, Launcher
 from pipelines.trial import SHELL, Outcome, Recipe, Scalar, Trials, check_known
@@ -376,11 +376,7 @@ def parser(module: str) -> argparse.ArgumentParser:
     add("--study", help="its name (default: the experiment's)")
     add("--seed", type=int, default=0, help="of what is tried (default: 0)")
     add("--apply", action="store_true", help="write the best parameters into params.yaml")
-    way = parser.add_mutually_exclusive_group()
-    for name, sign in (("higher", +1), ("lower", -1)):
-        way.add_argument(
-            f"--{name}", dest="better", action="store_const", const=sign, help=f"{name} is better"
-        )
+    add_direction(parser)
     return parser
 
 

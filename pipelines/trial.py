@@ -10,17 +10,18 @@ was killed: after the last stage that is noted in `done`, within a training from
 import contextlib
 import math
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ebm import EBMError
 from pipelines import patch, space, stage, tracking
+from pipelines.polling import polling
 from pipelines.run import LAST_LINES
 from pipelines.spool import Spool, root
 from pipelines.supervise import Cancelled, Launcher, Process
@@ -223,24 +224,18 @@ class Attempt:
         if self._recipe.prune_by is None:
             yield
             return
-        over = threading.Event()
-        thread = threading.Thread(target=self._watch, args=[process, over], daemon=True)
-        thread.start()
-        try:
+        with polling(partial(self._look, process), LOOK_EVERY):
             yield
-        finally:
-            over.set()
-            thread.join()
 
-    def _watch(self, process: Process, over: threading.Event) -> None:
-        while not over.wait(LOOK_EVERY):
-            try:
-                self._pruned = self._report()
-            except EBMError as error:
-                self._mistake = error
-            if self._pruned or self._mistake:
-                process.cancel()
-                return
+    def _look(self, process: Process) -> None:
+        if self._pruned or self._mistake:
+            return
+        try:
+            self._pruned = self._report()
+        except EBMError as error:
+            self._mistake = error
+        if self._pruned or self._mistake:
+            process.cancel()
 
     def _report(self) -> str:
         """Report what is new; why the trial should be pruned, or nothing."""

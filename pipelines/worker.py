@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from pipelines import ROOT, run
 from pipelines.dag import Entry, Stage
+from pipelines.polling import polling
 from pipelines.supervise import Launcher
 
 POLL_SECONDS = 0.5
@@ -74,20 +74,13 @@ def ends_with_its_task(launcher: Launcher) -> Iterator[None]:
 
     dask_worker = get_worker()
     task = dask_worker.state.tasks[dask_worker.get_current_task()]
-    over = threading.Event()
 
-    def watch() -> None:
-        while not over.wait(POLL_SECONDS):
-            if task.state == "cancelled":
-                launcher.cancel()
+    def look() -> None:
+        if task.state == "cancelled":
+            launcher.cancel()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with polling(look, POLL_SECONDS):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def main() -> None:

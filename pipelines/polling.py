@@ -1,0 +1,23 @@
+"""Looking again and again at what may have changed, beside the work."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def polling(look: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Within this context, a thread calls `look` every so many `seconds`; none runs after it."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(seconds):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
