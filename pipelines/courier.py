@@ -2,8 +2,9 @@
 
 `python -m pipelines.courier KEY` delivers for all runs while the stage that writes KEY lives, or
 any other (whose courier would have to import MLflow first, which takes seconds), and then what is
-left; `python -m pipelines.courier` delivers what waits now. There is one courier at a time, by a
-lock on the checkout: so an event is in one pair of hands, and a database is made once.
+left; `python -m pipelines.courier` delivers what waits now (`--to URI`: into that store, what has
+not begun in its own). There is one courier at a time, by a lock on the checkout: so an event is in
+one pair of hands, and a database is made once.
 
 A courier may be killed at any point. It notes an event as delivered after MLflow has it, and one
 that is sent twice has the same effect as once (see `pipelines.mlflow_store`).
@@ -49,9 +50,13 @@ SETTINGS = {  # unless the user has set them
 
 
 class Courier:
-    """Delivers what lies in the spools. Only the holder of the lock may make one."""
+    """Delivers what lies in the spools. Only the holder of the lock may make one.
 
-    def __init__(self) -> None:
+    Runs begin in the store that they were started for, or in the one at `to`.
+    """
+
+    def __init__(self, to: str | None = None) -> None:
+        self._to = to
         self._stores: dict[str, Store] = {}
         self._down: dict[str, Exception] = {}  # the stores that failed in this round
         self._machine: Machine | None = None
@@ -97,7 +102,7 @@ class Courier:
         event = events[0]
         match event.get("op"):
             case "start":
-                state.tracking_uri, state.mlflow_run_id = event["uri"], None
+                state.tracking_uri, state.mlflow_run_id = self._to or event["uri"], None
                 state.mlflow_run_id = self._store(state).begin(spool.key, event)
                 state.open = True
             case "row" | "final":
@@ -266,9 +271,9 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stage; its end ends this
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
     os.chdir(root())  # MLflow puts artifacts into ./mlruns
-    if not arguments:
+    if not arguments or arguments[0] == "--to":
         _lock(lambda: True)
-        return 0 if Courier().round() else 1
+        return 0 if Courier(*arguments[1:]).round() else 1
     os.nice(19)
     psutil.cpu_percent()  # so that the first look at the CPUs is at their load since now
     own, delivers = Spool(arguments[0]), threading.Event()

@@ -201,7 +201,8 @@ def spools(root: Path, _: Environment) -> Iterator[Finding]:
         problems = [state.problem for spool in left if (state := spool.state()) and state.problem]
         why = f": {problems[0]}" if problems else ""
         text = f"tracking: runs that wait in .tracking: {len(left)}{why}"
-        yield wrong(text, "`python -m pipelines.tracking` delivers them")
+        elsewhere = "`--to URI` if the address is wrong"
+        yield wrong(text, f"`python -m pipelines.tracking` delivers them ({elsewhere})")
 
 
 def checkpoints(root: Path, _: Environment) -> Iterator[Finding]:

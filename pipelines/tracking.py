@@ -217,8 +217,9 @@ class Run:
         self._descriptor = None
 
 
-def flush(timeout: float = 120.0) -> bool:
-    """Deliver everything that waits now; whether nothing of it is left. Says what went wrong.
+def flush(timeout: float = 120.0, to: str | None = None) -> bool:
+    """Deliver everything that waits now; whether nothing of it is left. Says what went wrong. Runs
+    that have not begun in their store begin in the one at `to`.
 
     While a stage runs, its courier may be at it, and the one that is started here waits behind it:
     it is enough that one of them has delivered what there was.
@@ -227,7 +228,7 @@ def flush(timeout: float = 120.0) -> bool:
     if not waiting:
         return True
     echoes = [Echo(spool) for spool in waiting]
-    courier = _courier()
+    courier = _courier(*(["--to", to] if to else []))
     until, done = time.monotonic() + timeout, False
     try:
         while courier.poll() is None and any(s.pending(end) for s, end in waiting.items()):
@@ -297,8 +298,10 @@ def _environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m pipelines.tracking",
         description="Deliver to MLflow what waits in .tracking; exit 1 if not all of it arrives.",
-    ).parse_args()
-    sys.exit(0 if flush() else 1)
+    )
+    runs = "runs that have not begun in the store that they were started for"
+    parser.add_argument("--to", metavar="URI", help=f"another store for {runs}: a wrong address")
+    sys.exit(0 if flush(to=parser.parse_args().to) else 1)

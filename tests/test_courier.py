@@ -24,7 +24,7 @@ from tracking_store import (
 )
 
 from pipelines import ROOT, courier, tracking
-from pipelines.spool import Spool
+from pipelines.spool import Spool, tracking_uri
 
 pytestmark = MLFLOW_WARNS
 
@@ -133,6 +133,18 @@ def test_a_server_that_is_down_neither_stops_nor_slows_a_stage(database, monkeyp
     with serving(port) as server:
         assert tracking.flush()
     assert server.rows == [(step, step) for step in range(100)] + [(10**6, -1)]
+
+
+def test_what_was_meant_for_a_wrong_address_can_go_elsewhere(database, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        with start("mistyped") as run:
+            run.log({"loss": 1.5}, 1)
+    assert not tracking.flush()
+    assert tracking.flush(to=tracking_uri())
+    assert undelivered() == []
+    assert database.run().info.run_name == "mistyped"
+    assert database.rows("loss") == [(1, 1.5)]
 
 
 def test_couriers_that_start_together_deliver_each_thing_once(server):
