@@ -39,8 +39,8 @@ METRICS = {
         +1,
         "Mean log p of the test split. Where log Z is estimated, it is the middle of two "
         "estimates: one tends to err low (annealing away from the model), one high (annealing "
-        "towards it); within their noise they may cross. In the plane Z comes from a grid, unless "
-        "the model has a constant of its own.",
+        "towards it); within their noise they may cross. In the plane Z comes from a grid; a "
+        "flow has none.",
         "nats",
     ),
     "log_likelihood_train": Metric(

@@ -204,12 +204,19 @@ def test_a_table_without_labels_has_a_threshold_and_no_claims():
     found = measured(Bowl(), table(labelled=False), flagged=0.25)
     assert found.metrics.keys() == {"flagged_share"}
     assert found.metrics["flagged_share"] == pytest.approx(0.25, abs=0.1)
-    assert found.references["flagged_share"][0]["value"] == 0.25
+    reached = references(found, "flagged_share")["baseline"]
+    assert reached == pytest.approx(0.25, abs=0.01)
     assert found.thresholds["energy"] > 0
     unknown = measured(Bowl((math.nan, 0.0, 0.0)), table(labelled=False), flagged=0.25)
     assert math.isnan(unknown.metrics["flagged_share"])
     assert not unknown.thresholds
     assert [name for name, *_ in found.figures] == ["scores"]
+
+
+def test_that_energies_are_too_much_alike_to_flag_a_share_is_told(caplog):
+    found = measured(Bowl(stiffness=0.0), table(labelled=False), flagged=0.25)
+    assert references(found, "flagged_share") == {"baseline": 1.0}
+    assert "the threshold flags 100.0 % of the validation split" in caplog.text
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -298,7 +305,8 @@ def test_numbers_stand_beside_chance_floor_and_ceiling():
     chance = 2 * 0.1 * 0.2 / 0.3
     assert references(paper, "f1") == pytest.approx({"ceiling": ceiling, "chance": chance})
     floor = metrics.worst(metrics.auprc, 180, 20)
-    assert references(paper, "auprc") == {"chance": 0.1, "floor": floor}
+    chance = metrics.chance_auprc(180, 20)
+    assert references(paper, "auprc") == {"chance": chance, "floor": floor}
     assert references(paper, "auroc") == {"chance": 0.5}
     strict = measured(Bowl(), table(protocol="strict"))
     assert references(strict, "f1") == pytest.approx({"chance": 2 * 0.1 / 1.1})

@@ -11,7 +11,7 @@ import torch
 
 from ebm import figures
 from ebm.comparison import Chains, Contender, Meter, compare, error, row, sample, weighted
-from ebm.oracles import ORACLES, TITLES, Banana, Ising
+from ebm.oracles import ORACLES, TITLES, Banana, Funnel, Ising
 from ebm.samplers import HMC, MALA, ParallelTempering, RandomWalk, SpinGibbs
 from pipelines import words
 from pipelines.results import Line
@@ -99,6 +99,11 @@ def test_importance_sampling_has_weights_that_find_the_expectations():
     found = row(oracle, chains)
     assert 10 < found["ess"] < 1000
     assert found["r_hat"] is None
+
+
+def test_importance_sampling_is_as_wide_as_coordinates_are_not_their_squares():
+    drawn = weighted(Funnel(s=3.0), 4, 10000).x
+    assert drawn.std().item() == pytest.approx(6.0, rel=0.02)
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -82,6 +82,14 @@ def test_a_point_at_the_origin_has_finite_features_and_gradients():
     assert gradient.isfinite().all()
 
 
+def test_an_empty_row_does_not_decide_the_mixture():
+    """Relative to nothing, every copy is infinitely far."""
+    dagmm = model()
+    dagmm.initialise(torch.cat([blob().float(), torch.zeros(1, 4)]))
+    widest = dagmm.mixture(dagmm.moments).covariances.diagonal(dim1=1, dim2=2).max()
+    assert widest < 1000
+
+
 def test_memberships_are_the_mixture_weights_means_and_covariances_of_the_paper():
     dagmm, x = model(), blob()
     z, _ = dagmm.features(x)

@@ -1,5 +1,6 @@
 """Laws of the diagnostics: independent draws, autoregressions, chains that disagree."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_a_trace_that_says_nothing_has_no_number(value):
     trace = torch.full((4, 100), 3.0)
     trace[1, 50] = value
     assert all(number != number for number in diagnose(trace))
+    assert math.isnan(autocorrelation_time(trace))
 
 
 def test_swap_rates_are_means_over_time_and_ladders():

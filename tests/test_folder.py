@@ -4,6 +4,7 @@ reading."""
 import itertools
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -269,3 +270,11 @@ def test_a_table_is_not_for_a_model_of_images(root, model):
     Path("x.csv").write_text("a\n1\n")
     with pytest.raises(EBMError, match="models/mine: a model of images; expected a folder, not x"):
         scored("x.csv")
+
+
+def test_test_images_that_were_trained_on_are_told(root, caplog):
+    for path in (root / "oak").iterdir():
+        shutil.copy(next((root / "birch").iterdir()), path)
+    found = prepared()
+    assert found.manifest["repeated"] >= 4
+    assert "test images are in the training split as well" in caplog.text

@@ -141,7 +141,7 @@ def test_jumps_alone_tell_the_chains_how_deep_one_well_is_beside_another():
 
 
 def test_jumps_stay_within_the_bounds_and_say_how_many_were_accepted():
-    model = build((2,), jumps=3, bounds=(-2.0, 2.0), step_size=1e-6, noise=0.0)
+    model = build((2,), jumps=3, bounds=(-2.0, 2.0), step_size=5e-13, noise="coupled")
     jump = model.chains(model.energy).other
     beyond = torch.tensor([[2.1, 0.0], [0.0, -2.1], [math.inf, 0.0], [0.0, 0.0]])
     assert jump.energy(beyond).isfinite().tolist() == [False, False, False, True]
@@ -151,6 +151,11 @@ def test_jumps_stay_within_the_bounds_and_say_how_many_were_accepted():
     assert drawn["acceptance"].shape == (50,)
     assert 0 < drawn["acceptance"].mean() < 1
     assert "acceptance" not in build((2,)).sample(3, steps=2)
+
+
+def test_jumps_are_refused_where_the_chains_have_another_temperature():
+    with pytest.raises(EBMError, match=r"^model\.jumps = 2: .*`noise: coupled`"):
+        build(jumps=2, noise=0.01)
 
 
 class Slope(Quadratic):
@@ -261,8 +266,18 @@ def test_spectral_normalisation_bounds_every_block_at_any_time():
             assert norm.item() == pytest.approx(1, abs=0.05)
 
 
+def test_the_average_is_normalised_by_singular_values_of_its_own():
+    """A fast network and a slow average: the vectors of the one do not fit the other."""
+    model = build((8, 8), IMAGES, spectral_norm=True, learning_rate=0.03, ema=0.99)
+    for _ in range(100):
+        model.training_step(*images())
+    for block in model.average.eval().blocks:
+        norm = torch.linalg.matrix_norm(block.layer.weight.flatten(1), 2)
+        assert norm.item() == pytest.approx(1, abs=0.03)
+
+
 def test_spectral_normalisation_iterates_once_a_step(monkeypatch):
-    model = build((8, 8), IMAGES, spectral_norm=True)
+    model = build((8, 8), IMAGES, spectral_norm=True, ema=0.0)
     calls = []
     normaliser = type(model.network.blocks[0].layer.parametrizations.weight[0])
     original = normaliser._power_method

@@ -1,6 +1,7 @@
 """Laws of the metrics: closed forms, invariances, known floors."""
 
 import math
+import statistics
 from functools import cache, partial
 from itertools import combinations, permutations, product
 
@@ -436,3 +437,19 @@ def test_draws_of_a_toy_density_are_of_the_class_of_their_run_of_means(name):
     assert (distance.argmin(1) == y).double().mean() > 0.99
     torch.manual_seed(5)
     assert torch.equal(density.sample(2000), x)
+
+
+@pytest.mark.parametrize(("inliers", "outliers"), [(49, 1), (17, 3), (1, 4)])
+def test_the_average_precision_of_chance_is_the_mean_over_rankings(inliers, outliers):
+    torch.manual_seed(0)
+    n = inliers + outliers
+    found = [
+        metrics.auprc(scores[outliers:], scores[:outliers])
+        for scores in (torch.randperm(n).double() for _ in range(4000))
+    ]
+    mean, deviation = statistics.fmean(found), statistics.stdev(found)
+    assert metrics.chance_auprc(inliers, outliers) == pytest.approx(mean, abs=4 * deviation / 63)
+
+
+def test_the_average_precision_of_chance_is_the_share_of_many():
+    assert metrics.chance_auprc(80000, 20000) == pytest.approx(0.2, abs=2e-4)

@@ -91,6 +91,7 @@ WRONG = [
     ("experiments.igebm-8gaussians.model.bounds", [-3.0, float("inf")]),
     ("experiments.fce-digits.model.warmup", 100_000),
     (f"{MEG}.model.ema", 2.0),
+    (f"{MEG}.model.energy_ema", 1.0),
     (f"{MEG}.model.energy_learning_rate", 0.0),
     (f"{MEG}.model.score_penalty", float("nan")),
     (f"{MEG}.model.entropy", float("inf")),

@@ -356,6 +356,12 @@ def test_dual_averaging_solves_for_the_step_size(target):
     assert frozen.step_size == pytest.approx(-math.log(target), rel=0.01)
 
 
+def test_without_warm_up_the_step_size_is_the_first():
+    frozen, state = adapt(Stub, torch.zeros(4, 1), 0, 0.6, step_size=0.01)
+    assert frozen.step_size == pytest.approx(0.01)
+    assert state.steps == 0
+
+
 def test_dual_averaging_is_algorithm_five():
     """Written out once more from the paper, for acceptances that are given."""
     seen, step_size, target = [], 0.2, 0.6

@@ -618,3 +618,20 @@ def test_nothing_is_logged_of_what_is_right(csv, caplog):
     with caplog.at_level(logging.DEBUG, logger="ebm"):
         csv(made_up())
     assert caplog.messages == []
+
+
+def test_test_rows_that_were_trained_on_are_told(csv, caplog):
+    rows = [f"{k % 20},{k % 20}" for k in range(200)]
+    unlabelled = {"label": None, "normal": [], "categorical": [], "ignore": []}
+    found = csv("\n".join(["a,b", *rows]) + "\n", **unlabelled)
+    known = {tuple(row) for row in found.points("train").tolist()}
+    twins = sum(tuple(row) in known for row in found.points("test").tolist())
+    assert found.manifest["repeated"] == twins > 0
+    assert f"{twins} of {len(found.points('test'))} test rows are in the training" in caplog.text
+
+
+@pytest.mark.parametrize(("mark", "told"), [(-1e9, True), (1e9, False), (-50.0, False)])
+def test_a_cell_that_makes_one_number_of_all_others_is_told(caplog, mark, told):
+    numbers = pd.DataFrame({"x": [*torch.linspace(0, 1, 999).tolist(), mark]})
+    fit(numbers, [], "minmax", "x.csv")
+    assert ("column 'x': only" in caplog.text) == told

@@ -222,8 +222,9 @@ def sample(contender: Contender, meter: Meter, evaluations: int) -> Chains:
 
 
 def weighted(oracle: Oracle, chains: int, evaluations: int) -> Chains:
-    """As many draws from N(0, s^2 I), s twice the largest known standard deviation."""
-    s = 2 * max(e.deviation for e in oracle.expectations)
+    """As many draws from N(0, s^2 I), s twice the largest standard deviation that is known of a
+    coordinate."""
+    s = 2 * max(e.deviation for e in oracle.expectations if e.coordinate)
     noise = torch.randn(chains, evaluations, *oracle.start(1).shape[1:], dtype=torch.float64)
     drawn = Chains(Contender("importance", None, noise[:, 0]), s * noise, 1.0)
     log_weight = noise.square().sum(2) / 2 - drawn.values(oracle.energy)

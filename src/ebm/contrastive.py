@@ -47,7 +47,7 @@ def equilibrium(ratio: float = 1.0) -> float:
 
 def accuracy(data: Tensor, noise: Tensor, ratio: float = 1.0) -> Tensor:
     """Mean of the shares of data [N] and of noise [M] that the classifier knows for what they
-    are: 1/2 where nothing is left to tell; a scalar."""
+    are, of which a tie is neither: 1/2 where nothing is left to tell; a scalar."""
     shift = math.log(ratio)
     return ((data > shift).float().mean() + (noise < shift).float().mean()) / 2
 

@@ -33,7 +33,7 @@ class Diagnosis(NamedTuple):
 
 def diagnose(trace: Tensor) -> Diagnosis:
     """All of them for a trace [chains, draws]."""
-    if not trace.isfinite().all() or (trace == trace[0, 0]).all():
+    if _says_nothing(trace):
         return Diagnosis(*[torch.nan] * 5)
     array, stats = _array(trace), _arviz()
     return Diagnosis(
@@ -47,8 +47,14 @@ def diagnose(trace: Tensor) -> Diagnosis:
 
 def autocorrelation_time(trace: Tensor) -> float:
     """tau with ESS = n / tau for the mean: 1 for independent draws, (1 + rho) / (1 - rho) for a
-    first-order autoregression. In draws; ask it of the energy."""
+    first-order autoregression. In draws; NaN for one value only; ask it of the energy."""
+    if _says_nothing(trace):
+        return torch.nan
     return trace.numel() / float(_arviz().ess(_array(trace), method="mean", **AXES))
+
+
+def _says_nothing(trace: Tensor) -> bool:
+    return not trace.isfinite().all() or bool((trace == trace[0, 0]).all())
 
 
 def _array(trace: Tensor) -> Any:

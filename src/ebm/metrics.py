@@ -101,7 +101,8 @@ def extrapolated_frechet_distance(
     The bias of N draws is a / N to first order (Chong & Forsyth 2020, arXiv:1911.07023), so a line
     through the distances at N, N/2, N/3 ... is read off at 1 / N = 0. The distance at N/k is the
     mean over the k parts of x in the permutation `order` [N], so all of x counts at each size.
-    An estimate without bias can be negative. The Gaussian's own bias remains.
+    It can be negative. What is left of the bias counts where N / parts is not well above D. The
+    Gaussian's own bias remains.
     """
 
     def distance(pieces: int) -> float:
@@ -209,6 +210,19 @@ def auprc_trapezoid(inliers: Tensor, outliers: Tensor) -> float:
     precision = torch.cat([true.new_ones(1).double(), true.double() / (true + false)])
     recall = torch.cat([true.new_zeros(1).double(), true.double() / len(outliers)])
     return torch.trapezoid(precision, recall).item()
+
+
+def chance_auprc(inliers: int, outliers: int) -> float:
+    """What `auprc` is on average over all rankings of so many: in the limit of many the share of
+    the outliers, of few more.
+
+    At an outlier of rank k, on average 1 + (k - 1) (M - 1) / (n - 1) of the first k of n points
+    are outliers, whose M ranks are uniform.
+    """
+    n = inliers + outliers
+    harmonic = (1 / torch.arange(1, n + 1, dtype=torch.float64)).sum().item()
+    others = (outliers - 1) / max(n - 1, 1)
+    return (harmonic + others * (n - harmonic)) / n
 
 
 def worst(area: Callable[[Tensor, Tensor], float], inliers: int, outliers: int) -> float:

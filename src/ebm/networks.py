@@ -301,7 +301,7 @@ def scalar_resnet(
     shape: tuple[int, int, int], width: int, depth: int, classes: int, outputs: int = 1
 ) -> Scalar:
     """Over images [B, C, H, W]: a stem, then `depth` stages of two residual blocks, the first of
-    which halves the image and, after the first stage, doubles the channels. Width 128 and depth 3
+    which halves the image; the second stage doubles the channels. Width 128 and depth 3
     are the CIFAR-10 network of the IGEBM code."""
     blocks: list[nn.Module] = [
         Layer(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), width, classes)

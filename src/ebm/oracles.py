@@ -29,12 +29,14 @@ ENUMERABLE = 4
 
 
 class Expectation(NamedTuple):
-    """A function of points [B, *] -> [B], and the mean and standard deviation of its values."""
+    """A function of points [B, *] -> [B], and the mean and standard deviation of its values;
+    whether it is a `coordinate` of the points."""
 
     name: str
     function: Callable[[Tensor], Tensor]
     mean: float
     deviation: float
+    coordinate: bool = False
 
 
 class Oracle(Protocol):
@@ -71,7 +73,7 @@ def _normal(x: Tensor, variance: Tensor | float) -> Tensor:
 
 
 def _coordinate(index: int, deviation: float) -> Expectation:
-    return Expectation(f"x{index + 1}", lambda x: x[:, index], 0.0, deviation)
+    return Expectation(f"x{index + 1}", lambda x: x[:, index], 0.0, deviation, True)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Funnel:
     def expectations(self) -> tuple[Expectation, ...]:
         """Of v alone: the moments of x are finite, but no sampler's estimate of them is usable."""
         square = Expectation("v²", lambda x: x[:, 0] ** 2, self.s**2, math.sqrt(2) * self.s**2)
-        return Expectation("v", lambda x: x[:, 0], 0.0, self.s), square
+        return _coordinate(0, self.s)._replace(name="v"), square
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Data parallelism: several processes share every batch, and nothing changes but rounding.
+"""Data parallelism: several processes share every batch, and nothing changes but rounding (but
+for IGEBM's chains, which are as good and others: each process has a part of the buffer).
 
 A training is a function of (seed, step), by however many processes. Of W processes with the same
 weights, the one of rank r has the rows r, r + W, r + 2 W ... of the batch, of every draw, and of

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.data.made import Made
-from ebm.data.shares import by_class
+from ebm.data.shares import by_class, repeated
 from ebm.schema import FEWEST, FolderData
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def prepare(settings: FolderData) -> Made:
     """The images of a folder, uint8 [N, size, size] or in colour [N, 3, size, size], split at
     random by `seed`, each class in the same shares; rows of the list of all files that are no
     outliers'. The source ends in a digest of all files; the notes name the classes, if there are
-    any."""
+    any, and count the test images that are training images too."""
     root = Path(settings.path)
     if links := [path for path in (root, *root.parents) if path.is_symlink()]:
         raise EBMError(f"{links[0]}: {LINK}")
@@ -66,9 +66,10 @@ def prepare(settings: FolderData) -> Made:
     labels = torch.arange(len(classes)).repeat_interleave(sizes)
     told = {k: (str(root / name), "images") for k, name in enumerate(classes)}
     index = by_class(labels, told, settings.validation, settings.test, settings.seed)
-    if len(index["test"]) < FEWEST:
-        problem = f"{len(index['test'])} test images; expected at least {FEWEST}"
-        raise EBMError(f"{settings.path}: {problem}")
+    for split, kind in (("test", "test"), ("train", "training")):
+        if len(index[split]) < FEWEST:
+            problem = f"{len(index[split])} {kind} images; expected at least {FEWEST}"
+            raise EBMError(f"{settings.path}: {problem}")
     images, names = read_all(inliers, shape), [name for name in classes if name]
     tensors = {split: images[rows] for split, rows in index.items()}
     tensors |= {f"{split}_index": rows for split, rows in index.items()}
@@ -76,7 +77,8 @@ def prepare(settings: FolderData) -> Made:
         tensors |= {f"{split}_labels": labels[rows] for split, rows in index.items()}
     sets = {name: read_all(members, shape) for name, members in outliers.items()}
     source = f"{root}, {len(paths)} images, sha256 {_digest(paths, root)}"
-    return Made(source, tensors, sets, notes={"classes": names} if names else {})
+    notes: dict[str, Any] = {"classes": names} if names else {}
+    return Made(source, tensors, sets, notes | repeated(tensors, str(root), "images"))
 
 
 def files(root: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Random splits in which each class has the same shares."""
 
+import logging
 from collections.abc import Collection, Mapping
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.data import SPLITS
+
+log = logging.getLogger(__name__)
 
 
 def by_class(
@@ -35,3 +38,15 @@ def by_class(
         if learned:
             part[rest] = 0
     return {name: order[part[order] == number] for number, name in enumerate(SPLITS)}
+
+
+def repeated(tensors: Mapping[str, Tensor], source: str, what: str) -> dict[str, int]:
+    """For the manifest, if there are any: how many of the test split are in the training split
+    too. A warning says so, as whoever learns by heart does well on them."""
+    train, test = (tensors[split].flatten(1).numpy() for split in ("train", "test"))
+    known = {hash(row.tobytes()) for row in train}
+    if not (count := sum(hash(row.tobytes()) in known for row in test)):
+        return {}
+    share = f"{count} of {len(test)} test {what} are in the training split as well"
+    log.warning("%s: %s, which flatters what is measured; remove duplicates", source, share)
+    return {"repeated": count}

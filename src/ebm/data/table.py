@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.data.made import Made
+from ebm.data.shares import by_class, repeated
 from ebm.data.transform import MISSING, fit, listed, numbers_of, present, short, warn_of_unseen
 from ebm.schema import TableData
 
@@ -110,8 +111,8 @@ def prepare(settings: TableData) -> Made:
     """A user's table, split at random by `seed`, each class (if there is a label) in the same
     shares. Only rows that count as normal are trained on; the anomalies of the rest are not used.
 
-    The notes: rows that were `dropped` for an empty cell, `anomalies` by split, and those that are
-    `unused`; of a table without label only the first.
+    The notes: rows that were `dropped` for an empty cell, test rows that are `repeated` in train
+    (if any are), `anomalies` by split, and those that are `unused`; without label the first two.
     """
     import pandas as pd
 
@@ -131,7 +132,7 @@ def prepare(settings: TableData) -> Made:
     rows = torch.from_numpy(frame.index.to_numpy(copy=True))
     tensors = {name: points[which] for name, which in index.items()}
     tensors |= {f"{name}_index": rows[which] for name, which in index.items()}
-    notes: dict[str, Any] = {"dropped": dropped}
+    notes: dict[str, Any] = {"dropped": dropped} | repeated(tensors, str(path), "rows")
     if settings.label:
         tensors |= labels(anomaly, index)
         notes |= counts(anomaly, index)
@@ -193,8 +194,6 @@ def _anomalies(frame: "DataFrame", settings: TableData) -> Tensor:
 def split(anomaly: Tensor, settings: TableData) -> dict[str, Tensor]:
     """Rows of each split, in random order: of each class the shares `validation` and `test`, of
     what is not `anomaly` [N] the rest to train on. EBMError if a class is too small for that."""
-    from ebm.data.shares import by_class  # stages that only read do not depend on it
-
     kinds = ("normal", "anomalous") if settings.label else ("complete",)
     told = {number: (settings.path, f"{kind} rows") for number, kind in enumerate(kinds)}
     shares = settings.validation, settings.test

@@ -210,7 +210,19 @@ def fit(
             values = present(frame[name], source)
             numbers = _finite(numbers_of(values, source), values, source)
             columns.append(Column(name, "numeric", (), numbers.min().item(), numbers.max().item()))
+            if scale == "minmax":
+                _warn_of_outlier(columns[-1], numbers, source)
     return Transform(tuple(columns), scale, missing, tuple(others))
+
+
+def _warn_of_outlier(column: Column, numbers: np.ndarray, source: str) -> None:
+    """A warning if a cell far from all others makes them nearly one number, in float32."""
+    scaled = _single((numbers - column.low) / ((column.high - column.low) or 1.0))
+    before, after = (len(np.unique(cells)) for cells in (numbers, scaled))
+    if after < before / 2:
+        bounds = f"between {column.low:g} and {column.high:g}"
+        told = f"only {after} of {before} different numbers stay different when scaled {bounds}"
+        log.warning("%s: column %s: %s; is one of them a mark?", source, short(column.name), told)
 
 
 def present(values: "Series", source: str) -> "Series":

@@ -37,9 +37,13 @@ def evaluate_images(
     anomalies and pictures."""
     result = Evaluation()
     drawn = samples["samples"]
-    draws = len(drawn) > 0
+    draws, measured = len(drawn) > 0, samples
+    asked, known = samples.get("labels"), prepared.labels("test")
+    if asked is not None and known is not None:
+        known = known.to(drawn.device)
+        measured = samples | {"samples": drawn[in_shares(asked, known)]}
     if draws:
-        enough(drawn)
+        enough(measured["samples"], " in the shares of the classes" if "labels" in samples else "")
     train, test = (prepared.points(split).to(drawn.device) for split in ("train", "test"))
     _likelihood(result, model, train, test, settings)
     _bits(result, model, train, test)
@@ -49,10 +53,10 @@ def evaluate_images(
         measure_constant(result, model)
     sets = {"train": train[:ENERGIES], "test": test}
     if draws:
-        measure_samples(result, samples, train, test, reference)
-        sets["samples"] = drawn[:ENERGIES]
-    if "labels" in samples:
-        _conditional_accuracy(result, drawn, samples["labels"], reference)
+        measure_samples(result, measured, train, test, reference)
+        sets["samples"] = measured["samples"][:ENERGIES]
+    if asked is not None and known is not None:
+        _conditional_accuracy(result, drawn, asked, test, known, reference)
     outliers = outlier_sets(prepared, ENERGIES, prepared.manifest["settings"]["seed"])
     sets |= {name: images.to(drawn.device) for name, images in outliers.items()}
     energies = {k: metrics.in_batches(model.energy, x, 256) for k, x in sets.items()}
@@ -110,10 +114,11 @@ def _bits(result: Evaluation, model: EBM, train: Tensor, test: Tensor, suffix: s
         result.metrics[name + suffix] = bits
 
 
-def enough(drawn: Tensor) -> None:
-    """EBMError if there are too few samples."""
+def enough(drawn: Tensor, told: str = "") -> None:
+    """EBMError if there are too few samples, with what is `told` of their number."""
     if len(drawn) < FEWEST_DRAWN:
-        raise EBMError(f"sample.count = {len(drawn)}: images are measured from {FEWEST_DRAWN} on")
+        wanted = f"images are measured from {FEWEST_DRAWN} on"
+        raise EBMError(f"sample.count = {len(drawn)}{told}: {wanted}")
 
 
 def measure_samples(
@@ -123,12 +128,14 @@ def measure_samples(
     test: Tensor,
     reference: Reference,
 ) -> None:
-    """How near samples come to the test split, beside as many training images, and how clearly
-    each shows one class of many; the same of a generator's, before MCMC."""
+    """How near samples come to the test split, beside as many training images (or all), and how
+    clearly each shows one class of many; the same of a generator's, before MCMC."""
     drawn = samples["samples"]
     result.metrics |= image_scores(drawn, reference) | class_scores(drawn, reference)
     real = train[: len(drawn)]
     source = f"{len(real)} training images, scored alike by {described(reference)}"
+    if len(real) < len(drawn):
+        source += f"; fewer than the {len(drawn)} samples, so distances are a little too large"
     for name, value in image_scores(real, reference).items():
         kind = "floor" if name.endswith(("distance", "extrapolated")) else "ceiling"
         result.refer(name, value, kind, source)
@@ -181,16 +188,38 @@ def described(reference: Reference) -> str:
     return kind
 
 
+def in_shares(labels: Tensor, wanted: Tensor) -> Tensor:
+    """Rows of `labels` [N] among which each class is as frequent as in `wanted` [M], as many as
+    there are for all of them: samples are asked for by class in turn, data are not balanced."""
+    shares = wanted.bincount(minlength=int(labels.max()) + 1).double() / len(wanted)
+    have = labels.bincount(minlength=len(shares))
+    if (have[shares > 0] == 0).any():  # a class that nobody asked for
+        return torch.arange(len(labels))
+    enough_for = (have / shares).min()
+    kept = [
+        (labels == k).nonzero()[: round(float(s * enough_for)), 0] for k, s in enumerate(shares)
+    ]
+    return torch.cat(kept).sort().values
+
+
 def _conditional_accuracy(
-    result: Evaluation, drawn: Tensor, labels: Tensor, reference: Reference
+    result: Evaluation,
+    drawn: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    classes: Tensor,
+    reference: Reference,
 ) -> None:
-    """Share of the samples in which the classifier sees the class that was asked for."""
-    found = reference.classify(drawn)
-    if found is None:
+    """Share of the samples in which the classifier sees the class that was asked for, beside that
+    of test images of the same classes."""
+    found, real = reference.classify(drawn), reference.classify(test)
+    if found is None or real is None:
         return
     result.metrics["conditional_accuracy"] = (found == labels).double().mean().item()
-    source = "the same classifier on the test split"
-    result.refer("conditional_accuracy", reference.metrics["accuracy"], "ceiling", source)
+    right = (real == classes).double()
+    by_class = [right[classes == k].mean() for k in labels.unique() if (classes == k).any()]
+    source = "the same classifier on test images, its mean over the classes"
+    result.refer("conditional_accuracy", torch.stack(by_class).mean().item(), "ceiling", source)
 
 
 def _anomalies(result: Evaluation, test: Tensor, outliers: dict[str, Tensor]) -> None:

@@ -100,8 +100,11 @@ def _flag(result: Evaluation, scored: Scored, rule: Rule) -> None:
     flagged = energy >= threshold
     known = math.isfinite(threshold) and not energy.isnan().any()
     result.metrics["flagged_share"] = flagged.double().mean().item() if known else math.nan
-    source = "the share of the validation split that the threshold flags"
-    result.refer("flagged_share", rule.flagged or 0.0, "exact", source)
+    reached = (scored.known["energy"] >= threshold).double().mean().item()
+    source = f"of the validation split, whose highest {rule.flagged or 0.0:.2%} were to be flagged"
+    result.refer("flagged_share", reached, "baseline", source)
+    if reached > 2 * (rule.flagged or 0.0):
+        log.warning("the threshold flags %.1f %% %s: energies are alike", 100 * reached, source)
     _draw_scores(result, scored, rule, {"test": torch.ones_like(flagged)}, "Test rows")
 
 
@@ -169,7 +172,8 @@ def _refer_to_rankings(result: Evaluation, truth: Tensor, share: float | None) -
     outliers = int(truth.sum())
     p = outliers / len(truth)
     result.refer("auroc", 0.5, "chance", "scores that know nothing")
-    result.refer("auprc", p, "chance", "the share of anomalies in the test split")
+    mean = metrics.chance_auprc(len(truth) - outliers, outliers)
+    result.refer("auprc", mean, "chance", "scores that know nothing, on average")
     lowest = metrics.worst(metrics.auprc, len(truth) - outliers, outliers)
     result.refer("auprc", lowest, "floor", "the worst possible ranking of the test split")
     if share is None:

@@ -33,7 +33,7 @@ def adapt(
     not exact: draws count from the returned state on, with the returned kernel.
     """
     log_step, mu = math.log(step_size), math.log(10 * step_size)
-    error = average = 0.0
+    error, average = 0.0, log_step  # the first step replaces the average
     state = kernel_with(step_size).init(x)
     for m in range(1, steps + 1):
         state = kernel_with(math.exp(log_step)).step(state)

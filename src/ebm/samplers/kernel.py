@@ -98,7 +98,8 @@ def trace(
 
 def milestones(steps: int) -> list[int]:
     """Steps at which to look at a chain of `steps`: 0, 1, 3, 10, 30 ... and the last."""
-    return [0, *(m for i in range(9) for m in (10**i, 3 * 10**i) if m < steps), steps]
+    between = (m for i in range(9) for m in (10**i, 3 * 10**i) if m < steps)
+    return sorted({0, *between, steps})
 
 
 def value_and_gradient(

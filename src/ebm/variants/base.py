@@ -126,9 +126,10 @@ def multiplies_bfloat16(device: str) -> bool:
 
 
 def update_average(average: nn.Module, current: nn.Module, decay: float) -> None:
-    """Exponential moving average: average <- decay * average + (1 - decay) * current; buffers are
-    copied."""
+    """Exponential moving average: average <- decay * average + (1 - decay) * current. Buffers are
+    copied, but for those of parametrizations, which belong to the weights they were made of."""
     with torch.no_grad():
         torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
-        for kept, buffer in zip(average.buffers(), current.buffers(), strict=True):
-            kept.copy_(buffer)
+        kept, buffers = (dict(network.named_buffers()) for network in (average, current))
+        for name in (name for name in kept if ".parametrizations." not in f".{name}"):
+            kept[name].copy_(buffers[name])

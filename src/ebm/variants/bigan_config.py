@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ebm import schema
-from ebm.schema import Betas, Count, Positive, Section, Share, Widths
+from ebm.schema import Betas, Count, Decay, Positive, Section, Share, Widths
 
 
 class Model(Section):
@@ -22,7 +22,7 @@ class Model(Section):
     generator_learning_rate: Positive
     discriminator_learning_rate: Positive
     betas: Betas
-    ema: Share
+    ema: Decay
 
 
 class Experiment(schema.Experiment):

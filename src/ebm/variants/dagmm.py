@@ -52,8 +52,9 @@ from ebm.variants.base import descend, parameters_of
 SLICE = 16384
 """So many rows go through the encoder at once where no gradient is needed."""
 
-TINY = 1e-8
-"""The least norm that anything is divided by."""
+LEAST = 1e-2
+"""The least norm that anything is divided by: a row of zeros would be infinitely far from its
+copy, and alone decide the moments of the mixture."""
 
 
 class Mixture(NamedTuple):
@@ -117,8 +118,8 @@ class DAGMM(Scorer):
         """z [B, latent + 2] and the reconstruction x' [B, D] of points given as columns [B, D]."""
         code = self.encoder(x)
         copy = self.decoder(code)
-        distance = (x - copy).norm(dim=1) / x.norm(dim=1).clamp(min=TINY)
-        cosine = F.cosine_similarity(x, copy, dim=1, eps=TINY)
+        distance = (x - copy).norm(dim=1) / x.norm(dim=1).clamp(min=LEAST)
+        cosine = F.cosine_similarity(x, copy, dim=1, eps=LEAST)
         return torch.cat([code, distance[:, None], cosine[:, None]], 1), copy
 
     def membership(self, z: Tensor, dropout: float) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ebm import schema
-from ebm.schema import Betas, Count, NonNegative, Positive, Section, Share, Widths
+from ebm.schema import Betas, Count, Decay, NonNegative, Positive, Section, Widths
 
 
 class Model(Section):
@@ -29,7 +29,7 @@ class Model(Section):
     energy_weight: NonNegative
     diagonal_penalty: NonNegative
     regularisation: Positive
-    ema: Share
+    ema: Decay
     standardise: bool
     learning_rate: Positive
     betas: Betas

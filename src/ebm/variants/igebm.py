@@ -125,6 +125,11 @@ class IGEBM(EBM):
         self.energy_penalty, self.kl, self.entropy = energy_penalty, kl, entropy
         self.clip = clip
         self.network = scalar(shape=shape, classes=classes, **network)
+        if jumps and not self.coupled:
+            raise EBMError(
+                f"model.jumps = {jumps}: Metropolis' rule accepts them at temperature 1, and only "
+                "`noise: coupled` walks at it; or set it to 0"
+            )
         if augment and not self.network.images:
             raise EBMError("model.augment: only images can be augmented; set it to 0")
         if spectral_norm:
@@ -201,6 +206,8 @@ class IGEBM(EBM):
         self._write_back(batch, negative.x.detach())
         if self.average is not None:
             update_average(self.average, self.network, self.ema)
+            with torch.no_grad():
+                normalised_weights(self.average)  # a power iteration of its own
         assert negative.gradient is not None
         return {
             "energy_gap": gap.detach(),

@@ -5,7 +5,17 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ebm import schema
-from ebm.schema import Betas, Count, EnergyNetwork, NonNegative, Positive, Section, Share, Size
+from ebm.schema import (
+    Betas,
+    Count,
+    Decay,
+    EnergyNetwork,
+    NonNegative,
+    Positive,
+    Section,
+    Share,
+    Size,
+)
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Bounds = Annotated[tuple[Finite, Finite], Field(strict=False)]
@@ -49,7 +59,7 @@ class Model(Section):
     learning_rate: Positive
     betas: Betas
     clip: Positive
-    ema: Share
+    ema: Decay
     precision: schema.Precision
 
 

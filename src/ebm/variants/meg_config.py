@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ebm import schema
-from ebm.schema import Betas, Count, NonNegative, Positive, Section, Share, Size, Widths
+from ebm.schema import Betas, Count, Decay, NonNegative, Positive, Section, Size, Widths
 
 
 class Model(Section):
@@ -25,8 +25,8 @@ class Model(Section):
     energy_learning_rate: Positive
     generator_learning_rate: Positive
     betas: Betas
-    ema: Share
-    energy_ema: Share
+    ema: Decay
+    energy_ema: Decay
     precision: schema.Precision
 
 

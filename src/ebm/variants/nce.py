@@ -15,8 +15,8 @@ noise q whose density is known:
     J_T                       | value
     conjugate gradients       | Adam, on fresh noise at every step, with a learning rate for c
 
-Samples: Metropolis' algorithm that proposes draws of the noise, which is exact whatever its length
-where the noise covers the data (`ebm.samplers.Independence`).
+Samples: Metropolis' algorithm that proposes draws of the noise and starts at one: the more it
+accepts, the sooner the start is forgotten (`ebm.samplers.Independence`).
 
 Logged: `value` = V; `accuracy` of the classifier, 1/2 where nothing is left to tell; `log_z`;
 `energy_gap` = E_data[-log p] - E_q[-log p]; `noise_loss`, the mean of -log q over data, in the

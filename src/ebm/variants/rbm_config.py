@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ebm import schema
-from ebm.schema import Count, NonNegative, Positive, Section, Share
+from ebm.schema import Count, Decay, NonNegative, Positive, Section
 
 
 class Model(Section):
@@ -17,7 +17,7 @@ class Model(Section):
     k: Count
     chains: schema.Size
     learning_rate: Positive
-    momentum: Share
+    momentum: Decay
     weight_decay: NonNegative
 
 

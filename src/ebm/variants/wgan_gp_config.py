@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ebm import schema
-from ebm.schema import Betas, Count, NonNegative, Positive, Section, Share, Size, Widths
+from ebm.schema import Betas, Count, Decay, NonNegative, Positive, Section, Size, Widths
 
 
 class Model(Section):
@@ -22,7 +22,7 @@ class Model(Section):
     energy_learning_rate: Positive
     generator_learning_rate: Positive
     betas: Betas
-    ema: Share
+    ema: Decay
     precision: schema.Precision
 
 
