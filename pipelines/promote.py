@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def promote(experiment: str, metric: str, alias: str, better: int | None) -> str:
     """Point `alias` at the best run by `metric`, of which `better` is +1 (higher), -1 (lower) or
-    None (as the report has it). What was done, in one line; EBMError if there is nothing to do."""
+    None (as the report has it). What was done, if anything, in one line."""
     better = better or direction(metric)
     with _registry() as registry:
         present = registry.present(experiment, alias)
@@ -56,7 +56,7 @@ def promote(experiment: str, metric: str, alias: str, better: int | None) -> str
                 and registry.number(experiment, model) != present.number
             )
             if held is not None and better * value <= better * held and not renewed:
-                raise EBMError(
+                return (
                     f"{experiment}@{alias} stays version {present.number}, {_shown(metric, held)}:"
                     f" the best finished run, {best.id}, has {value:.6g}"
                 )

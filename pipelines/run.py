@@ -137,7 +137,8 @@ def reproduce(
     """
     tail: deque[str] = deque(maxlen=LAST_LINES)
     process = launcher.start(stage.name, force, *more, timeout=stage.timeout)
-    with log.open("w", encoding="utf-8", buffering=1) as file:
+    with log.open("a", encoding="utf-8", buffering=1) as file:  # another run may be at it
+        file.write(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}\n")
         for line in process.lines():
             tail.append(line)
             show(line)

@@ -82,6 +82,8 @@ def only_here() -> Iterator[None]:
 
 def check_port(host: str, port: int) -> None:
     """Raise an EBMError if nobody can listen there; warn if others can reach it."""
+    if not 0 < port < 2**16:
+        raise EBMError(f"--port {port}: no port; expected 1 to 65535")
     try:
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         with socket.socket(family) as probe:
@@ -96,7 +98,9 @@ def check_port(host: str, port: int) -> None:
 
 def _reachable(host: str) -> str:
     """Where to find a server here that listens on `host`."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 @contextlib.contextmanager

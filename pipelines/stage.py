@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 PARAMS = Path("params.yaml")
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 """What the system may refuse that its user can give: room, or the right to write."""
-_RECORDS = (":(top,exclude,glob)**/dvc.lock",)  # what a run itself changes
+_RECORDS = [  # what a run itself changes
+    f":(top,exclude,glob)**/{name}" for name in ("dvc.lock", "metrics/**", "reports/**")
+]
 
 
 def main(run: Callable[[str], None], noun: str) -> None:

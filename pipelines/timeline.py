@@ -6,13 +6,14 @@ one page, which loads nothing from anywhere. A rebuild in which nothing ran is o
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pipelines import files
 
 if TYPE_CHECKING:
     from pipelines.dag import Plan
@@ -86,13 +87,10 @@ def rebuild(
 
 def write(last: Rebuild, root: Path) -> None:
     """Replace the files of the DVC repository `root`, each of them whole or not at all."""
-    files = {"timeline.json": json.dumps(asdict(last), indent=1), "timeline.html": render(last)}
-    for folder in (scratch := root / ".checkpoints", root / FOLDER):
-        folder.mkdir(exist_ok=True)
-    for name, text in files.items():
-        unfinished = scratch / f"{name}.{os.getpid()}"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(root / FOLDER / name)
+    folder = root / FOLDER
+    folder.mkdir(exist_ok=True)
+    files.replace(folder / "timeline.json", json.dumps(asdict(last), indent=1))
+    files.replace(folder / "timeline.html", render(last))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What a stage has to say to MLflow, written down at once and delivered by somebody else.
 
-A stage never imports mlflow (seconds) and never waits for a server. Its `Run` appends events to a
-spool (`pipelines.spool`) and starts a courier (`pipelines.courier`), a process of low priority
-that reads all spools and sends them on. What cannot be delivered stays where it is, for any later
+A stage never imports mlflow (seconds) and waits for no server, but for up to five seconds at the
+end of a training, whose record names the run. Its `Run` appends events to a spool
+(`pipelines.spool`) and starts a courier (`pipelines.courier`), a process of low priority that
+reads all spools and sends them on. What cannot be delivered stays where it is, for any later
 courier or for `flush`; `python -m pipelines.tracking` does that by hand. Events survive the death
 of the process, not that of the machine.
 

@@ -30,8 +30,8 @@ def house(tmp_path, tmp_path_factory):
     house = built(tmp_path_factory.getbasetemp())[0].copy(tmp_path / "house")
     params = (house.root / "params.yaml").read_text()
     house.write("params.yaml", params.replace("steps: 1", "steps: 2"))
-    often = '{interval: 5, anchor_date: "2026-01-01T00:00:00Z"}'
-    house.edit("prefect.yaml", '{cron: "0 2 * * *", timezone: UTC}', often)
+    often = 'interval: 5, anchor_date: "2026-01-01T00:00:00Z"'
+    house.edit("prefect.yaml", 'cron: "0 2 * * *", timezone: UTC', often)
     return house
 
 
@@ -75,6 +75,7 @@ def test_schedules_are_such_as_prefect_reads():
         "experiment": 0,
     }
     for schedule in (one for found in schedules.values() for one in found):
+        assert schedule.pop("slug")  # by which Prefect knows one that is switched off
         assert CronSchedule(**schedule).timezone == "UTC"
 
 
@@ -104,6 +105,8 @@ def test_it_listens_on_the_loopback_and_warns_whom_it_tells_otherwise(port, caps
     assert capsys.readouterr().out == ""
     serve.check_port("0.0.0.0", port)
     assert capsys.readouterr().out.startswith(f"warning: who reaches port {port}")
+    with pytest.raises(EBMError, match=r"^--port 65536: no port"):
+        serve.check_port("127.0.0.1", 65536)
     with pytest.raises(EBMError, match=r"^no\.such\.host\.invalid, port 1: .*--port"):
         serve.check_port("no.such.host.invalid", 1)
 

@@ -2,7 +2,10 @@
 
 import errno
 import os
+import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,3 +37,21 @@ def test_what_the_system_refuses_is_one_line(number):
 
     with pytest.raises(SystemExit, match=f"error: models/toy: {os.strerror(number)}"):
         stage.guarded(run)
+
+
+@pytest.mark.parametrize("place", [".", "paper"])
+def test_a_checkout_is_dirty_by_what_a_run_does_not_write(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    git = partial(subprocess.run, check=True, capture_output=True)
+    git(["git", "init"])
+    for name in ("dvc.lock", "metrics/a.json", "reports/figures/a.png", "params.yaml"):
+        path = Path(place, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    git(["git", "add", "."])
+    git(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "all"])
+    for name in ("dvc.lock", "metrics/a.json", "reports/figures/a.png"):
+        Path(place, name).write_text("2")
+    assert not stage.git_state()["git_dirty"]
+    Path(place, "params.yaml").write_text("2")
+    assert stage.git_state()["git_dirty"]
