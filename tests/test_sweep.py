@@ -35,7 +35,7 @@ def parse(*arguments):
 def test_the_grammar_has_ranges_of_the_type_in_params_and_choices():
     given = "model.learning_rate=1e-4..1e-1:log", "model.hidden=50..400", "model.k=1,5,10"
     assert parse(*given) == SPACE
-    assert parse("model.momentum=0..1") == (space.Range("model.momentum", 0.0, 1.0, log=False),)
+    assert parse("train.cooldown=0..1") == (space.Range("train.cooldown", 0.0, 1.0, log=False),)
     (watch,) = parse("train.watch={limits: {}, restarts: 0}, {limits: {a: 1.0}, restarts: 1}")
     assert watch.options == ("{limits: {}, restarts: 0}", "{limits: {a: 1.0}, restarts: 1}")
 
