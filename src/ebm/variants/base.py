@@ -130,6 +130,6 @@ def update_average(average: nn.Module, current: nn.Module, decay: float) -> None
     copied, but for those of parametrizations, which belong to the weights they were made of."""
     with torch.no_grad():
         torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
-        kept, buffers = (dict(network.named_buffers()) for network in (average, current))
-        for name in (name for name in kept if ".parametrizations." not in f".{name}"):
-            kept[name].copy_(buffers[name])
+        for (name, kept), buffer in zip(average.named_buffers(), current.buffers(), strict=True):
+            if ".parametrizations." not in name:
+                kept.copy_(buffer)
