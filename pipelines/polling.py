@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def polling(look: Callable[[], object], seconds: float) -> Iterator[None]:
-    """Within this context, a thread calls `look` every so many `seconds`; none runs after it."""
+    """Within this context, a thread calls `look` every so many `seconds`, until that returns
+    something true; none runs after it."""
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(seconds):
-            look()
+        while not (over.wait(seconds) or look()):
+            pass
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -227,15 +227,15 @@ class Attempt:
         with polling(partial(self._look, process), LOOK_EVERY):
             yield
 
-    def _look(self, process: Process) -> None:
-        if self._pruned or self._mistake:
-            return
+    def _look(self, process: Process) -> bool:
+        """Report; whether that ended the process."""
         try:
             self._pruned = self._report()
         except EBMError as error:
             self._mistake = error
-        if self._pruned or self._mistake:
+        if ended := bool(self._pruned or self._mistake):
             process.cancel()
+        return ended
 
     def _report(self) -> str:
         """Report what is new; why the trial should be pruned, or nothing."""

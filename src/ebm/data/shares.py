@@ -47,6 +47,6 @@ def repeated(tensors: Mapping[str, Tensor], source: str, what: str) -> dict[str,
     known = {hash(row.tobytes()) for row in train}
     if not (count := sum(hash(row.tobytes()) in known for row in test)):
         return {}
-    share = f"{count} of {len(test)} test {what} are in the training split as well"
-    log.warning("%s: %s, which flatters what is measured; remove duplicates", source, share)
+    told = f"{count} of {len(test)} test {what} are in the training split as well"
+    log.warning("%s: %s, which flatters what is measured; remove duplicates", source, told)
     return {"repeated": count}

@@ -57,6 +57,15 @@ class Column:
         """How many columns it becomes."""
         return len(self.categories) if self.kind == "categorical" else 1
 
+    @property
+    def span(self) -> float:
+        """What its numbers are divided by."""
+        return (self.high - self.low) or 1.0
+
+    def scaled(self, numbers: np.ndarray) -> np.ndarray:
+        """Numbers [N] by the bounds, float32."""
+        return _single((numbers - self.low) / self.span)
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -111,20 +120,11 @@ class Transform:
             values = present(frame[column.name], source)
             if column.kind == "numeric":
                 numbers = numbers_of(values, source, "as the model was fitted to numbers there")
-                block[:, 0] = self._scaled(column, numbers)
+                block[:, 0] = _single(numbers) if self.scale == "none" else column.scaled(numbers)
                 _finite(block[:, 0], values, source)
             elif unknown := _one_hot(column.categories, values, block):
                 unseen[column.name] = unknown
         return points, unseen
-
-    def _scaled(self, column: Column, numbers: np.ndarray) -> np.ndarray:
-        if self.scale == "none":
-            return _single(numbers)
-        return _single((numbers - column.low) / self._span(column))
-
-    @staticmethod
-    def _span(column: Column) -> float:
-        return (column.high - column.low) or 1.0
 
     def decode(self, points: Tensor) -> "DataFrame":
         """Rows of which `encode` makes `points` [N, D], up to rounding; for a category the largest
@@ -140,7 +140,7 @@ class Transform:
             elif self.scale == "none":
                 cells[column.name] = block[:, 0]
             else:
-                cells[column.name] = column.low + block[:, 0] * self._span(column)
+                cells[column.name] = column.low + block[:, 0] * column.span
         return pd.DataFrame(cells)
 
     def apply(self, frame: "DataFrame", source: str = "table") -> Tensor:
@@ -217,8 +217,7 @@ def fit(
 
 def _warn_of_outlier(column: Column, numbers: np.ndarray, source: str) -> None:
     """A warning if a cell far from all others makes them nearly one number, in float32."""
-    scaled = _single((numbers - column.low) / ((column.high - column.low) or 1.0))
-    before, after = (len(np.unique(cells)) for cells in (numbers, scaled))
+    before, after = (len(np.unique(cells)) for cells in (numbers, column.scaled(numbers)))
     if after < before / 2:
         bounds = f"between {column.low:g} and {column.high:g}"
         told = f"only {after} of {before} different numbers stay different when scaled {bounds}"

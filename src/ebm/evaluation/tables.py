@@ -100,10 +100,11 @@ def _flag(result: Evaluation, scored: Scored, rule: Rule) -> None:
     flagged = energy >= threshold
     known = math.isfinite(threshold) and not energy.isnan().any()
     result.metrics["flagged_share"] = flagged.double().mean().item() if known else math.nan
+    wanted = rule.flagged or 0.0
     reached = (scored.known["energy"] >= threshold).double().mean().item()
-    source = f"of the validation split, whose highest {rule.flagged or 0.0:.2%} were to be flagged"
+    source = f"of the validation split, whose highest {wanted:.2%} were to be flagged"
     result.refer("flagged_share", reached, "baseline", source)
-    if reached > 2 * (rule.flagged or 0.0):
+    if reached > 2 * wanted:
         log.warning("the threshold flags %.1f %% %s: energies are alike", 100 * reached, source)
     _draw_scores(result, scored, rule, {"test": torch.ones_like(flagged)}, "Test rows")
 
