@@ -26,17 +26,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from dvc import dvcfile
 from dvc.exceptions import CheckoutError, DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo, lock_repo
 from dvc.scm import map_scm_exception
-from dvc.utils.serialize import dumps_yaml, load_yaml, parse_yaml_for_update
+from dvc.utils.serialize import dumps_yaml, load_yaml, modify_yaml, parse_yaml
 
 from ebm import EBMError
 from pipelines import ROOT, files
 
 IN_PLACE = {"dump", "_edit_rwlock"}
 """The functions in which DVC overwrites files of its own."""
+
+LOCK_HEAD = "schema: '2.0'\nstages:\n"
+LOCK_ENTRY = re.compile(r"^(?=  \S)", re.MULTILINE)
+"""A `dvc.lock` begins with the former, each of its entries where the latter matches."""
 
 DEAF = {"match"}
 """Compares the names of parameters for DVC (dpath), and swallows whatever is raised meanwhile."""
@@ -324,21 +329,49 @@ def _amend(entries: Mapping[str, Entry | None], root: Path) -> dict[str, Entry |
         by_file[file][key] = name
     before: dict[str, Entry | None] = {}
     for file, names in by_file.items():
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        lock = parse_yaml_for_update(text, file) or {"schema": "2.0"}
-        stages = lock.setdefault("stages", {})
-        before |= {name: stages.get(key) for key, name in names.items()}
-        if all(before[name] == entries[name] for name in names.values()):
-            continue
-        for key, name in names.items():
-            stages[key] = entries[name]
-            if entries[name] is None:
-                del stages[key]
-        if stages:
-            files.replace(file, dumps_yaml(lock))
-        else:
+        with _lock_opened(file) as lock:
+            stages = lock.setdefault("stages", {})
+            before |= {name: stages.get(key) for key, name in names.items()}
+            for key, name in names.items():
+                if entries[name] is None:
+                    stages.pop(key, None)
+                elif entries[name] != before[name]:
+                    stages[key] = entries[name]
+        if not stages:
             file.unlink(missing_ok=True)
     return before
+
+
+@contextlib.contextmanager
+def _modified(path: str, fs: Any = None) -> Iterator[Any]:
+    """DVC's `modify_yaml`, which parses and writes all of a long `dvc.lock` in Python after every
+    stage: seconds, to keep the layout of what did not change."""
+    with _lock_opened(Path(path)) if path.endswith(".lock") else modify_yaml(path, fs) as content:
+        yield content
+
+
+@contextlib.contextmanager
+def _lock_opened(file: Path) -> Iterator[dict[str, Any]]:
+    """What stands in a `dvc.lock`; what is other when the context is left is written, as a whole
+    or not at all. Entries that are the objects that they were keep their text."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lock = parse_yaml(text, file) or {"schema": "2.0"}
+    before = dict(lock.get("stages", {}))
+    yield lock
+    head, *texts = LOCK_ENTRY.split(text)
+    if head != LOCK_HEAD or list(lock) != ["schema", "stages"] or len(texts) != len(before):
+        files.replace(file, dumps_yaml(lock))
+        return
+    known = dict(zip(before, texts, strict=True))
+    parts = [
+        known[key] if entry is before.get(key) else _entry_text(key, entry)
+        for key, entry in lock["stages"].items()
+    ]
+    files.replace(file, "".join([head, *parts]))
+
+
+def _entry_text(key: str, entry: Entry) -> str:
+    return dumps_yaml({"stages": {key: entry}}).removeprefix("stages:\n")
 
 
 def _place(name: str, root: Path) -> tuple[Path, str]:
@@ -382,6 +415,7 @@ def _prepare_process() -> None:
     """What `reproduce` and `travel` need of the process that they have for themselves."""
     for number in (signal.SIGINT, signal.SIGALRM):
         signal.signal(number, _give_up_unless_there_is_a_result)
+    dvcfile.modify_yaml = _modified
     for chatty in ("dvc.dvcfile", "dvc.repo.scm_context"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from dvc.repo import Repo
+from dvc.utils.serialize import dumps_yaml, load_yaml
 from ruamel.yaml import YAML
 from toy_house import House, built
 
@@ -262,6 +263,51 @@ def test_a_truncated_dvc_lock_loses_no_result(house, kept):
     assert run.run(root=house.root)
     assert house.ran() == []
     assert YAML(typ="safe").load(house.root / "dvc.lock") == YAML(typ="safe").load(lock)
+
+
+ODD = {
+    "cmd": "a: 'b' # c" + " d" * 60,
+    "params": {"p": [None, {"q": None}, "", "2024-01-01", "1e3", 1e-5, 1e22, True, "yes"]},
+    "lines": ["one\ntwo: \n\n  three", "\n  four\n", "- ", "~", "null", "é", "x" * 200],
+}
+
+
+@pytest.mark.parametrize("path", ["dvc.lock", "paper/dvc.lock"])
+@pytest.mark.parametrize("key", [0, -1, "more@odd", "a: b"])
+def test_an_entry_of_dvc_lock_is_changed_to_the_text_that_dvc_writes(path, key, tmp_path):
+    lock = load_yaml(ROOT / path)
+    name = key if isinstance(key, str) else list(lock["stages"])[key]
+    file = tmp_path / "dvc.lock"
+    file.write_text(dumps_yaml(lock))
+    with dag._modified(str(file)) as content:
+        content["stages"].update({name: ODD})
+    lock["stages"][name] = ODD
+    assert file.read_text() == dumps_yaml(lock)
+    with dag._modified(str(file)) as content:
+        del content["stages"][name]
+    del lock["stages"][name]
+    assert file.read_text() == dumps_yaml(lock)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "schema: '2.0'\nstages: {}\n",
+        "schema: '2.0'\nstages: {a: {cmd: x}}\n",
+        "schema: '2.0'\nstages:\n    a:\n      cmd: x\n",
+        "schema: '2.0'\nstages:\n  a:\n    cmd: x\ndatasets:\n  - name: x\n",
+        "stages:\n  a:\n    cmd: x\nschema: '2.0'\n",
+    ],
+)
+def test_a_dvc_lock_of_another_layout_loses_nothing(before, tmp_path):
+    file = tmp_path / "dvc.lock"
+    file.write_text(before)
+    expected = YAML(typ="safe").load(before) or {"schema": "2.0"}
+    expected["stages"] = expected.get("stages", {}) | {"b": ODD}
+    with dag._modified(str(file)) as content:
+        content["stages"] = content.get("stages", {}) | {"b": ODD}
+    assert load_yaml(file) == expected
 
 
 def test_metrics_and_plots_are_declared_to_dvc():
