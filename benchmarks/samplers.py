@@ -27,8 +27,7 @@ from torchebm.samplers import HamiltonianMonteCarlo, LangevinDynamics
 from benchmarks.timing import Chain, Machine, explain, measure, race
 from ebm.densities import DENSITIES
 from ebm.networks import Scalar, normalise_spectrally, scalar
-from ebm.recorded import Recorded
-from ebm.samplers import HMC, DecoupledLangevin, Energy, Langevin, value_and_gradient
+from ebm.samplers import HMC, DecoupledLangevin, Energy, Langevin, Recorded, value_and_gradient
 
 LEAPFROGS = 10
 STEP, NOISE, CLIP, BOUNDS = 10.0, 0.005, 0.01, (0.0, 1.0)  # Du & Mordatch (2019)

@@ -203,6 +203,27 @@ def test_the_share_of_fresh_chains_is_the_one_asked_for():
     assert share.item() == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 20000))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"kl": 0.3, "entropy": 0.1}, {"jumps": 2, "noise": "coupled"}, {"spectral_norm": True}],
+    ids=str,
+)
+def test_chains_on_the_recorded_energy_train_to_the_same_bits(changes, monkeypatch):
+    def trained():
+        model = build((8, 8), IMAGES | changes)
+        for n in (8, 8, 6, 8):  # another batch is recorded anew
+            torch.manual_seed(n)
+            model.training_step(*images(n))
+        return model
+
+    recorded = trained()
+    assert (recorded.recorded is None) == bool(changes.get("spectral_norm"))
+    plain = lambda model, batch: partial(model._training_energy, y=batch.label)  # noqa: E731
+    monkeypatch.setattr(IGEBM, "_chain_energy", plain)
+    expected = trained().state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in recorded.state_dict().items())
+
+
 def test_points_stay_within_the_bounds():
     model = build((8, 8), IMAGES, step_size=50.0, gradient_clip=None)
     model.training_step(*images())

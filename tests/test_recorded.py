@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from torch import nn
 from ebm import EBMError
 from ebm.densities import DENSITIES
 from ebm.networks import normalise_spectrally, scalar
-from ebm.recorded import Recorded, record
-from ebm.samplers import HMC, MALA, Langevin, run, value_and_gradient
+from ebm.samplers import HMC, MALA, Langevin, Recorded, run, value_and_gradient
+from ebm.samplers.recorded import record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,6 +118,25 @@ def test_steps_of_an_optimiser_and_new_labels_are_seen(dtype):
     assert not same(recorded.value_and_gradient(x), after)
 
 
+def test_an_energy_of_a_class_is_recorded_once_for_all_labels(dtype):
+    network, x = scalar("conv", (8, 8), 10, width=8, depth=2), torch.randn(6, 8, 8)
+    recorded = Recorded(network.of_points, x, torch.zeros(6, dtype=torch.long))
+    for y in (torch.arange(6), torch.arange(6).flip(0)):
+        energy, expected = recorded.given(y), partial(network.of_points, y=y)
+        assert same(energy.value_and_gradient(x), value_and_gradient(expected, x))
+        assert torch.equal(energy(x), expected(x))
+    assert len(recorded._replays) == 1
+    recorded.given(torch.arange(3)).value_and_gradient(x[:3])
+    assert len(recorded._replays) == 2
+
+
+def test_a_gradient_that_needs_a_graph_is_left_to_autograd():
+    network, x = scalar("mlp", (2,), 0, width=8, depth=1), torch.randn(4, 2)
+    _, gradient = value_and_gradient(Recorded(network, x), x, differentiable=True)
+    (slope,) = torch.autograd.grad(gradient.square().sum(), [next(network.parameters())])
+    assert slope.abs().sum() > 0
+
+
 def test_a_replay_leaves_points_and_parameters_alone():
     network, x = scalar("mlp", (2,), 0, width=8, depth=1), torch.randn(4, 2)
     recorded, before = Recorded(network, x), x.clone()
@@ -158,8 +178,7 @@ def test_a_compiled_replay_agrees_up_to_rounding(tmp_path):
     code = """
 import torch
 from ebm.densities import DENSITIES
-from ebm.recorded import Recorded
-from ebm.samplers import value_and_gradient
+from ebm.samplers import Recorded, value_and_gradient
 energy = DENSITIES["25gaussians"]().energy
 x = torch.randn(6, 2, dtype=torch.float64)
 recorded = Recorded(energy, x, compile=True)

@@ -29,6 +29,7 @@ from ebm.samplers.metropolis import (
     RandomWalk,
     SpinFlip,
 )
+from ebm.samplers.recorded import Recorded
 from ebm.samplers.tempering import ParallelTempering, Tempered
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Metropolis",
     "ParallelTempering",
     "RandomWalk",
+    "Recorded",
     "Schedule",
     "SpinFlip",
     "SpinGibbs",

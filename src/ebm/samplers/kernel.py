@@ -107,8 +107,9 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """E(x) [B] and grad E(x) [B, *], from one forward and one backward pass; the gradient with a
     graph of its own, to the parameters of E, if `differentiable`. An energy that knows a shorter
-    way has a method of this name (`ebm.recorded`)."""
-    if own := getattr(energy, "value_and_gradient", None):
+    way where no graph is asked for has a method of this name (`Recorded`)."""
+    own = getattr(energy, "value_and_gradient", None)
+    if own and not differentiable:
         return own(x)
     x = x.detach().requires_grad_()
     with torch.enable_grad():

@@ -67,6 +67,7 @@ from ebm.samplers import (
     Energy,
     Interspersed,
     Kernel,
+    Recorded,
     State,
     run,
     trace,
@@ -139,6 +140,8 @@ class IGEBM(EBM):
         self.register_buffer("replay_label", torch.zeros(buffer, dtype=torch.long))
         self.register_buffer("replay_age", torch.zeros(buffer, dtype=torch.long))
         self.learning_rate, self.betas = learning_rate, betas
+        self.recorded: Recorded | None = None
+        self.spectral_norm = spectral_norm
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         return {"energy": Adam(self.network.parameters(), self.learning_rate, self.betas)}
@@ -193,7 +196,7 @@ class IGEBM(EBM):
         with parametrize.cached():
             normalised_weights(self.network)  # before chains that need no graph ask for them
             batch = self._draw_batch(len(x))
-            energy = partial(self._training_energy, y=batch.label)
+            energy = self._chain_energy(batch)
             negative = self._langevin(energy, batch.start)
             data = (x + self.data_noise * torch.randn_like(x)).clamp(*self.bounds)
             positive_energy = self._training_energy(data, y)
@@ -239,7 +242,7 @@ class IGEBM(EBM):
             drawn["acceptance"] = end.acceptance
         return drawn
 
-    def _training_energy(self, x: Tensor, y: Tensor | None) -> Tensor:
+    def _training_energy(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """E(x, y) of the weights as they are now, by layers in `precision`: [B]."""
         with autocast(self.precision, x):
             return self._evaluate(self.network, x, y)
@@ -264,6 +267,16 @@ class IGEBM(EBM):
         start = _where(reset, self.starts(n), start)
         label = torch.where(reset, self._labels(n), label)
         return Batch(rows, others, start, label if self.classes else None, reset)
+
+    def _chain_energy(self, batch: "Batch") -> Energy:
+        """E(x, y) for the labels of a batch, recorded once; spectral normalisation makes weights
+        anew at every step, which a record would not see."""
+        if self.spectral_norm:
+            return partial(self._training_energy, y=batch.label)
+        labels = () if batch.label is None else (batch.label,)
+        if self.recorded is None:
+            self.recorded = Recorded(self._training_energy, batch.start, *labels)
+        return self.recorded.given(*labels)
 
     def _langevin(self, energy: Energy, start: Tensor) -> State:
         """The end of chains from `start`, differentiable in the parameters through the last step

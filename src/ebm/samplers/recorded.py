@@ -5,6 +5,7 @@ rebuilds and walks the same graph at every step. `Recorded` keeps that graph: fo
 are traced together (`make_fx`), with what autograd calls, so a replay gives the same bits.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ebm import EBMError
-from ebm.samplers.kernel import Energy
 
 SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 """Operations whose result is their argument, once nobody asks for gradients."""
@@ -24,35 +24,48 @@ class Recorded:
     """An energy that samplers take like any other: `HMC(Recorded(energy, x), 0.1, 10)`.
 
     It is recorded for points like x [B, *] at once, and anew when points of another shape first
-    come. Parameters, labels and whatever else the energy looks at are held by reference: changes
-    in place (an optimiser's step, `load_state_dict`) are seen, a tensor put in another's place, or
-    another number, is not. The gradient has no graph of its own, so a chain that has to be
-    `differentiable` takes the energy itself. If `compile`, operations are fused by TorchInductor:
-    seconds once for each shape, a C++ compiler is needed, and rounding differs.
+    come. An energy that is given more, E(x, y) of a class y say, is recorded with that:
+    `Recorded(energy, x, y)`, and `recorded.given(y)` is the same record for another y.
+
+    Parameters and whatever else the energy looks at are held by reference: changes in place (an
+    optimiser's step, `load_state_dict`) are seen, a tensor put in another's place, or another
+    number, is not. Where a gradient needs a graph of its own (chains that are `differentiable`),
+    autograd is asked after all. If `compile`, operations are fused by TorchInductor: seconds once
+    for each shape, a C++ compiler is needed, and rounding differs.
 
     Raises EBMError where the energy draws random numbers or changes a tensor of its own, as
     dropout and spectral normalisation do in training: put the network into `eval()`.
     """
 
-    def __init__(self, energy: Energy, x: Tensor, compile: bool = False) -> None:
+    def __init__(
+        self, energy: Callable[..., Tensor], x: Tensor, *given: Tensor, compile: bool = False
+    ) -> None:
         self.energy, self.compile = energy, compile
+        self._given = given
         self._replays: dict[tuple[object, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
         self.value_and_gradient(x)
 
+    def given(self, *given: Tensor) -> "Recorded":
+        """The energy given others of the same kind; what is recorded is shared."""
+        other = copy.copy(self)
+        other._given = given
+        return other
+
     def __call__(self, x: Tensor) -> Tensor:
         """E(x) [B], as the energy itself gives it."""
-        return self.energy(x)
+        return self.energy(x, *self._given)
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E(x) [B] and grad E(x) [B, *]."""
-        kind = x.shape, x.stride(), x.dtype, x.device
+        inputs = x, *self._given
+        kind = (*((t.shape, t.stride(), t.dtype, t.device) for t in inputs),)
         with torch.no_grad():
             if kind not in self._replays:
-                self._replays[kind] = self._record(x)
-            return self._replays[kind](x)
+                self._replays[kind] = self._record(*inputs)
+            return self._replays[kind](*inputs)
 
-    def _record(self, x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-        module, constants = record(self.energy, x)
+    def _record(self, *inputs: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+        module, constants = record(self.energy, *inputs)
         if not self.compile:
             return partial(module.forward, *constants)
         # Each replay meets one kind of points only, so there is nothing to guard against.
@@ -60,18 +73,21 @@ class Recorded:
         return partial(torch.compile(module, dynamic=False, options=options), *constants)
 
 
-def record(energy: Energy, x: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:
-    """A function of (*constants, x) that returns E(x) and grad E(x), and those constants."""
-    ones = torch.ones_like(energy(x))
+def record(
+    energy: Callable[..., Tensor], x: Tensor, *given: Tensor
+) -> tuple[fx.GraphModule, list[Tensor]]:
+    """A function of (*constants, x, *given) that returns E(x, *given) and its gradient in x, and
+    those constants."""
+    ones = torch.ones_like(energy(x, *given))
 
-    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+    def both(x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            value = energy(x)
+            value = energy(x, *given)
             (gradient,) = torch.autograd.grad(value, x, ones)
         return value.detach(), gradient
 
-    module = make_fx(both)(x)
+    module = make_fx(both)(x, *given)
     return module, _lift(module, _simplify(module))
 
 
