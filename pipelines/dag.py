@@ -39,15 +39,16 @@ from pipelines import ROOT, files
 IN_PLACE = {"dump", "_edit_rwlock"}
 """The functions in which DVC overwrites files of its own."""
 
-LOCK_HEAD = "schema: '2.0'\nstages:\n"
-LOCK_ENTRY = re.compile(r"^(?=  \S)", re.MULTILINE)
-"""A `dvc.lock` begins with the former, each of its entries where the latter matches."""
-
 DEAF = {"match"}
 """Compares the names of parameters for DVC (dpath), and swallows whatever is raised meanwhile."""
 
 RESTORED = 64
 """The exit code of `reproduce` where the command did not run, because DVC had its outputs."""
+
+LOCK_HEAD = "schema: '2.0'\nstages:\n"
+LOCK_ENTRY = re.compile(r"^(?=  \S)", re.MULTILINE)
+"""A `dvc.lock` begins with the former, each of its entries where the latter matches."""
+
 WRITTEN_BY_DVC = {"dvc.lock", ".gitignore"}
 PATIENCE_SECONDS = 1.0
 """Between two looks at whether files are free that another run works on."""

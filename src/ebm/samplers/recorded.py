@@ -58,7 +58,7 @@ class Recorded:
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E(x) [B] and grad E(x) [B, *]."""
         inputs = x, *self._given
-        kind = (*((t.shape, t.stride(), t.dtype, t.device) for t in inputs),)
+        kind = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
         with torch.no_grad():
             if kind not in self._replays:
                 self._replays[kind] = self._record(*inputs)
