@@ -218,7 +218,10 @@ def test_chains_on_the_recorded_energy_train_to_the_same_bits(changes, monkeypat
 
     recorded = trained()
     assert (recorded.recorded is None) == bool(changes.get("spectral_norm"))
-    plain = lambda model, batch: partial(model._training_energy, y=batch.label)  # noqa: E731
+
+    def plain(model, batch):
+        return partial(model._training_energy, y=batch.label)
+
     monkeypatch.setattr(IGEBM, "_chain_energy", plain)
     expected = trained().state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in recorded.state_dict().items())
