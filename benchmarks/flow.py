@@ -29,9 +29,9 @@ RATE, ROWS = 3e-3, 100_000
 SPLINE = {"kind": "spline", "transforms": 2, "bins": 16, "width": 64}
 
 
-def ours(data: Tensor) -> NormalisingFlow:
+def ours(data: Tensor, compile: bool) -> NormalisingFlow:
     torch.manual_seed(0)
-    model = NormalisingFlow((2,), SPLINE, 0, 0.0, RATE, (0.9, 0.999), 0.0, None)
+    model = NormalisingFlow((2,), SPLINE, 0, 0.0, RATE, (0.9, 0.999), 0.0, None, compile)
     model.initialise(data)
     return model
 
@@ -75,11 +75,15 @@ def main() -> None:
     print(machine.describe(options.threads))
     data = DENSITIES["25gaussians"]().sample(ROWS).float()
     for batch in (64, 512):
-        model = ours(data)
+        model, compiled = ours(data, False), ours(data, True)
         seen = model.space.centre(data) * 2  # as the spline stretches them
         peer = Tutorial(seen, batch)
         agree(model, peer, data[:batch], seen[:batch])
-        runs = {"zuko's tutorial": peer.run, "here": partial(train, model, data, batch)}
+        runs = {
+            "zuko's tutorial": peer.run,
+            "here": partial(train, model, data, batch),
+            "here, compiled": partial(train, compiled, data, batch),
+        }
         times = race(f"Spline flow, batch {batch}", runs, options)
         explain(runs["here"], times["here"], machine)
 

@@ -71,7 +71,9 @@ CASES = [
 ]
 
 
-def make(case: Case, precision: str = "float32", kind: type[MEG] = MEG) -> MEG:
+def make(
+    case: Case, precision: str = "float32", kind: type[MEG] = MEG, compile: bool = False
+) -> MEG:
     """Initial weights are the same for all."""
     torch.manual_seed(0)
     return kind(
@@ -90,6 +92,7 @@ def make(case: Case, precision: str = "float32", kind: type[MEG] = MEG) -> MEG:
         ema=0.0,
         energy_ema=0.0,
         precision=precision,
+        compile=compile,
     )
 
 
@@ -245,6 +248,10 @@ def iterations(case: Case, options: argparse.Namespace, machine: Machine) -> Non
         "ours": trainer(ours.training_step, x),
         "ours, bfloat16": trainer(half.training_step, x),
     }
+    if not options.small:
+        for precision in ("float32", "bfloat16"):
+            model = make(case, precision, compile=True)
+            runs[f"compiled, {precision}"] = trainer(model.training_step, x)
     times = race(f"Training iteration, {case.title}, batch {batch}", runs, options)
     explain(runs["ours"], times["ours"], machine)
 

@@ -283,7 +283,7 @@ def test_at_most_a_batch_of_labelled_points_joins_it():
 def test_a_posterior_that_is_constant_is_smooth():
     fce, data = ready(**SEMI)
     torch.nn.init.zeros_(fce.network.head.weight)
-    roughness = fce.roughness(data)
+    roughness = fce.roughness(data, torch.randn_like(data))
     assert roughness.item() == pytest.approx(0, abs=1e-15)
     gradient = torch.autograd.grad(roughness, fce.network.head.weight)[0]
     assert gradient.isfinite().all()
@@ -301,7 +301,7 @@ def test_the_roughness_is_in_the_direction_in_which_a_linear_posterior_changes_m
         def moved(by, point=point, before=before):
             return divergence(before, fce._log_posterior(point + by)).item()
 
-        found = fce.roughness(point).item()
+        found = fce.roughness(point, torch.randn_like(point)).item()
         both = [moved(sign * 0.3 * direction(w[None])) for sign in (1, -1)]
         assert min(abs(found - value) for value in both) < 1e-12
         around = [moved(0.3 * direction(torch.randn(1, 2))) for _ in range(50)]

@@ -59,7 +59,7 @@ def test_the_density_integrates_to_one():
     """By importance sampling from a Gaussian wider than the flow's own draws."""
     glow = flow((1, 2, 2), levels=1, depth=3)
     with torch.no_grad():
-        drawn = glow.draw(20_000).flatten(1)
+        drawn = glow.draw_with_log_prob(20_000)[0].flatten(1)
         wide = MultivariateNormal(drawn.mean(0), 1.5 * drawn.T.cov())
         x = wide.sample((100_000,))
         log_weight = glow.log_prob(x.view(-1, 1, 2, 2)) - wide.log_prob(x)
@@ -79,7 +79,7 @@ def test_a_draw_knows_its_density():
 def test_draws_are_normal_in_latent_space():
     glow = flow()
     with torch.no_grad():
-        z, _ = glow.to_latent(glow.draw(4000))
+        z, _ = glow.to_latent(glow.draw_with_log_prob(4000)[0])
     assert z.mean(0).abs().max() < 0.08
     assert (z.var(0) - 1).abs().max() < 0.12
 
@@ -147,7 +147,7 @@ def test_every_parameter_gets_a_gradient(of):
     glow = flow()
     value = {
         "log_prob": lambda: glow.log_prob(torch.randn(8, 4, 4)),
-        "draw": lambda: glow.draw(8).cos(),
+        "draw": lambda: glow.draw_with_log_prob(8)[0].cos(),
         "log_prob_of_draw": lambda: glow.draw_with_log_prob(8)[1],
     }[of]()
     gradients = torch.autograd.grad(value.sum(), list(glow.parameters()), allow_unused=True)

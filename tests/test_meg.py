@@ -29,6 +29,7 @@ def model(shape=(2,), **changes):
         "ema": 0.0,
         "energy_ema": 0.0,
         "precision": "float32",
+        "compile": False,
     }
     return MEG(shape, **settings | changes).double()
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from ebm import EBMError
+from ebm import EBMError, recorded, variants
 from ebm.densities import DENSITIES
 from ebm.networks import normalise_spectrally, scalar
+from ebm.recorded import CompiledGradient, trace
 from ebm.samplers import HMC, MALA, Langevin, Recorded, run, value_and_gradient
-from ebm.samplers.recorded import record
+from tests.test_train import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -148,7 +149,7 @@ def test_a_replay_leaves_points_and_parameters_alone():
 
 
 def test_nothing_but_arithmetic_is_left_in_the_graph():
-    module, constants = record(scalar("mlp", (2,), 0, width=8, depth=1), torch.randn(4, 2))
+    module, constants = trace(scalar("mlp", (2,), 0, width=8, depth=1), torch.randn(4, 2))
     names = {str(node.target) for node in module.graph.nodes if node.op == "call_function"}
     assert not names & {"aten.detach.default", "aten.alias.default", "aten.t.default"}
     assert not any(node.op == "get_attr" for node in module.graph.nodes)
@@ -161,15 +162,90 @@ def test_nothing_but_arithmetic_is_left_in_the_graph():
         (lambda: nn.Sequential(nn.Linear(2, 1), nn.Dropout(), nn.Flatten(0)), "random"),
         (
             lambda: normalise_spectrally(scalar("mlp", (2,), 0, width=8, depth=1)),
-            "changes a tensor",
+            "is changed",
         ),
-        (lambda: nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1), nn.Flatten(0)), "changes"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1), nn.Flatten(0)), "is changed"),
     ],
 )
 def test_an_energy_with_side_effects_is_refused(make, reason):
     with pytest.raises(EBMError, match=reason):
         Recorded(make(), torch.randn(4, 2))
     Recorded(make().eval(), torch.randn(4, 2))
+
+
+IMAGES = (3, 8, 8)
+CONVOLUTIONS = {"network": "conv", "energy": [4, 8], "generator": [8, 4]}
+SEMI = {"classes": 2, "labelled": 3, "supervision": 1.0, "smoothness": 0.5}
+GLOW = {"kind": "glow", "levels": 1, "depth": 1, "width": 4}
+COMPILED = {
+    "flow": ("flow", (4,), {}),
+    "glow": ("flow", (4, 4), {"flow": GLOW, "levels": 5, "margin": 0.01}),
+    "nce": ("nce", (4,), {"clip": None}),
+    "fce": ("fce", (4,), {}),
+    "fce-semi": ("fce", (4,), SEMI | {"flow": MODELS["flow"]["flow"]}),
+    "igebm": ("igebm", (4,), {}),
+    "meg": ("meg", (4,), {}),
+    "meg-images": ("meg", IMAGES, CONVOLUTIONS | {"statistics": [4, 8]}),
+    "wgan-gp": ("wgan_gp", (4,), {}),
+    "wgan-gp-images": ("wgan_gp", IMAGES, CONVOLUTIONS),
+}
+
+
+def trained(case, compile, steps=30, sizes=3):
+    """The state of a model after some steps, those of its optimisers, and its last logs."""
+    variant, shape, changes = COMPILED[case]
+    torch.manual_seed(0)
+    model = variants.build(variant, shape, MODELS[variant] | changes | {"compile": compile})
+    x = (4 * torch.rand(64, *shape)).round() / 4
+    y = torch.arange(64) % 2
+    model.initialise(x, y if model.needs_labels else None)
+    for step in range(steps):
+        torch.manual_seed(step)
+        logs = model.training_step(x[(step % 2) * 32 :][: 24 + 8 * (step % sizes)])
+    moments = [
+        value
+        for optimizer in model.optimizers.values()
+        for state in optimizer.state_dict()["state"].values()
+        for value in state.values()
+    ]
+    return [*model.state_dict().values(), *moments, *logs.values()]
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_what_is_compiled_is_the_training_step_itself(case, monkeypatch):
+    """Replayed instead of compiled, it has the same bits: all networks, buffers and optimisers,
+    over batches of three sizes, in both of a game's turns."""
+    monkeypatch.setattr(recorded, "_compiled", lambda module: module.forward)
+    assert same(trained(case, compile=True), trained(case, compile=False))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check")
+@pytest.mark.parametrize("case", COMPILED)
+def test_a_compiled_training_step_agrees_up_to_rounding(case):
+    torch.set_default_dtype(torch.float64)
+    try:
+        found, expected = (trained(case, compile, 6, sizes=1) for compile in (True, False))
+        pairs = zip(found, expected, strict=True)
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "none")))
+    with pytest.raises(EBMError, match=r"No working C\+\+ compiler.*set compile to false"):
+        Recorded(lambda x: x.sin().sum(1), torch.randn(4, 2), compile=True)
+
+
+def test_an_objective_that_draws_is_refused(monkeypatch):
+    monkeypatch.setattr(recorded, "_compiled", lambda module: module.forward)
+    w = torch.ones(2, requires_grad=True)
+    gradient = CompiledGradient(lambda x: ((w * torch.randn_like(x)).sum(), {}), [w], [])
+    with pytest.raises(EBMError, match="draws random numbers"):
+        gradient(torch.ones(2))
 
 
 @pytest.mark.slow

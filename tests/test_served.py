@@ -60,6 +60,7 @@ MODELS = {
             "ema": 0.0,
             "energy_ema": 0.0,
             "precision": "float32",
+            "compile": False,
         },
     ),
     "kernel_pca": ((4,), {"points": 20, "components": 3, "gamma": 1.0, "standardise": True}),

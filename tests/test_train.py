@@ -33,6 +33,7 @@ CONTRASTED = {
     "betas": (0.9, 0.999),
     "weight_decay": 0.01,
     "clip": 1.0,
+    "compile": False,
 }
 MODELS = {
     "fce": {
@@ -55,6 +56,7 @@ MODELS = {
         "betas": (0.9, 0.999),
         "weight_decay": 0.0,
         "clip": 1.0,
+        "compile": False,
     },
     "igebm": {
         "network": {"kind": "mlp", "width": 8, "depth": 1},
@@ -79,6 +81,7 @@ MODELS = {
         "clip": 1.0,
         "ema": 0.9,
         "precision": "float32",
+        "compile": False,
     },
     "rbm": {
         "hidden": 5,
@@ -103,6 +106,7 @@ MODELS = {
         "ema": 0.9,
         "energy_ema": 0.9,
         "precision": "float32",
+        "compile": False,
     },
     "bigan": {
         "network": "mlp",
@@ -166,6 +170,7 @@ MODELS = {
         "betas": (0.5, 0.9),
         "ema": 0.9,
         "precision": "float32",
+        "compile": False,
     },
 }
 WATCH = Watch({}, 3)

@@ -24,6 +24,7 @@ def model(shape=(2,), **changes):
         "betas": (0.5, 0.9),
         "ema": 0.0,
         "precision": "float32",
+        "compile": False,
     }
     return WGANGP(shape, **settings | changes).double()
 

@@ -29,8 +29,9 @@ from torch.optim import AdamW, Optimizer
 from ebm import EBMError
 from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Space, adam
 from ebm.networks import scalar
+from ebm.recorded import Logs
 from ebm.samplers import Independence, State, run
-from ebm.variants.base import EBM, descend
+from ebm.variants.base import EBM
 
 
 def value(data: Tensor, noise: Tensor, ratio: float = 1.0) -> Tensor:
@@ -138,9 +139,11 @@ class Contrasted(EBM):
         betas: tuple[float, float],
         weight_decay: float,
         clip: float | None,
+        compile: bool,
         outputs: int = 1,
     ) -> None:
         super().__init__()
+        self.compiled = compile
         self.warmup, self.warmup_learning_rate = warmup, warmup_learning_rate
         self.learning_rate, self.constant_learning_rate = learning_rate, constant_learning_rate
         self.betas, self.weight_decay, self.clip = betas, weight_decay, clip or math.inf
@@ -242,9 +245,12 @@ class Contrasted(EBM):
             return None
         for group in optimizer.param_groups:
             group["lr"] *= min(1.0, 2 * left / self.warmup)
+        _, logs = self.minimise("warmup", self._noise_loss, data, clip=self.clip)
+        return logs["noise_loss"]
+
+    def _noise_loss(self, data: Tensor) -> tuple[Tensor, Logs]:
         loss = -self.flow.log_prob(data).mean()
-        descend(optimizer, loss, self.clip)
-        return loss
+        return loss, {"noise_loss": loss}
 
     def _take_up_flow(self) -> None:
         """The base of a tilted energy is the flow as it is now."""

@@ -29,6 +29,9 @@ from ebm import EBMError
 from ebm.parallel import draws_are_shared
 from ebm.variants.base import EBM
 
+Base = tuple[Tensor, ...]
+"""All that is random in draws."""
+
 
 class Noise(Protocol):
     """A density of points [B, *] that is known and can be drawn from."""
@@ -37,13 +40,22 @@ class Noise(Protocol):
         """log density [B] of points [B, *]."""
         ...
 
+    def base(self, n: int) -> Base:
+        """What n draws are made of."""
+        ...
+
+    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
+        """The draws [n, *] that are made of it and their log density [n]."""
+        ...
+
     def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
         """Draws [n, *] and their log density [n]."""
-        ...
+        return self.from_base(*self.base(n))
 
 
 class Flow(Noise, Protocol):
-    """A module that is such a density, differentiable in its parameters both ways."""
+    """A module that is such a density; points and densities are differentiable in its
+    parameters."""
 
     def initialise(self, v: Tensor) -> None:
         """Set what depends on data [N, *] once, before the first step."""
@@ -64,7 +76,7 @@ def make(shape: tuple[int, ...], kind: str, **settings: Any) -> Flow:
     return {"gaussian": Gaussian, "spline": Spline, "coupling": Coupling}[kind](*shape, **settings)
 
 
-class Gaussian(nn.Module):
+class Gaussian(nn.Module, Noise):
     """N(mean, covariance) of the data: what is known of it at no cost. Nothing is trained."""
 
     mean: Tensor
@@ -84,12 +96,13 @@ class Gaussian(nn.Module):
     def log_prob(self, v: Tensor) -> Tensor:
         return self._normal().log_prob(v)
 
-    def draw(self, n: int) -> Tensor:
-        """n draws [n, D]."""
-        return self._normal().rsample((n,))
+    def base(self, n: int) -> Base:
+        """N(0, I) [n, D]."""
+        return (torch.randn(n, len(self.mean), dtype=self.mean.dtype, device=self.mean.device),)
 
-    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
-        v = self.draw(n)
+    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
+        (u,) = base
+        v = self.mean + (self.scale @ u.unsqueeze(2)).squeeze(2)
         return v, self.log_prob(v)
 
     def _normal(self) -> MultivariateNormal:
@@ -111,7 +124,7 @@ def adam(
 
 
 @dataclass(frozen=True)
-class Defended:
+class Defended(Noise):
     """The mixture (1 - share) q + share N of a flow and a broad Gaussian: a defensive mixture
     (Hesterberg 1995), which has draws wherever data might be however narrow the flow becomes, so
     that a density told from them is low where nothing lies. The Gaussian has its `share` of every
@@ -127,19 +140,24 @@ class Defended:
         log_q, log_n = self.flow.log_prob(v), self.broad.log_prob(v)
         return torch.logaddexp(math.log1p(-self.share) + log_q, math.log(self.share) + log_n)
 
-    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
+    def base(self, n: int) -> Base:
+        """Those of the flow and of the Gaussian, and the order of the draws."""
         share = self.share * n
         if draws_are_shared() and not math.isclose(share, round(share)):
             raise EBMError(
                 f"model.defence = {self.share}: of {n} draws of a process no whole number"
             )
         broad = int(share + torch.rand(()).item())
-        v = torch.cat([self.flow.draw_with_log_prob(n - broad)[0], self.broad.draw(broad)])
-        v = v[torch.randperm(n, device=v.device)]
+        parts = *self.flow.base(n - broad), *self.broad.base(broad)
+        return *parts, torch.randperm(n, device=parts[0].device)
+
+    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
+        *flow, broad, order = base
+        v = torch.cat([self.flow.from_base(*flow)[0], self.broad.from_base(broad)[0]])[order]
         return v, self.log_prob(v)
 
 
-class _Zuko(nn.Module):
+class _Zuko(nn.Module, Noise):
     """A flow of the library zuko over vectors."""
 
     def __init__(self, lazy: nn.Module) -> None:
@@ -152,9 +170,17 @@ class _Zuko(nn.Module):
     def log_prob(self, v: Tensor) -> Tensor:
         return self.lazy().log_prob(v)
 
-    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
-        v, log_prob = self.lazy().rsample_and_log_prob((max(n, 1),))  # zuko knows no 0 draws
-        return v[:n], log_prob[:n]
+    def base(self, n: int) -> Base:
+        """N(0, I) [n, D]."""
+        return (self.lazy().base.rsample((n,)),)
+
+    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
+        (u,) = base
+        if not len(u):  # zuko knows no 0 draws
+            return u, u.sum(1)
+        flow = self.lazy()
+        v, log_det = flow.transform.inv.call_and_ladj(u)
+        return v, flow.base.log_prob(u) - log_det
 
 
 class Spline(_Zuko):
@@ -175,8 +201,8 @@ class Spline(_Zuko):
     def log_prob(self, v: Tensor) -> Tensor:
         return super().log_prob(self.STRETCH * v) + self.log_stretch
 
-    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
-        v, log_prob = super().draw_with_log_prob(n)
+    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
+        v, log_prob = super().from_base(*base)
         return v / self.STRETCH, log_prob + self.log_stretch
 
 

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm import EBMError
+from ebm.flows import Base, Noise
 from ebm.variants.base import standard_normal
 
 BOUND = 1.0
@@ -48,7 +49,7 @@ SLICE = 4096
 """So many images pass a coupling at once where all do before training: it is wider than they."""
 
 
-class Glow(nn.Module):
+class Glow(nn.Module, Noise):
     """Flow over images `shape`, [H, W] or [C, H, W], whose values may be any real numbers.
 
     `levels`: how often the sides are halved; `depth`: steps of flow at each; `width`: channels
@@ -95,13 +96,13 @@ class Glow(nn.Module):
         z, log_det = self.to_latent(v)
         return log_normal(z) + log_det
 
-    def draw(self, n: int) -> Tensor:
-        """v ~ p, [n, *shape], differentiable in the parameters."""
-        return self.from_latent(self._noise(n))[0]
+    def base(self, n: int) -> Base:
+        """z ~ N(0, I), [n, D]."""
+        return (standard_normal(self, n, self.dimensions),)
 
-    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
-        """v ~ p, [n, *shape], and log p(v) [n] by the same pass; both differentiable."""
-        z = self._noise(n)
+    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
+        """v = f^-1(z) [n, *shape] and log p(v) [n] by the same pass; both differentiable."""
+        (z,) = base
         v, log_det = self.from_latent(z)
         return v, log_normal(z) - log_det
 
@@ -124,10 +125,6 @@ class Glow(nn.Module):
     def _expect(self, x: Tensor, shape: tuple[int, ...]) -> None:
         if x.shape[1:] != shape:
             raise EBMError(f"expected points of shape {shape}, got {tuple(x.shape[1:])}")
-
-    def _noise(self, n: int) -> Tensor:
-        """N(0, I) [n, D]."""
-        return standard_normal(self, n, self.dimensions)
 
 
 class Level(nn.Module):

@@ -24,6 +24,9 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["float32", "bfloat16"]
 """Of layers in training; float32 also where the device has no arithmetic for bfloat16."""
+Compile = bool
+"""Whether TorchInductor compiles the losses of training with their gradients: half a minute first,
+a C++ compiler is needed, rounding is another."""
 Widths = Annotated[list[Count], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -360,7 +363,7 @@ class Contrasted(Section):
     of the flow as it is after `warmup` steps of maximum likelihood at `warmup_learning_rate`;
     grey `levels` of images (0: vectors) and the `margin` of their logit; Adam's
     `learning_rate`s for f and for its constant, `betas`, `weight_decay`; the norm to which
-    gradients are cut (`clip`, null: none)."""
+    gradients are cut (`clip`, null: none); whether to `compile` training."""
 
     network: EnergyNetwork
     defence: Annotated[float, Field(ge=0, lt=1)]
@@ -374,6 +377,7 @@ class Contrasted(Section):
     betas: Betas
     weight_decay: NonNegative
     clip: Positive | None
+    compile: Compile
 
 
 class Ensemble(Section):

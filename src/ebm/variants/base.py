@@ -1,6 +1,8 @@
 """The contract of a variant, and the one place where a gradient becomes a step."""
 
 import logging
+import math
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from functools import cache, cached_property
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ebm import parallel
+from ebm.recorded import CompiledGradient, Logs, Objective
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +29,9 @@ class EBM(nn.Module):
 
     normalised = False
     """Whether `energy` is -log p(x) by the model's own account, with log Z in it."""
+
+    compiled = False
+    """Whether what `minimise` is given is compiled."""
 
     sharded: tuple[str, ...] = ()
     """The buffers whose rows are chains of their own: processes that train together share them."""
@@ -75,20 +81,56 @@ class EBM(nn.Module):
         samples or scores does not wait for the second or two that PyTorch takes to import them."""
         return self.configure_optimizers()
 
+    def minimise(
+        self, name: str, objective: Objective, *inputs: Any, clip: float = math.inf
+    ) -> tuple[Tensor, Logs]:
+        """One step of the optimiser `name` down the gradient of objective(*inputs), which gives
+        the loss, a scalar, and what is to be logged with it, by name; returns the norm of the
+        gradient before it is cut to `clip`, and the logs.
 
-def descend(optimizer: Optimizer, loss: Tensor, clip: float = float("inf")) -> Tensor:
+        `inputs` are tensors, tuples of them, and what else can be hashed. If the model is to be
+        `compiled`, so is the objective, which then may draw nothing and look at nothing else that
+        changes but tensors of the model.
+        """
+        optimizer = self.optimizers[name]
+        if not self.compiled:
+            loss, logs = objective(*inputs)
+            return descend(optimizer, loss, clip), {k: v.detach() for k, v in logs.items()}
+        if (known := (name, objective)) not in self._gradients:
+            self._gradients[known] = CompiledGradient(
+                objective, moved_by(optimizer), list(self.buffers())
+            )
+        logs = self._gradients[known](*inputs)
+        return follow(optimizer, clip), logs
+
+    @cached_property
+    def _gradients(self) -> dict[Hashable, CompiledGradient]:
+        return {}
+
+
+def descend(optimizer: Optimizer, loss: Tensor, clip: float = math.inf) -> Tensor:
     """One step of `optimizer` down the gradient of `loss`, averaged over all processes and cut to
     the norm `clip`; returns the norm before the cut. No other parameter gets a gradient."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
-    loss.backward(inputs=parameters)
+    loss.backward(inputs=moved_by(optimizer))
+    return follow(optimizer, clip)
+
+
+def follow(optimizer: Optimizer, clip: float) -> Tensor:
+    """The step, once the parameters have their gradients."""
+    parameters = moved_by(optimizer)
     gradients = [p.grad for p in parameters if p.grad is not None]
     parallel.average(gradients)
     norm = nn.utils.get_total_norm(gradients)
-    if clip < float("inf"):
+    if clip < math.inf:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     optimizer.step()
     return norm
+
+
+def moved_by(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimiser."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def parameters_of(*modules: nn.Module) -> list[nn.Parameter]:

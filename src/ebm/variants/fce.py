@@ -50,9 +50,9 @@ from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
 from ebm.contrastive import LOGGED, Contrasted, accuracy, value
-from ebm.flows import Noise, adam
+from ebm.flows import Base, Noise, adam
 from ebm.parallel import averaged, mine, permutation, share, world
-from ebm.variants.base import descend
+from ebm.recorded import Logs
 
 TINY = 0.1
 """Share of the radius within which the worst direction is looked for."""
@@ -138,30 +138,58 @@ class FCE(Contrasted):
         return self.logs(**logs)
 
     def _energy_turn(self, data: Tensor, noise: Noise) -> dict[str, Tensor]:
+        told = data, noise, noise.base(len(data))
+        if not len(self.labels):
+            norm, logs = self.minimise("energy", self._energy_loss, *told, clip=self.clip)
+            return logs | {"gradient_norm": norm}
+        labelled = self._labelled(len(data))
+        semi = *told, *labelled, torch.randn_like(data)
+        norm, logs = self.minimise("energy", self._supervised_loss, *semi, clip=self.clip)
+        self.minimise("twin", self._twin_loss, *labelled, clip=self.clip)
+        return logs | {"gradient_norm": norm}
+
+    def _energy_loss(self, data: Tensor, noise: Noise, base: Base) -> tuple[Tensor, Logs]:
+        """-V on points [B, *] and on the noise that is made of `base`."""
         with torch.no_grad():
-            draws, log_q_draws = noise.draw_with_log_prob(len(data))
+            draws, log_q_draws = noise.from_base(*base)
             log_q = noise.log_prob(data)
         v, logs = self._play(data, draws, log_q, log_q_draws)
-        loss = -v
-        if len(self.labels):
-            points, classes = self._labelled(len(data))
-            logs["cross_entropy"] = cross_entropy(-self.unnormalised(points) - self.log_z, classes)
-            loss = loss + self.supervision * logs["cross_entropy"]
-            if self.smoothness:
-                logs["roughness"] = self.roughness(data)
-                loss = loss + self.smoothness * logs["roughness"]
-            descend(self.optimizers["twin"], cross_entropy(self._twin(points), classes), self.clip)
-        return logs | {"gradient_norm": descend(self.optimizers["energy"], loss, self.clip)}
+        return -v, logs
+
+    def _supervised_loss(
+        self,
+        data: Tensor,
+        noise: Noise,
+        base: Base,
+        points: Tensor,
+        classes: Tensor,
+        start: Tensor,
+    ) -> tuple[Tensor, Logs]:
+        """The same, with what labelled points say and with the roughness (from `start`)."""
+        loss, logs = self._energy_loss(data, noise, base)
+        logs["cross_entropy"] = cross_entropy(-self.unnormalised(points) - self.log_z, classes)
+        loss = loss + self.supervision * logs["cross_entropy"]
+        if self.smoothness:
+            logs["roughness"] = self.roughness(data, start)
+            loss = loss + self.smoothness * logs["roughness"]
+        return loss, logs
+
+    def _twin_loss(self, points: Tensor, classes: Tensor) -> tuple[Tensor, Logs]:
+        return cross_entropy(self._twin(points), classes), {}
 
     def _flow_turn(self, data: Tensor) -> dict[str, Tensor]:
-        draws, log_q_draws = self.contrast.draw_with_log_prob(len(data))
-        v, logs = self._play(data, draws, self.contrast.log_prob(data), log_q_draws)
-        norm = descend(self.optimizers["flow"], v, self.clip)
-        return logs | {"gradient_norm": norm, "flow_turns": torch.ones_like(v)}
+        base = self.contrast.base(len(data))
+        norm, logs = self.minimise("flow", self._flow_loss, data, base, clip=self.clip)
+        return logs | {"gradient_norm": norm, "flow_turns": torch.ones_like(norm)}
+
+    def _flow_loss(self, data: Tensor, base: Base) -> tuple[Tensor, Logs]:
+        """V, with the draws that are made of `base` differentiable in the flow."""
+        draws, log_q_draws = self.contrast.from_base(*base)
+        return self._play(data, draws, self.contrast.log_prob(data), log_q_draws)
 
     def _play(
         self, data: Tensor, draws: Tensor, log_q: Tensor, log_q_draws: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Logs]:
         """V on points [B, *] and draws [B, *] with their log q, and what is logged of it."""
         log_p, log_p_draws = self.log_density(torch.cat([data, draws])).split(len(data))
         r, r_draws = log_p - log_q, log_p_draws - log_q_draws
@@ -180,13 +208,13 @@ class FCE(Contrasted):
         rows = mine(permutation(len(self.labels), self.labels.device)[:wanted])
         return self.space.enter(self.points[rows]), self.labels[rows]
 
-    def roughness(self, v: Tensor) -> Tensor:
+    def roughness(self, v: Tensor, start: Tensor) -> Tensor:
         """How far p(k | v) moves, as KL, when v [B, *] moves by `radius` where it moves it most:
         the local distributional smoothness of virtual adversarial training (Miyato et al. 2018),
-        by one power iteration; a scalar."""
+        by one power iteration from the directions `start` [B, *]; a scalar."""
         with torch.no_grad():
             before = self._log_posterior(v)
-        small = TINY * self.radius * direction(torch.randn_like(v))
+        small = TINY * self.radius * direction(start)
         small.requires_grad_()
         (gradient,) = torch.autograd.grad(
             divergence(before, self._log_posterior(v + small)), small

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ebm.flows import Density, adam
-from ebm.variants.base import descend
+from ebm.recorded import Logs
 
 
 class NormalisingFlow(Density):
@@ -42,8 +42,10 @@ class NormalisingFlow(Density):
         betas: tuple[float, float],
         weight_decay: float,
         clip: float | None,
+        compile: bool,
     ) -> None:
         super().__init__(shape, flow, levels, margin)
+        self.compiled = compile
         self.clip = clip or math.inf
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
 
@@ -51,8 +53,12 @@ class NormalisingFlow(Density):
         return adam("flow", self, self.learning_rate, self.betas, self.weight_decay)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        loss = -self.log_likelihood(x).mean()
-        norm = loss.new_zeros(())
-        if self.optimizers:
-            norm = descend(self.optimizers["flow"], loss, self.clip)
-        return {"energy_gap": loss.detach(), "gradient_norm": norm}
+        v = self.space.enter(x)
+        if not self.optimizers:
+            return self._loss(v)[1] | {"gradient_norm": v.new_zeros(())}
+        norm, logs = self.minimise("flow", self._loss, v, clip=self.clip)
+        return logs | {"gradient_norm": norm}
+
+    def _loss(self, v: Tensor) -> tuple[Tensor, Logs]:
+        loss = -self._log_prob(v).mean()
+        return loss, {"energy_gap": loss}

@@ -9,7 +9,7 @@ from ebm.schema import Betas, Flow, Levels, Margin, NonNegative, Positive, Secti
 class Model(Section):
     """The `flow`; grey `levels` of images (0: vectors) and the `margin` of their logit
     (`ebm.flows`); Adam's `learning_rate`, `betas` and `weight_decay`; the norm to which gradients
-    are cut (`clip`, null: none)."""
+    are cut (`clip`, null: none). Whether to `compile` training."""
 
     flow: Flow
     levels: Levels
@@ -18,6 +18,7 @@ class Model(Section):
     betas: Betas
     weight_decay: NonNegative
     clip: Positive | None
+    compile: schema.Compile
 
 
 class Experiment(schema.Experiment):

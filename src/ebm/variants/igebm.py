@@ -113,6 +113,7 @@ class IGEBM(EBM):
         clip: float,
         ema: float,
         precision: str,
+        compile: bool,
     ) -> None:
         super().__init__()
         self.shape, self.classes, self.ema = shape, classes, ema
@@ -140,6 +141,9 @@ class IGEBM(EBM):
         self.register_buffer("replay_label", torch.zeros(buffer, dtype=torch.long))
         self.register_buffer("replay_age", torch.zeros(buffer, dtype=torch.long))
         self.learning_rate, self.betas = learning_rate, betas
+        if compile and spectral_norm:
+            raise EBMError("model.compile: not with `spectral_norm`; set one of them to false")
+        self.compiled = compile
         self.recorded: Recorded | None = None
         self.spectral_norm = spectral_norm
 
@@ -275,7 +279,9 @@ class IGEBM(EBM):
             return partial(self._training_energy, y=batch.label)
         labels = () if batch.label is None else (batch.label,)
         if self.recorded is None:
-            self.recorded = Recorded(self._training_energy, batch.start, *labels)
+            self.recorded = Recorded(
+                self._training_energy, batch.start, *labels, compile=self.compiled
+            )
         return self.recorded.given(*labels)
 
     def _langevin(self, energy: Energy, start: Tensor) -> State:

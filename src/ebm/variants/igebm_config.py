@@ -36,7 +36,8 @@ class Model(Section):
     weights `kl` and `entropy` of the terms of improved contrastive divergence. Adam's
     `learning_rate` and `betas`, the norm `clip` at which the parameters' gradient is cut, and the
     decay of their moving average (`ema: 0` keeps none). The `precision` in which the layers
-    compute in training: what is sampled and measured afterwards is float32.
+    compute in training: what is sampled and measured afterwards is float32. Whether to `compile`
+    the chains of training (not with `spectral_norm`).
     """
 
     network: EnergyNetwork
@@ -61,6 +62,7 @@ class Model(Section):
     clip: Positive
     ema: Decay
     precision: schema.Precision
+    compile: schema.Compile
 
 
 class Sample(schema.Drawn):

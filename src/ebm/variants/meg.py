@@ -37,11 +37,11 @@ from torch.optim import Adam, Optimizer
 
 from ebm.networks import Joint, Network, decoder, encoder
 from ebm.parallel import parts, shuffled
+from ebm.recorded import Logs
 from ebm.samplers import MALA, State, run
 from ebm.variants.base import (
     EBM,
     autocast,
-    descend,
     parameters_of,
     standard_normal,
     update_average,
@@ -71,8 +71,10 @@ class MEG(EBM):
         ema: float,
         energy_ema: float,
         precision: str,
+        compile: bool,
     ) -> None:
         super().__init__()
+        self.compiled = compile
         self.shape, self.latent, self.ema, self.energy_ema = shape, latent, ema, energy_ema
         self.energy_steps, self.score_penalty, self.entropy = energy_steps, score_penalty, entropy
         self.precision = getattr(torch, precision)
@@ -103,33 +105,39 @@ class MEG(EBM):
         return logs | self._generator_step(len(data))
 
     def _energy_step(self, data: Tensor) -> dict[str, Tensor]:
+        z = self._prior(len(data))
+        norm, logs = self.minimise("energy", self._energy_loss, data, z)
+        if self.energy_average is not None:
+            update_average(self.energy_average, self.energy_network, self.energy_ema)
+        return logs | {"gradient_norm": norm}
+
+    def _energy_loss(self, data: Tensor, z: Tensor) -> tuple[Tensor, Logs]:
+        """What E descends, at points [B, *] and latents [B, latent]."""
         with torch.no_grad(), autocast(self.precision, data):
-            fake = self.generator(self._prior(len(data)))
+            fake = self.generator(z)
         data = data.detach().requires_grad_()
         with autocast(self.precision, data):
             positive, negative = self.energy_network(data), self.energy_network(fake.to(data))
         (score,) = torch.autograd.grad(positive.sum(), data, create_graph=True)
         score_norm = score.square().flatten(1).sum(1).mean()
         gap = positive.mean() - negative.mean()
-        norm = descend(self.optimizers["energy"], gap + self.score_penalty * score_norm)
-        if self.energy_average is not None:
-            update_average(self.energy_average, self.energy_network, self.energy_ema)
-        return {
-            "energy_gap": gap.detach(),
-            "score_norm": score_norm.detach(),
-            "gradient_norm": norm,
-        }
+        logs = {"energy_gap": gap, "score_norm": score_norm}
+        return gap + self.score_penalty * score_norm, logs
 
     def _generator_step(self, n: int) -> dict[str, Tensor]:
         z = self._prior(n)
-        with autocast(self.precision, z):
-            x = self.generator(z)
-            information = self.information(x, z, shuffled(z))
-            energy = self.energy_network(x)
-        norm = descend(self.optimizers["generator"], energy.mean() - self.entropy * information)
+        norm, logs = self.minimise("generator", self._generator_loss, z, shuffled(z))
         if self.average is not None:
             update_average(self.average, self.generator, self.ema)
-        return {"information": information.detach(), "generator_gradient_norm": norm}
+        return logs | {"generator_gradient_norm": norm}
+
+    def _generator_loss(self, z: Tensor, other: Tensor) -> tuple[Tensor, Logs]:
+        """What G descends and T with it, at latents z and z' [B, latent]."""
+        with autocast(self.precision, z):
+            x = self.generator(z)
+            information = self.information(x, z, other)
+            energy = self.energy_network(x)
+        return energy.mean() - self.entropy * information, {"information": information}
 
     def information(self, x: Tensor, z: Tensor, shuffled: Tensor) -> Tensor:
         """I_JSD, the Jensen-Shannon bound on I(x; z) up to the constant 2 log 2; a scalar."""

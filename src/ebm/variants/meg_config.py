@@ -12,7 +12,7 @@ class Model(Section):
     `statistics` network; `latent` dimension of z, `energy_steps` per generator step, weights of
     the `score_penalty` and of the `entropy` bound, Adam's `learning_rate`s and `betas`, the decay
     of the moving averages of the generator (`ema`) and of the energy (`energy_ema`; 0 keeps none),
-    the `precision` in which the layers compute in training."""
+    the `precision` in which the layers compute in training, and whether to `compile` it."""
 
     network: Literal["mlp", "conv"]
     energy: Widths
@@ -28,6 +28,7 @@ class Model(Section):
     ema: Decay
     energy_ema: Decay
     precision: schema.Precision
+    compile: schema.Compile
 
 
 class Sample(schema.Drawn):

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from ebm.contrastive import Contrasted, accuracy, value
+from ebm.flows import Base
 from ebm.parallel import share, world
-from ebm.variants.base import descend
+from ebm.recorded import Logs
 
 
 class NCE(Contrasted):
@@ -52,20 +53,26 @@ class NCE(Contrasted):
         warming = self.warm_up(data)
         if warming is not None and self.base is not None:
             return self.logs(noise_loss=warming)
+        base = self.contrast.base(self._draws(len(data)))
+        norm, logs = self.minimise("energy", self._loss, data, base, clip=self.clip)
+        if warming is not None:
+            logs["noise_loss"] = warming
+        return self.logs(**logs, gradient_norm=norm)
+
+    def _loss(self, data: Tensor, base: Base) -> tuple[Tensor, Logs]:
+        """-V on points [B, *] and on the noise that is made of `base`."""
         with torch.no_grad():
-            noise, log_q_noise = self.contrast.draw_with_log_prob(self._draws(len(data)))
+            noise, log_q_noise = self.contrast.from_base(*base)
             log_q = self.contrast.log_prob(data)
         log_p, log_p_noise = self.log_density(data), self.log_density(noise)
         r, r_noise = log_p - log_q, log_p_noise - log_q_noise
         v = value(r, r_noise, self.ratio)
-        norm = descend(self.optimizers["energy"], -v, self.clip)
-        return self.logs(
-            value=v,
-            accuracy=accuracy(r, r_noise, self.ratio),
-            noise_loss=-log_q.mean() if warming is None else warming,
-            energy_gap=log_p_noise.mean() - log_p.mean(),
-            gradient_norm=norm,
-        )
+        return -v, {
+            "value": v,
+            "accuracy": accuracy(r, r_noise, self.ratio),
+            "noise_loss": -log_q.mean(),
+            "energy_gap": log_p_noise.mean() - log_p.mean(),
+        }
 
     def _draws(self, rows: int) -> int:
         """How many draws stand beside so many rows of this process, one at least."""

@@ -39,7 +39,8 @@ from torch.optim import Adam, Optimizer
 
 from ebm.networks import Network, decoder, encoder
 from ebm.parallel import parts
-from ebm.variants.base import EBM, autocast, descend, standard_normal, update_average
+from ebm.recorded import Logs
+from ebm.variants.base import EBM, autocast, standard_normal, update_average
 
 
 class WGANGP(EBM):
@@ -59,8 +60,10 @@ class WGANGP(EBM):
         betas: tuple[float, float],
         ema: float,
         precision: str,
+        compile: bool,
     ) -> None:
         super().__init__()
+        self.compiled = compile
         self.latent, self.energy_steps, self.ema = latent, energy_steps, ema
         self.gradient_penalty, self.precision = gradient_penalty, getattr(torch, precision)
         self.energy_network = encoder(network, shape, energy, 1)
@@ -86,22 +89,24 @@ class WGANGP(EBM):
         return logs | self._generator_step(len(data))
 
     def _energy_step(self, data: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad(), autocast(self.precision, data):
-            fake = self.generator(self._prior(len(data))).to(data)
+        z = self._prior(len(data))
         share = torch.rand(len(data), device=data.device, dtype=data.dtype)
+        norm, logs = self.minimise("energy", self._energy_loss, data, z, share)
+        return logs | {"gradient_norm": norm}
+
+    def _energy_loss(self, data: Tensor, z: Tensor, share: Tensor) -> tuple[Tensor, Logs]:
+        """What the energy descends, at points [B, *], latents [B, latent] and the points that are
+        a `share` [B] of the way between the two."""
+        with torch.no_grad(), autocast(self.precision, data):
+            fake = self.generator(z).to(data)
         mixed = between(fake, data, share)
         with autocast(self.precision, data):
             positive, negative = self.energy(torch.cat([data, fake])).chunk(2)
             slope = self._slope(mixed)
         gap = positive.mean() - negative.mean()
         penalty = (slope - 1).square().mean()
-        norm = descend(self.optimizers["energy"], gap + self.gradient_penalty * penalty)
-        return {
-            "energy_gap": gap.detach(),
-            "slope": slope.detach().mean(),
-            "penalty": penalty.detach(),
-            "gradient_norm": norm,
-        }
+        logs = {"energy_gap": gap, "slope": slope.mean(), "penalty": penalty}
+        return gap + self.gradient_penalty * penalty, logs
 
     def _slope(self, x: Tensor) -> Tensor:
         """|grad E(x)| over all axes of each point x [B, *], differentiable in the weights: [B]."""
@@ -110,13 +115,16 @@ class WGANGP(EBM):
         return gradient.flatten(1).norm(dim=1)
 
     def _generator_step(self, n: int) -> dict[str, Tensor]:
-        z = self._prior(n)
-        with autocast(self.precision, z):
-            energy = self.energy(self.generator(z))
-        norm = descend(self.optimizers["generator"], energy.mean())
+        norm, logs = self.minimise("generator", self._generator_loss, self._prior(n))
         if self.average is not None:
             update_average(self.average, self.generator, self.ema)
-        return {"generator_gradient_norm": norm}
+        return logs | {"generator_gradient_norm": norm}
+
+    def _generator_loss(self, z: Tensor) -> tuple[Tensor, Logs]:
+        """What the generator descends, at latents [B, latent]."""
+        with autocast(self.precision, z):
+            energy = self.energy(self.generator(z))
+        return energy.mean(), {}
 
     @torch.no_grad()
     def sample(self, n: int) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ class Model(Section):
     hidden layers, channels of the convolutions, of the `energy`, which is minus the critic, and of
     the `generator`; `latent` dimension of z, `energy_steps` per generator step, weight of the
     `gradient_penalty`, Adam's `learning_rate`s and `betas`, the decay of the generator's moving
-    average (`ema: 0` keeps none), the `precision` in which the layers compute in training."""
+    average (`ema: 0` keeps none), the `precision` in which the layers compute in training, and
+    whether to `compile` it."""
 
     network: Literal["mlp", "conv"]
     energy: Widths
@@ -24,6 +25,7 @@ class Model(Section):
     betas: Betas
     ema: Decay
     precision: schema.Precision
+    compile: schema.Compile
 
 
 class Evaluate(Section):
