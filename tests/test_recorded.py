@@ -195,7 +195,9 @@ def trained(case, compile, steps=30, sizes=3):
     """The state of a model after some steps, those of its optimisers, and its last logs."""
     variant, shape, changes = COMPILED[case]
     torch.manual_seed(0)
-    model = variants.build(variant, shape, MODELS[variant] | changes | {"compile": compile})
+    model = variants.build(variant, shape, MODELS[variant] | changes | {"compile": True})
+    assert model.optimizers  # those of a model that is compiled, in any case
+    model.compiled = compile
     x = (4 * torch.rand(64, *shape)).round() / 4
     y = torch.arange(64) % 2
     model.initialise(x, y if model.needs_labels else None)

@@ -69,7 +69,7 @@ class CompiledGradient:
         gradients, logs = self._replays[known](*tensors)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None
-            if gradient is not None:  # a copy: laid out as the parameter is, and no other's too
+            if gradient is not None:  # a copy: laid out as the parameter is, and nobody else's
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
         return logs
 

@@ -33,6 +33,12 @@ class EBM(nn.Module):
     compiled = False
     """Whether what `minimise` is given is compiled."""
 
+    @property
+    def fused(self) -> bool | None:
+        """Of optimisers: all parameters in one operation where training is compiled, else what
+        PyTorch prefers."""
+        return self.compiled or None
+
     sharded: tuple[str, ...] = ()
     """The buffers whose rows are chains of their own: processes that train together share them."""
 

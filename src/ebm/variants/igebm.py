@@ -148,7 +148,8 @@ class IGEBM(EBM):
         self.spectral_norm = spectral_norm
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
-        return {"energy": Adam(self.network.parameters(), self.learning_rate, self.betas)}
+        weights = self.network.parameters()
+        return {"energy": Adam(weights, self.learning_rate, self.betas, fused=self.fused)}
 
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Fill the buffer with uniform noise; the data have to lie within the bounds."""

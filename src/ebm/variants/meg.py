@@ -90,9 +90,10 @@ class MEG(EBM):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         energy, generator = self.energy_network, parameters_of(self.generator, self.statistics)
+        rates, fused = (self.energy_learning_rate, self.generator_learning_rate), self.fused
         return {
-            "energy": Adam(energy.parameters(), self.energy_learning_rate, self.betas),
-            "generator": Adam(generator, self.generator_learning_rate, self.betas),
+            "energy": Adam(energy.parameters(), rates[0], self.betas, fused=fused),
+            "generator": Adam(generator, rates[1], self.betas, fused=fused),
         }
 
     def energy(self, x: Tensor) -> Tensor:

@@ -75,9 +75,10 @@ class WGANGP(EBM):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         energy, generator = self.energy_network, self.generator
+        rates, fused = (self.energy_learning_rate, self.generator_learning_rate), self.fused
         return {
-            "energy": Adam(energy.parameters(), self.energy_learning_rate, self.betas),
-            "generator": Adam(generator.parameters(), self.generator_learning_rate, self.betas),
+            "energy": Adam(energy.parameters(), rates[0], self.betas, fused=fused),
+            "generator": Adam(generator.parameters(), rates[1], self.betas, fused=fused),
         }
 
     def energy(self, x: Tensor) -> Tensor:
