@@ -25,8 +25,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["float32", "bfloat16"]
 """Of layers in training; float32 also where the device has no arithmetic for bfloat16."""
 Compile = bool
-"""Whether TorchInductor compiles the losses of training with their gradients: half a minute first,
-a C++ compiler is needed, rounding is another."""
+"""Whether TorchInductor compiles the losses of training with their gradients, which takes up to
+half a minute for each, needs a C++ compiler, and rounds otherwise."""
 Widths = Annotated[list[Count], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
