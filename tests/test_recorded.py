@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -233,6 +234,38 @@ def test_a_compiled_training_step_agrees_up_to_rounding(case):
             torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("change", [deepcopy, lambda model: model.double().float()])
+def test_a_model_that_is_copied_or_moved_is_recorded_anew(change, monkeypatch):
+    """A record holds the tensors that the model had."""
+    monkeypatch.setattr(recorded, "_compiled", lambda module: module.forward)
+    torch.manual_seed(0)
+    model = variants.build("flow", (4,), MODELS["flow"] | {"compile": True})
+    x = torch.randn(16, 4)
+    model.initialise(x)
+    model.training_step(x)
+    model = change(model)
+    for _ in range(3):
+        logs = model.training_step(x)
+    expected = -model.log_likelihood(x).mean()
+    model.optimizers["flow"].param_groups[0]["lr"] = 0.0
+    torch.testing.assert_close(model.training_step(x)["energy_gap"], expected.detach())
+    assert logs["energy_gap"] > expected
+
+
+def test_two_inputs_that_were_once_the_same_are_two():
+    function = recorded.record
+    a, b = torch.randn(3), torch.randn(3)
+    assert recorded.kind(a, a) != recorded.kind(a, b)
+    assert recorded.kind(a, b) == recorded.kind(b, a)
+    assert function(lambda x, y: (x * y).sum(), a, b)(b, b) == (b * b).sum()
+
+
+def test_members_that_leave_a_class_out_are_not_compiled():
+    ensemble = {"members": 2, "snapshots": 0, "every": 1, "without": [0, 1]}
+    with pytest.raises(EBMError, match=r"model\.compile: .* set it to false"):
+        variants.build("meg", (4,), MODELS["meg"] | {"compile": True}, ensemble)
 
 
 def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):

@@ -40,6 +40,10 @@ class Ensemble(EBM):
             raise EBMError("ensemble.without: such an ensemble is trained by one process only")
         self.every, self.without = every, list(without)
         self.members = nn.ModuleList(make() for _ in range(members))
+        if without and any(member.compiled for member in self._members()):
+            raise EBMError(
+                "model.compile: batches without a class are of too many sizes; set it to false"
+            )
         self.classes = self._members()[0].classes
         self.snapshots = nn.ModuleList(
             nn.ModuleList(make() for _ in range(snapshots)) for _ in range(members)

@@ -29,7 +29,7 @@ from ebm import EBMError
 from ebm.parallel import draws_are_shared
 from ebm.variants.base import EBM
 
-Base = tuple[Tensor, ...]
+Latents = tuple[Tensor, ...]
 """All that is random in draws."""
 
 
@@ -40,17 +40,17 @@ class Noise(Protocol):
         """log density [B] of points [B, *]."""
         ...
 
-    def base(self, n: int) -> Base:
+    def latents(self, n: int) -> Latents:
         """What n draws are made of."""
         ...
 
-    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
+    def from_latents(self, *latents: Tensor) -> tuple[Tensor, Tensor]:
         """The draws [n, *] that are made of it and their log density [n]."""
         ...
 
     def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
         """Draws [n, *] and their log density [n]."""
-        return self.from_base(*self.base(n))
+        return self.from_latents(*self.latents(n))
 
 
 class Flow(Noise, Protocol):
@@ -96,12 +96,12 @@ class Gaussian(nn.Module, Noise):
     def log_prob(self, v: Tensor) -> Tensor:
         return self._normal().log_prob(v)
 
-    def base(self, n: int) -> Base:
+    def latents(self, n: int) -> Latents:
         """N(0, I) [n, D]."""
         return (torch.randn(n, len(self.mean), dtype=self.mean.dtype, device=self.mean.device),)
 
-    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
-        (u,) = base
+    def from_latents(self, *latents: Tensor) -> tuple[Tensor, Tensor]:
+        (u,) = latents
         v = self.mean + (self.scale @ u.unsqueeze(2)).squeeze(2)
         return v, self.log_prob(v)
 
@@ -140,7 +140,7 @@ class Defended(Noise):
         log_q, log_n = self.flow.log_prob(v), self.broad.log_prob(v)
         return torch.logaddexp(math.log1p(-self.share) + log_q, math.log(self.share) + log_n)
 
-    def base(self, n: int) -> Base:
+    def latents(self, n: int) -> Latents:
         """Those of the flow and of the Gaussian, and the order of the draws."""
         share = self.share * n
         if draws_are_shared() and not math.isclose(share, round(share)):
@@ -148,12 +148,12 @@ class Defended(Noise):
                 f"model.defence = {self.share}: of {n} draws of a process no whole number"
             )
         broad = int(share + torch.rand(()).item())
-        parts = *self.flow.base(n - broad), *self.broad.base(broad)
+        parts = *self.flow.latents(n - broad), *self.broad.latents(broad)
         return *parts, torch.randperm(n, device=parts[0].device)
 
-    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
-        *flow, broad, order = base
-        v = torch.cat([self.flow.from_base(*flow)[0], self.broad.from_base(broad)[0]])[order]
+    def from_latents(self, *latents: Tensor) -> tuple[Tensor, Tensor]:
+        *flow, broad, order = latents
+        v = torch.cat([self.flow.from_latents(*flow)[0], self.broad.from_latents(broad)[0]])[order]
         return v, self.log_prob(v)
 
 
@@ -170,12 +170,12 @@ class _Zuko(nn.Module, Noise):
     def log_prob(self, v: Tensor) -> Tensor:
         return self.lazy().log_prob(v)
 
-    def base(self, n: int) -> Base:
+    def latents(self, n: int) -> Latents:
         """N(0, I) [n, D]."""
         return (self.lazy().base.rsample((n,)),)
 
-    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
-        (u,) = base
+    def from_latents(self, *latents: Tensor) -> tuple[Tensor, Tensor]:
+        (u,) = latents
         if not len(u):  # zuko knows no 0 draws
             return u, u.sum(1)
         flow = self.lazy()
@@ -201,8 +201,8 @@ class Spline(_Zuko):
     def log_prob(self, v: Tensor) -> Tensor:
         return super().log_prob(self.STRETCH * v) + self.log_stretch
 
-    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
-        v, log_prob = super().from_base(*base)
+    def from_latents(self, *latents: Tensor) -> tuple[Tensor, Tensor]:
+        v, log_prob = super().from_latents(*latents)
         return v / self.STRETCH, log_prob + self.log_stretch
 
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm import EBMError
-from ebm.flows import Base, Noise
+from ebm.flows import Latents, Noise
 from ebm.variants.base import standard_normal
 
 BOUND = 1.0
@@ -96,13 +96,13 @@ class Glow(nn.Module, Noise):
         z, log_det = self.to_latent(v)
         return log_normal(z) + log_det
 
-    def base(self, n: int) -> Base:
+    def latents(self, n: int) -> Latents:
         """z ~ N(0, I), [n, D]."""
         return (standard_normal(self, n, self.dimensions),)
 
-    def from_base(self, *base: Tensor) -> tuple[Tensor, Tensor]:
+    def from_latents(self, *latents: Tensor) -> tuple[Tensor, Tensor]:
         """v = f^-1(z) [n, *shape] and log p(v) [n] by the same pass; both differentiable."""
-        (z,) = base
+        (z,) = latents
         v, log_det = self.from_latent(z)
         return v, log_normal(z) - log_det
 

@@ -3,7 +3,8 @@
 Where tensors are small, time goes into Python and into the autograd engine, which rebuilds and
 walks the same graph at every call. A record keeps that graph: the operations that a function asks
 for, those of the gradients that it takes among them, are traced (`make_fx`), so a replay gives the
-same bits. Compiled by TorchInductor they are fused as well.
+same bits (under autocast but for rounding: a weight that is used twice is cast twice). Compiled by
+TorchInductor they are fused as well.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -25,8 +26,11 @@ SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 def kind(*inputs: Tensor) -> Hashable:
-    """What two lots of tensors share if one record serves both."""
-    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+    """What two lots of tensors share if one record serves both; which of them are the same one is
+    a part of that."""
+    names = [id(t) for t in inputs]
+    pairs = zip(inputs, names, strict=True)
+    return tuple((t.shape, t.stride(), t.dtype, t.device, names.index(n)) for t, n in pairs)
 
 
 def record(
@@ -41,8 +45,8 @@ def record(
     record, a C++ compiler is needed, and rounding differs.
 
     Raises EBMError where it draws random numbers or, unless it `writes`, changes a tensor that is
-    not its own, as dropout and spectral normalisation do in training; and where TorchInductor
-    cannot compile it.
+    not its own, as dropout and spectral normalisation do in training, or exchanges something with
+    other processes; and at the first call, where TorchInductor cannot compile it.
     """
     module, constants = trace(function, *inputs, writes=writes)
     return partial(_compiled(module) if compile else module.forward, *constants)
@@ -124,6 +128,11 @@ def _simplify(module: fx.GraphModule, writes: bool) -> dict[fx.Node, Tensor]:
     known: dict[fx.Node, Tensor] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
+            if not isinstance(getattr(module, node.target), Tensor):
+                raise EBMError(
+                    "Recorded: several processes exchange something there, as in batch "
+                    "normalisation: set compile to false"
+                )
             known[node] = getattr(module, node.target).detach()
         elif isinstance(node.target, torch._ops.OpOverload):
             _refuse_side_effects(node, () if writes else tuple(known))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -102,16 +102,25 @@ class EBM(nn.Module):
         if not self.compiled:
             loss, logs = objective(*inputs)
             return descend(optimizer, loss, clip), {k: v.detach() for k, v in logs.items()}
-        if (known := (name, objective)) not in self._gradients:
-            self._gradients[known] = CompiledGradient(
+        if (known := (name, objective, self.training)) not in self.records:
+            self.records[known] = CompiledGradient(
                 objective, moved_by(optimizer), list(self.buffers())
             )
-        logs = self._gradients[known](*inputs)
+        logs = self.records[known](*inputs)
         return follow(optimizer, clip), logs
 
     @cached_property
-    def _gradients(self) -> dict[Hashable, CompiledGradient]:
+    def records(self) -> dict[Hashable, Any]:
+        """What was recorded of this model, whose tensors it holds: a copy begins without, and so
+        does a model that is moved to another device or type."""
         return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "records"}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        vars(self).pop("records", None)
+        return super()._apply(*args, **kwargs)
 
 
 def descend(optimizer: Optimizer, loss: Tensor, clip: float = math.inf) -> Tensor:

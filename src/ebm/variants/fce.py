@@ -50,7 +50,7 @@ from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
 from ebm.contrastive import LOGGED, Contrasted, accuracy, value
-from ebm.flows import Base, Noise, adam
+from ebm.flows import Latents, Noise, adam
 from ebm.parallel import averaged, mine, permutation, share, world
 from ebm.recorded import Logs
 
@@ -99,7 +99,9 @@ class FCE(Contrasted):
         optimizers |= adam("flow", self.noise, self.flow_learning_rate, self.betas, decay)
         if self.labelled_classes:
             weights = self.twin.parameters()
-            optimizers["twin"] = AdamW(weights, self.learning_rate, self.betas, weight_decay=decay)
+            optimizers["twin"] = AdamW(
+                weights, self.learning_rate, self.betas, weight_decay=decay, fused=self.fused
+            )
         return optimizers
 
     @property
@@ -138,7 +140,7 @@ class FCE(Contrasted):
         return self.logs(**logs)
 
     def _energy_turn(self, data: Tensor, noise: Noise) -> dict[str, Tensor]:
-        told = data, noise, noise.base(len(data))
+        told = data, noise, noise.latents(len(data))
         if not len(self.labels):
             norm, logs = self.minimise("energy", self._energy_loss, *told, clip=self.clip)
             return logs | {"gradient_norm": norm}
@@ -148,10 +150,10 @@ class FCE(Contrasted):
         self.minimise("twin", self._twin_loss, *labelled, clip=self.clip)
         return logs | {"gradient_norm": norm}
 
-    def _energy_loss(self, data: Tensor, noise: Noise, base: Base) -> tuple[Tensor, Logs]:
-        """-V on points [B, *] and on the noise that is made of `base`."""
+    def _energy_loss(self, data: Tensor, noise: Noise, latents: Latents) -> tuple[Tensor, Logs]:
+        """-V on points [B, *] and on the noise that is made of `latents`."""
         with torch.no_grad():
-            draws, log_q_draws = noise.from_base(*base)
+            draws, log_q_draws = noise.from_latents(*latents)
             log_q = noise.log_prob(data)
         v, logs = self._play(data, draws, log_q, log_q_draws)
         return -v, logs
@@ -160,13 +162,13 @@ class FCE(Contrasted):
         self,
         data: Tensor,
         noise: Noise,
-        base: Base,
+        latents: Latents,
         points: Tensor,
         classes: Tensor,
         start: Tensor,
     ) -> tuple[Tensor, Logs]:
         """The same, with what labelled points say and with the roughness (from `start`)."""
-        loss, logs = self._energy_loss(data, noise, base)
+        loss, logs = self._energy_loss(data, noise, latents)
         logs["cross_entropy"] = cross_entropy(-self.unnormalised(points) - self.log_z, classes)
         loss = loss + self.supervision * logs["cross_entropy"]
         if self.smoothness:
@@ -178,13 +180,13 @@ class FCE(Contrasted):
         return cross_entropy(self._twin(points), classes), {}
 
     def _flow_turn(self, data: Tensor) -> dict[str, Tensor]:
-        base = self.contrast.base(len(data))
-        norm, logs = self.minimise("flow", self._flow_loss, data, base, clip=self.clip)
+        latents = self.contrast.latents(len(data))
+        norm, logs = self.minimise("flow", self._flow_loss, data, latents, clip=self.clip)
         return logs | {"gradient_norm": norm, "flow_turns": torch.ones_like(norm)}
 
-    def _flow_loss(self, data: Tensor, base: Base) -> tuple[Tensor, Logs]:
-        """V, with the draws that are made of `base` differentiable in the flow."""
-        draws, log_q_draws = self.contrast.from_base(*base)
+    def _flow_loss(self, data: Tensor, latents: Latents) -> tuple[Tensor, Logs]:
+        """V, with the draws that are made of `latents` differentiable in the flow."""
+        draws, log_q_draws = self.contrast.from_latents(*latents)
         return self._play(data, draws, self.contrast.log_prob(data), log_q_draws)
 
     def _play(

@@ -144,7 +144,6 @@ class IGEBM(EBM):
         if compile and spectral_norm:
             raise EBMError("model.compile: not with `spectral_norm`; set one of them to false")
         self.compiled = compile
-        self.recorded: Recorded | None = None
         self.spectral_norm = spectral_norm
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
@@ -279,11 +278,12 @@ class IGEBM(EBM):
         if self.spectral_norm:
             return partial(self._training_energy, y=batch.label)
         labels = () if batch.label is None else (batch.label,)
-        if self.recorded is None:
-            self.recorded = Recorded(
+        if "chains" not in self.records:
+            self.records["chains"] = Recorded(
                 self._training_energy, batch.start, *labels, compile=self.compiled
             )
-        return self.recorded.given(*labels)
+        recorded: Recorded = self.records["chains"]
+        return recorded.given(*labels)
 
     def _langevin(self, energy: Energy, start: Tensor) -> State:
         """The end of chains from `start`, differentiable in the parameters through the last step

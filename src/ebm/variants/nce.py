@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ebm.contrastive import Contrasted, accuracy, value
-from ebm.flows import Base
+from ebm.flows import Latents
 from ebm.parallel import share, world
 from ebm.recorded import Logs
 
@@ -53,16 +53,16 @@ class NCE(Contrasted):
         warming = self.warm_up(data)
         if warming is not None and self.base is not None:
             return self.logs(noise_loss=warming)
-        base = self.contrast.base(self._draws(len(data)))
-        norm, logs = self.minimise("energy", self._loss, data, base, clip=self.clip)
+        latents = self.contrast.latents(self._draws(len(data)))
+        norm, logs = self.minimise("energy", self._loss, data, latents, clip=self.clip)
         if warming is not None:
             logs["noise_loss"] = warming
         return self.logs(**logs, gradient_norm=norm)
 
-    def _loss(self, data: Tensor, base: Base) -> tuple[Tensor, Logs]:
-        """-V on points [B, *] and on the noise that is made of `base`."""
+    def _loss(self, data: Tensor, latents: Latents) -> tuple[Tensor, Logs]:
+        """-V on points [B, *] and on the noise that is made of `latents`."""
         with torch.no_grad():
-            noise, log_q_noise = self.contrast.from_base(*base)
+            noise, log_q_noise = self.contrast.from_latents(*latents)
             log_q = self.contrast.log_prob(data)
         log_p, log_p_noise = self.log_density(data), self.log_density(noise)
         r, r_noise = log_p - log_q, log_p_noise - log_q_noise
