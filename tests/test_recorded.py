@@ -228,9 +228,8 @@ def test_what_is_compiled_is_the_training_step_itself(case, monkeypatch):
 def test_a_compiled_training_step_agrees_up_to_rounding(case):
     torch.set_default_dtype(torch.float64)
     try:
-        found, expected = (trained(case, compile, 6, sizes=1) for compile in (True, False))
-        pairs = zip(found, expected, strict=True)
-        for found, expected in pairs:
+        compiled, plain = (trained(case, compile, 6, sizes=1) for compile in (True, False))
+        for found, expected in zip(compiled, plain, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -255,11 +254,10 @@ def test_a_model_that_is_copied_or_moved_is_recorded_anew(change, monkeypatch):
 
 
 def test_two_inputs_that_were_once_the_same_are_two():
-    function = recorded.record
     a, b = torch.randn(3), torch.randn(3)
     assert recorded.kind(a, a) != recorded.kind(a, b)
     assert recorded.kind(a, b) == recorded.kind(b, a)
-    assert function(lambda x, y: (x * y).sum(), a, b)(b, b) == (b * b).sum()
+    assert recorded.record(lambda x, y: (x * y).sum(), a, b)(b, b) == (b * b).sum()
 
 
 def test_members_that_leave_a_class_out_are_not_compiled():

@@ -29,7 +29,7 @@ from torch.optim import AdamW, Optimizer
 from ebm import EBMError
 from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Space, adam
 from ebm.networks import scalar
-from ebm.recorded import Logs
+from ebm.recorded import Loss
 from ebm.samplers import Independence, State, run
 from ebm.variants.base import EBM
 
@@ -248,7 +248,7 @@ class Contrasted(EBM):
         _, logs = self.minimise("warmup", self._noise_loss, data, clip=self.clip)
         return logs["noise_loss"]
 
-    def _noise_loss(self, data: Tensor) -> tuple[Tensor, Logs]:
+    def _noise_loss(self, data: Tensor) -> Loss:
         loss = -self.flow.log_prob(data).mean()
         return loss, {"noise_loss": loss}
 

@@ -7,7 +7,7 @@ same bits (under autocast but for rounding: a weight that is used twice is cast 
 TorchInductor they are fused as well.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ebm import EBMError
 
-Logs = dict[str, Tensor]
-Objective = Callable[..., tuple[Tensor, Logs]]
-"""Gives a loss, a scalar, and what is to be logged with it."""
+Loss = tuple[Tensor, dict[str, Tensor]]
+"""What is minimised, a scalar, and what is to be logged with it."""
+Objective = Callable[..., Loss]
+Gradient = tuple[list[Tensor | None], dict[str, Tensor]]
+"""Of a loss in each parameter, None where there is none, and what is to be logged with it."""
 
 SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 """Operations whose result is their argument, once nobody asks for gradients."""
@@ -61,10 +63,10 @@ class CompiledGradient:
         self, objective: Objective, parameters: Sequence[Tensor], buffers: Sequence[Tensor]
     ) -> None:
         self.objective, self.parameters, self.buffers = objective, parameters, buffers
-        self._replays: dict[Hashable, Callable[..., tuple[list[Tensor | None], Logs]]] = {}
+        self._replays: dict[Hashable, Callable[..., Gradient]] = {}
 
     @torch.no_grad()
-    def __call__(self, *inputs: Any) -> Logs:
+    def __call__(self, *inputs: Any) -> dict[str, Tensor]:
         leaves, structure = tree_flatten(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = (leaf for leaf in leaves if not isinstance(leaf, Tensor))
@@ -79,8 +81,8 @@ class CompiledGradient:
 
     def _record(
         self, leaves: list[Any], structure: TreeSpec, tensors: list[Tensor]
-    ) -> Callable[..., tuple[list[Tensor | None], Logs]]:
-        def gradient(*tensors: Tensor) -> tuple[list[Tensor | None], Logs]:
+    ) -> Callable[..., Gradient]:
+        def gradient(*tensors: Tensor) -> Gradient:
             left = iter(tensors)
             filled = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             with torch.enable_grad():
@@ -135,7 +137,7 @@ def _simplify(module: fx.GraphModule, writes: bool) -> dict[fx.Node, Tensor]:
                 )
             known[node] = getattr(module, node.target).detach()
         elif isinstance(node.target, torch._ops.OpOverload):
-            _refuse_side_effects(node, () if writes else tuple(known))
+            _refuse_side_effects(node, () if writes else known)
             if node.target.is_view and node.args[0] in known:
                 known[node] = node.target(known[node.args[0]], *node.args[1:], **node.kwargs)
             elif node.target in SAME:
@@ -143,7 +145,7 @@ def _simplify(module: fx.GraphModule, writes: bool) -> dict[fx.Node, Tensor]:
     return known
 
 
-def _refuse_side_effects(node: fx.Node, kept: Sequence[fx.Node]) -> None:
+def _refuse_side_effects(node: fx.Node, kept: Collection[fx.Node]) -> None:
     operation = node.target
     assert isinstance(operation, torch._ops.OpOverload)
     written = [*node.args[:1], *node.kwargs.values()] if operation._schema.is_mutable else []

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, cached_property
 from typing import Any, Self
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ebm import parallel
-from ebm.recorded import CompiledGradient, Logs, Objective
+from ebm.recorded import CompiledGradient, Objective
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class EBM(nn.Module):
 
     def minimise(
         self, name: str, objective: Objective, *inputs: Any, clip: float = math.inf
-    ) -> tuple[Tensor, Logs]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of the optimiser `name` down the gradient of objective(*inputs), which gives
         the loss, a scalar, and what is to be logged with it, by name; returns the norm of the
         gradient before it is cut to `clip`, and the logs.
@@ -106,8 +106,9 @@ class EBM(nn.Module):
             self.records[known] = CompiledGradient(
                 objective, moved_by(optimizer), list(self.buffers())
             )
-        logs = self.records[known](*inputs)
-        return follow(optimizer, clip), logs
+        gradient: CompiledGradient = self.records[known]
+        logs = gradient(*inputs)
+        return follow(optimizer, gradient.parameters, clip), logs
 
     @cached_property
     def records(self) -> dict[Hashable, Any]:
@@ -126,14 +127,14 @@ class EBM(nn.Module):
 def descend(optimizer: Optimizer, loss: Tensor, clip: float = math.inf) -> Tensor:
     """One step of `optimizer` down the gradient of `loss`, averaged over all processes and cut to
     the norm `clip`; returns the norm before the cut. No other parameter gets a gradient."""
-    optimizer.zero_grad()
-    loss.backward(inputs=moved_by(optimizer))
-    return follow(optimizer, clip)
-
-
-def follow(optimizer: Optimizer, clip: float) -> Tensor:
-    """The step, once the parameters have their gradients."""
     parameters = moved_by(optimizer)
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    return follow(optimizer, parameters, clip)
+
+
+def follow(optimizer: Optimizer, parameters: Sequence[Tensor], clip: float) -> Tensor:
+    """The step, once the parameters that the optimiser moves have their gradients."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     parallel.average(gradients)
     norm = nn.utils.get_total_norm(gradients)
@@ -143,7 +144,7 @@ def follow(optimizer: Optimizer, clip: float) -> Tensor:
     return norm
 
 
-def moved_by(optimizer: Optimizer) -> list[nn.Parameter]:
+def moved_by(optimizer: Optimizer) -> list[Tensor]:
     """The parameters of an optimiser."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 

@@ -52,7 +52,7 @@ from ebm import EBMError
 from ebm.contrastive import LOGGED, Contrasted, accuracy, value
 from ebm.flows import Latents, Noise, adam
 from ebm.parallel import averaged, mine, permutation, share, world
-from ebm.recorded import Logs
+from ebm.recorded import Loss
 
 TINY = 0.1
 """Share of the radius within which the worst direction is looked for."""
@@ -150,7 +150,7 @@ class FCE(Contrasted):
         self.minimise("twin", self._twin_loss, *labelled, clip=self.clip)
         return logs | {"gradient_norm": norm}
 
-    def _energy_loss(self, data: Tensor, noise: Noise, latents: Latents) -> tuple[Tensor, Logs]:
+    def _energy_loss(self, data: Tensor, noise: Noise, latents: Latents) -> Loss:
         """-V on points [B, *] and on the noise that is made of `latents`."""
         with torch.no_grad():
             draws, log_q_draws = noise.from_latents(*latents)
@@ -166,7 +166,7 @@ class FCE(Contrasted):
         points: Tensor,
         classes: Tensor,
         start: Tensor,
-    ) -> tuple[Tensor, Logs]:
+    ) -> Loss:
         """The same, with what labelled points say and with the roughness (from `start`)."""
         loss, logs = self._energy_loss(data, noise, latents)
         logs["cross_entropy"] = cross_entropy(-self.unnormalised(points) - self.log_z, classes)
@@ -176,7 +176,7 @@ class FCE(Contrasted):
             loss = loss + self.smoothness * logs["roughness"]
         return loss, logs
 
-    def _twin_loss(self, points: Tensor, classes: Tensor) -> tuple[Tensor, Logs]:
+    def _twin_loss(self, points: Tensor, classes: Tensor) -> Loss:
         return cross_entropy(self._twin(points), classes), {}
 
     def _flow_turn(self, data: Tensor) -> dict[str, Tensor]:
@@ -184,14 +184,12 @@ class FCE(Contrasted):
         norm, logs = self.minimise("flow", self._flow_loss, data, latents, clip=self.clip)
         return logs | {"gradient_norm": norm, "flow_turns": torch.ones_like(norm)}
 
-    def _flow_loss(self, data: Tensor, latents: Latents) -> tuple[Tensor, Logs]:
+    def _flow_loss(self, data: Tensor, latents: Latents) -> Loss:
         """V, with the draws that are made of `latents` differentiable in the flow."""
         draws, log_q_draws = self.contrast.from_latents(*latents)
         return self._play(data, draws, self.contrast.log_prob(data), log_q_draws)
 
-    def _play(
-        self, data: Tensor, draws: Tensor, log_q: Tensor, log_q_draws: Tensor
-    ) -> tuple[Tensor, Logs]:
+    def _play(self, data: Tensor, draws: Tensor, log_q: Tensor, log_q_draws: Tensor) -> Loss:
         """V on points [B, *] and draws [B, *] with their log q, and what is logged of it."""
         log_p, log_p_draws = self.log_density(torch.cat([data, draws])).split(len(data))
         r, r_draws = log_p - log_q, log_p_draws - log_q_draws

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ebm.flows import Density, adam
-from ebm.recorded import Logs
+from ebm.recorded import Loss
 
 
 class NormalisingFlow(Density):
@@ -59,6 +59,6 @@ class NormalisingFlow(Density):
         norm, logs = self.minimise("flow", self._loss, v, clip=self.clip)
         return logs | {"gradient_norm": norm}
 
-    def _loss(self, v: Tensor) -> tuple[Tensor, Logs]:
+    def _loss(self, v: Tensor) -> Loss:
         loss = -self._log_prob(v).mean()
         return loss, {"energy_gap": loss}

@@ -29,6 +29,7 @@ mean |grad E|^2 at data; `information`, the bound I_JSD (at most 0; -2 log 2 = n
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from torch.optim import Adam, Optimizer
 
 from ebm.networks import Joint, Network, decoder, encoder
 from ebm.parallel import parts, shuffled
-from ebm.recorded import Logs
+from ebm.recorded import Loss
 from ebm.samplers import MALA, State, run
 from ebm.variants.base import (
     EBM,
@@ -90,10 +91,10 @@ class MEG(EBM):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         energy, generator = self.energy_network, parameters_of(self.generator, self.statistics)
-        rates, fused = (self.energy_learning_rate, self.generator_learning_rate), self.fused
+        adam = partial(Adam, betas=self.betas, fused=self.fused)
         return {
-            "energy": Adam(energy.parameters(), rates[0], self.betas, fused=fused),
-            "generator": Adam(generator, rates[1], self.betas, fused=fused),
+            "energy": adam(energy.parameters(), self.energy_learning_rate),
+            "generator": adam(generator, self.generator_learning_rate),
         }
 
     def energy(self, x: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class MEG(EBM):
             update_average(self.energy_average, self.energy_network, self.energy_ema)
         return logs | {"gradient_norm": norm}
 
-    def _energy_loss(self, data: Tensor, z: Tensor) -> tuple[Tensor, Logs]:
+    def _energy_loss(self, data: Tensor, z: Tensor) -> Loss:
         """What E descends, at points [B, *] and latents [B, latent]."""
         with torch.no_grad(), autocast(self.precision, data):
             fake = self.generator(z)
@@ -132,7 +133,7 @@ class MEG(EBM):
             update_average(self.average, self.generator, self.ema)
         return logs | {"generator_gradient_norm": norm}
 
-    def _generator_loss(self, z: Tensor, other: Tensor) -> tuple[Tensor, Logs]:
+    def _generator_loss(self, z: Tensor, other: Tensor) -> Loss:
         """What G descends and T with it, at latents z and z' [B, latent]."""
         with autocast(self.precision, z):
             x = self.generator(z)

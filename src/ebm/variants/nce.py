@@ -32,7 +32,7 @@ from torch import Tensor
 from ebm.contrastive import Contrasted, accuracy, value
 from ebm.flows import Latents
 from ebm.parallel import share, world
-from ebm.recorded import Logs
+from ebm.recorded import Loss
 
 
 class NCE(Contrasted):
@@ -59,7 +59,7 @@ class NCE(Contrasted):
             logs["noise_loss"] = warming
         return self.logs(**logs, gradient_norm=norm)
 
-    def _loss(self, data: Tensor, latents: Latents) -> tuple[Tensor, Logs]:
+    def _loss(self, data: Tensor, latents: Latents) -> Loss:
         """-V on points [B, *] and on the noise that is made of `latents`."""
         with torch.no_grad():
             noise, log_q_noise = self.contrast.from_latents(*latents)

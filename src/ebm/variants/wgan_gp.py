@@ -32,6 +32,7 @@ the mean |grad E| at x^, and `penalty`, the mean (|grad E| - 1)^2 there; `gradie
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from torch.optim import Adam, Optimizer
 
 from ebm.networks import Network, decoder, encoder
 from ebm.parallel import parts
-from ebm.recorded import Logs
+from ebm.recorded import Loss
 from ebm.variants.base import EBM, autocast, standard_normal, update_average
 
 
@@ -75,10 +76,10 @@ class WGANGP(EBM):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         energy, generator = self.energy_network, self.generator
-        rates, fused = (self.energy_learning_rate, self.generator_learning_rate), self.fused
+        adam = partial(Adam, betas=self.betas, fused=self.fused)
         return {
-            "energy": Adam(energy.parameters(), rates[0], self.betas, fused=fused),
-            "generator": Adam(generator.parameters(), rates[1], self.betas, fused=fused),
+            "energy": adam(energy.parameters(), self.energy_learning_rate),
+            "generator": adam(generator.parameters(), self.generator_learning_rate),
         }
 
     def energy(self, x: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class WGANGP(EBM):
         norm, logs = self.minimise("energy", self._energy_loss, data, z, share)
         return logs | {"gradient_norm": norm}
 
-    def _energy_loss(self, data: Tensor, z: Tensor, share: Tensor) -> tuple[Tensor, Logs]:
+    def _energy_loss(self, data: Tensor, z: Tensor, share: Tensor) -> Loss:
         """What the energy descends, at points [B, *], latents [B, latent] and the points that are
         a `share` [B] of the way between the two."""
         with torch.no_grad(), autocast(self.precision, data):
@@ -121,7 +122,7 @@ class WGANGP(EBM):
             update_average(self.average, self.generator, self.ema)
         return logs | {"generator_gradient_norm": norm}
 
-    def _generator_loss(self, z: Tensor) -> tuple[Tensor, Logs]:
+    def _generator_loss(self, z: Tensor) -> Loss:
         """What the generator descends, at latents [B, latent]."""
         with autocast(self.precision, z):
             energy = self.energy(self.generator(z))
