@@ -101,6 +101,21 @@ def test_importance_sampling_has_weights_that_find_the_expectations():
     assert found["r_hat"] is None
 
 
+def test_first_draws_whose_weight_is_nothing_beside_later_ones_have_a_mean_all_the_same():
+    """exp(-2000) is 0 in every precision, and 0 / 0 no number."""
+    oracle = Banana()
+    chains = weighted(oracle, 2, 50)
+    late = replace(chains, log_weight=chains.log_weight - 2000 * (torch.arange(50) < 10))
+    errors = error(late, oracle.expectations)
+    assert errors.isfinite().all()
+    early, whole = (
+        replace(c, x=c.x[:, part], log_weight=c.log_weight[:, part])
+        for c, part in [(chains, slice(10)), (chains, slice(10, 50))]
+    )
+    torch.testing.assert_close(errors[:10], error(early, oracle.expectations))
+    torch.testing.assert_close(errors[10:], error(whole, oracle.expectations))
+
+
 def test_importance_sampling_is_as_wide_as_coordinates_are_not_their_squares():
     drawn = weighted(Funnel(s=3.0), 4, 10000).x
     assert drawn.std().item() == pytest.approx(6.0, rel=0.02)

@@ -235,6 +235,18 @@ def test_the_log_determinant_of_greys_is_that_of_the_noise_within_a_level():
     torch.testing.assert_close(space.log_det(space._enter(x, noise)), expected)
 
 
+def test_columns_of_two_values_are_told_of_as_no_density_fits_them_best(caplog):
+    torch.manual_seed(8)
+    x = torch.randn(1000, 4)
+    Space((4,), 0, 0.0).initialise(x)
+    assert not caplog.messages
+    x[:, 1], x[:, 2] = x[:, 1] > 0, 0.1
+    space = Space((4,), 0, 0.0)
+    space.initialise(x)
+    assert "2 of 4 columns have two values at most" in caplog.text
+    assert space.scale[2] == 1  # rounding makes a deviation of a thousand times 0.1
+
+
 def test_vectors_are_standardised_and_come_back():
     torch.manual_seed(7)
     x = torch.randn(100, 3) * torch.tensor([2.0, 0.1, 0.0]) + torch.tensor([3.0, -1.0, 7.0])

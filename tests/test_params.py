@@ -263,6 +263,23 @@ def test_images_that_dvc_does_not_watch_are_refused(tmp_path, path):
     assert line.startswith(f"params.yaml: datasets.mine.path = {path!r}: should lie in images/")
 
 
+def test_an_ensemble_is_one_of_detectors(tmp_path):
+    """Samples of several trainings would be measured as one: together they miss no mode."""
+    members = {"members": 2, "snapshots": 0, "every": 1, "without": []}
+    line = complaint(tmp_path, broken(put("experiments.meg-8gaussians.ensemble", members)))
+    told = "should be null: of density data only one training is measured at a time"
+    assert line == f"params.yaml: experiments.meg-8gaussians.ensemble: {told}"
+
+
+@pytest.mark.parametrize("ensemble", [None, {"members": 2, "without": []}])
+def test_what_no_training_leaves_out_is_no_novelty(tmp_path, ensemble):
+    content = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")
+    mine = content["experiments"]["meg-mnist-anomaly"]
+    mine["ensemble"] = ensemble and mine["ensemble"] | ensemble
+    line = complaint(tmp_path, content)
+    assert "experiments.meg-mnist-anomaly.ensemble: should leave classes out by `without`" in line
+
+
 def test_without_labels_a_share_to_flag_is_needed_before_anything_is_trained(tmp_path):
     paper = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")["experiments"]
     mine = paper["meg-kdd99-strict"] | {"dataset": "mine"}
@@ -303,7 +320,8 @@ def test_what_draws_nothing_is_for_data_that_energies_can_be_measured_on(
 ):
     paper = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")["experiments"]
     content = broken(lambda _: None)
-    content["experiments"]["mine"] = paper["kernel-pca-kdd99-strict"] | {"dataset": dataset}
+    mine = paper["kernel-pca-kdd99-strict"] | {"dataset": dataset, "ensemble": None}
+    content["experiments"]["mine"] = mine
     if problem:
         assert problem in complaint(tmp_path, content)
         return

@@ -114,6 +114,15 @@ def test_data_without_labels_cannot_train_a_classifier(prepared):
         reference.make(SETTINGS, data.Prepared(images, prepared.manifest), CPU)
 
 
+def test_of_one_class_there_is_nothing_to_tell(prepared):
+    """A folder of usual images, beside one of outliers: the features would be those of chance."""
+    one = {
+        k: torch.zeros_like(v) if k.endswith("labels") else v for k, v in prepared.tensors.items()
+    }
+    with pytest.raises(EBMError, match="the data have one class; use 'coordinates'"):
+        reference.make(SETTINGS, data.Prepared(one, prepared.manifest), CPU)
+
+
 def test_coordinates_are_the_points_themselves(prepared, tmp_path):
     (tmp_path / "config.json").write_text('{"kind": "coordinates"}')
     found = reference.read(tmp_path, prepared, CPU)

@@ -330,6 +330,29 @@ def test_an_empty_line_of_a_single_column_is_an_empty_cell(csv, tmp_path):
     assert frame["a"].isna().tolist() == 10 * [False] + 2 * [True] + 10 * [False]
 
 
+def test_a_table_that_is_not_utf_8_is_told_how_to_be(csv, tmp_path):
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "mine.csv").write_bytes((HEAD + "1,2,caf\u00e9,fine\n").encode(encoding))
+        with pytest.raises(
+            EBMError, match=r"^mine\.csv: not UTF-8 \(.*\); save it as CSV in UTF-8$"
+        ):
+            data.prepare(settings("mine.csv"))
+
+
+def test_a_column_may_have_any_name(csv):
+    frame = made_up().rename(columns={"amount": "self"})
+    assert csv(frame).tensors["train"].equal(csv(made_up()).tensors["train"])
+
+
+def test_categories_that_look_alike_are_told_of(csv, caplog):
+    frame = made_up()
+    csv(frame)
+    assert not caplog.messages
+    frame.loc[::5, "colour"] += " "
+    csv(frame)
+    assert "differ by blanks only" in caplog.text
+
+
 def test_a_column_of_names_is_no_category(csv):
     told = r"^mine\.csv: column 'id': \d{4} categories, more than 1000; ignore it"
     with pytest.raises(EBMError, match=told):

@@ -16,6 +16,7 @@ import torch
 
 from ebm import EBMError, variants
 from ebm.checkpoint import Checkpoints, write_atomically
+from ebm.data import unit
 from ebm.ensemble import histories
 from ebm.seeds import mix, seed
 from ebm.train import Batches, DivergenceError, Watch, fit
@@ -418,6 +419,22 @@ def test_a_limit_of_what_is_not_logged_is_named(tmp_path):
         train(Exploding(1.0, 0), tmp_path, watch=Watch({"energy_gapp": 1.0}, 3))
 
 
+@pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), RuntimeError("no memory")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_lost(tmp_path, monkeypatch, failure):
+    def fails(*args, **kwargs):
+        raise failure
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, {"step": 10})
+    with monkeypatch.context() as ill:
+        what = (Path, "read_bytes") if isinstance(failure, OSError) else (torch, "load")
+        ill.setattr(*what, fails)
+        for read in (checkpoints.newest, checkpoints.oldest):
+            with pytest.raises(EBMError, match=r"step-0000000010\.ckpt: "):
+                read()
+    assert checkpoints.newest() == {"step": 10}
+
+
 def test_divergence_goes_back_past_a_damaged_checkpoint(tmp_path, caplog):
     checkpoints = Checkpoints(tmp_path)
     for step in (10, 20):
@@ -455,6 +472,18 @@ def test_an_epoch_is_a_permutation_and_the_next_another():
     assert len(set(first.tolist())) == 48
     assert not torch.equal(first, second)
     assert torch.equal(batches(3), Batches(50, 8, 0, torch.device("cpu"))(3))
+
+
+@pytest.mark.parametrize("variant", sorted(MODELS))
+def test_all_data_are_made_floats_at_once_only_for_a_model_that_looks_at_them(
+    tmp_path, monkeypatch, variant
+):
+    """A large data set is bytes, and so many floats are four times as much."""
+    seen = []
+    monkeypatch.setattr("ebm.train.unit", lambda x: seen.append(len(x)) or unit(x))
+    train(build(variant), tmp_path, steps=1)
+    looks = variant not in ("bigan", "meg", "vae", "wgan_gp")
+    assert (len(data()) in seen) == looks
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):

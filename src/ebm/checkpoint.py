@@ -27,6 +27,10 @@ KEPT = 2
 _DIGEST = hashlib.sha256().digest_size
 
 
+class Damaged(EBMError):
+    """What lies in a file is not what was written to it."""
+
+
 class Checkpoints:
     """The checkpoints of one training in `folder`, which nothing else may use meanwhile."""
 
@@ -60,23 +64,25 @@ class Checkpoints:
     def newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that is whole; damaged ones are reported, removed and passed over.
 
-        Going back further is safe: a run is a function of (seed, step), so it ends the same.
+        Going back further is safe: a run is a function of (seed, step), so it ends the same. One
+        that cannot be read as things are (no memory, a disk that fails, another version of
+        PyTorch) may be whole: EBMError, and nothing is removed.
         """
         for path in reversed(self.paths()):
             try:
                 return _read(path)
-            except EBMError as error:
+            except Damaged as error:
                 log.warning("%s; going back to an older one", error)
                 path.unlink()
         return None
 
     def oldest(self) -> dict[str, Any]:
         """The older of the kept checkpoints, or the newer if the older is damaged, which is
-        reported; all others are dropped. EBMError if neither is whole."""
+        reported; all others are dropped. EBMError if neither is whole, or one cannot be read."""
         for path in self.paths()[-KEPT:]:  # a kill can have left more
             try:
                 content = _read(path)
-            except EBMError as error:
+            except Damaged as error:
                 log.warning("%s; passing over it", error)
                 continue
             for other in self.paths():
@@ -113,8 +119,10 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise EBMError(f"{path}: cannot be read: {error.strerror}") from None
     if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
-        raise EBMError(f"{path}: damaged checkpoint (wrong checksum, {len(raw)} bytes)")
+        raise Damaged(f"{path}: damaged checkpoint (wrong checksum, {len(raw)} bytes)")
     try:
         return torch.load(io.BytesIO(raw[_DIGEST:]), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
-        raise EBMError(f"{path}: not a checkpoint of this version ({error})") from None
+        problem = " ".join(str(error).split())[:200]
+        advice = f"delete {path.parent} to begin anew"
+        raise EBMError(f"{path}: whole, but cannot be loaded ({problem}); {advice}") from None

@@ -234,13 +234,21 @@ def weighted(oracle: Oracle, chains: int, evaluations: int) -> Chains:
 def error(chains: Chains, expectations: Sequence[Expectation]) -> Tensor:
     """[T]: root mean square over chains and expectations of the error of a chain's mean so far, in
     standard deviations. That of independent exact draws is 1 / sqrt(t)."""
-    log_weight = chains.log_weight
-    weight = torch.ones(chains.x.shape[:2]) if log_weight is None else log_weight.softmax(1)
     off = [
-        ((weight * chains.values(e.function)).cumsum(1) / weight.cumsum(1) - e.mean) / e.deviation
+        (_means_so_far(chains.values(e.function), chains.log_weight) - e.mean) / e.deviation
         for e in expectations
     ]
     return torch.stack(off).square().mean((0, 1)).sqrt()
+
+
+def _means_so_far(values: Tensor, log_weight: Tensor | None) -> Tensor:
+    """Of values [B, T], at each t the mean of those up to there, each with its weight [B, T]. The
+    first weights can be nothing beside those that come later, so all sums are of logs."""
+    if log_weight is None:
+        return values.cumsum(1) / torch.arange(1, values.shape[1] + 1)
+    parts = [(log_weight + side.relu().log()).logcumsumexp(1) for side in (values, -values)]
+    positive, negative = (part.sub(log_weight.logcumsumexp(1)).exp() for part in parts)
+    return positive - negative
 
 
 def row(oracle: Oracle, chains: Chains) -> dict[str, Any]:

@@ -64,6 +64,10 @@ class Ensemble(EBM):
     def energy(self, x: Tensor) -> Tensor:
         return torch.stack([member.energy(x) for member in self._members()]).mean(0)
 
+    @property
+    def initialises(self) -> bool:
+        return bool(self.without) or self._members()[0].initialises
+
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         """Each member with what it may see; EBMError if there is none of a class of `without`, or
         nothing else."""

@@ -15,6 +15,7 @@ den Oord & Bethge 2016): log p(x) >= E_n[log p(y)] - D log L; in bits per dimens
 over D log 2.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Flow(Noise, Protocol):
     def initialise(self, v: Tensor) -> None:
         """Set what depends on data [N, *] once, before the first step."""
 
+
+log = logging.getLogger(__name__)
 
 OFF_A_LEVEL = 1e-3
 """A grey is one of the levels if it is no farther from it, in levels."""
@@ -241,8 +244,16 @@ class Space(nn.Module):
         """Fit what is fitted to the data [N, *]."""
         if not self.levels:
             self.shift.copy_(data.mean(0))
-            deviation = data.std(0)
-            self.scale.copy_(torch.where(deviation > 0, deviation, 1))
+            low, high = data.amin(0), data.amax(0)
+            self.scale.copy_(torch.where(low < high, data.std(0), 1))  # of one: rounding's
+            if few := int(((data == low) | (data == high)).all(0).sum()):
+                log.warning(
+                    "%d of %d columns have two values at most (one-hot, say, or constant): no "
+                    "density is the likeliest of such data, and log p grows for as long as "
+                    "training goes on; energies rank all the same",
+                    few,
+                    self.dimensions,
+                )
             return
         greys = (self.levels - 1) * data
         if (greys - greys.round()).abs().max() > OFF_A_LEVEL:

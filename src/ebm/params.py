@@ -124,6 +124,7 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
     dataset = params.datasets[experiment.dataset]
     _check_threshold(where, experiment, dataset)
     _check_samples(where, experiment, dataset)
+    _check_ensemble(where, experiment, dataset)
     warmup = getattr(experiment.model, "warmup", 0)
     if getattr(experiment.model, "tilted", False) and warmup >= train.steps:
         raise ParamsError(
@@ -135,17 +136,28 @@ def _check_experiment(path: Path, name: str, experiment: Experiment, params: Par
             f"{where}.train.checkpoint_every = {train.checkpoint_every}: "
             f"must be a multiple of log_every = {train.log_every}"
         )
-    if (ensemble := experiment.ensemble) is not None:
-        if ensemble.members > train.batch_size:
-            raise ParamsError(
-                f"{where}.ensemble.members = {ensemble.members}: "
-                f"more than the rows of a batch, train.batch_size = {train.batch_size}"
-            )
-        if (taken := ensemble.snapshots * ensemble.every) > train.steps:
-            raise ParamsError(
-                f"{where}.ensemble: snapshots * every = {taken}: "
-                f"more than train.steps = {train.steps}"
-            )
+
+
+def _check_ensemble(where: str, experiment: Experiment, dataset: Dataset) -> None:
+    """That an ensemble is one of detectors, and its numbers fit those of training."""
+    ensemble, train = experiment.ensemble, experiment.train
+    if dataset.kind == "novelty" and not (ensemble and ensemble.without):
+        wanted = "should leave classes out by `without`, as each is found by what never saw it"
+        raise ParamsError(f"{where}.ensemble: {wanted}")
+    if ensemble is None:
+        return
+    if dataset.kind not in ("kddcup99", "novelty", "table"):
+        problem = f"should be null: of {dataset.kind} data only one training is measured at a time"
+        raise ParamsError(f"{where}.ensemble: {problem}")
+    if ensemble.members > train.batch_size:
+        raise ParamsError(
+            f"{where}.ensemble.members = {ensemble.members}: "
+            f"more than the rows of a batch, train.batch_size = {train.batch_size}"
+        )
+    if (taken := ensemble.snapshots * ensemble.every) > train.steps:
+        raise ParamsError(
+            f"{where}.ensemble: snapshots * every = {taken}: more than train.steps = {train.steps}"
+        )
 
 
 def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> None:

@@ -206,9 +206,11 @@ def _trained(
     images, labels = prepared.points(split), prepared.labels(split)
     if labels is None:
         raise EBMError("reference.kind = 'classifier': the data have no labels; use 'coordinates'")
+    if (classes := int(labels.max()) + 1) < 2:
+        raise EBMError("reference.kind = 'classifier': the data have one class; use 'coordinates'")
     built: dict[str, Any] = {
         "shape": list(images.shape[1:]),
-        "classes": int(labels.max()) + 1,
+        "classes": classes,
         "width": settings.width,
     }
     network = (Parts if stacked else Classifier)(**built).to(device)

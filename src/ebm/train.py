@@ -166,7 +166,8 @@ def fit(
 
 def _begin(model: EBM, data: Tensor, labels: Tensor | None, checkpoints: Checkpoints) -> Progress:
     started = time.monotonic()
-    model.initialise(unit(data), labels)
+    if model.initialises:
+        model.initialise(unit(data), labels)
     progress = Progress(seconds=time.monotonic() - started)
     _save(model, checkpoints, progress)
     return progress

@@ -60,9 +60,9 @@ class Prepared:
         name = self.manifest["settings"].get("density")
         return DENSITIES[name]() if name else None
 
-    def points(self, split: str) -> Tensor:
-        """The points of a split [N, *], float32."""
-        return unit(self.tensors[split])
+    def points(self, split: str, most: int | None = None) -> Tensor:
+        """The points of a split [N, *], float32; the first of them, if it has more than `most`."""
+        return unit(self.tensors[split][:most])
 
     def labels(self, split: str) -> Tensor | None:
         """The classes of the points of a split [N], where the source has them."""
@@ -71,7 +71,7 @@ class Prepared:
 
 def unit(x: Tensor) -> Tensor:
     """Stored values as float32 in [0, 1]: bytes are divided by 255, floats pass through."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
 def mode(classes: Tensor) -> Tensor:

@@ -102,6 +102,9 @@ def _reading(path: Path) -> Iterator[None]:
             yield
     except ParserWarning:
         raise EBMError(f"{path}: not a table: rows have more cells than the header") from None
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} is none of UTF-8's"
+        raise EBMError(f"{path}: not UTF-8 ({byte}); save it as CSV in UTF-8") from None
     except UNREADABLE as error:
         problem = " ".join(str(error).split())[:200]
         raise EBMError(f"{path}: cannot be read as a CSV table ({problem})") from None
@@ -173,7 +176,10 @@ def _checked(frame: "DataFrame", settings: TableData, source: str) -> tuple["Dat
     columns = {str(name): present(used[name], source) for name in used}
     numeric = set(columns) - {*settings.categorical, settings.label}
     numbers = {name: numbers_of(columns[name], source) for name in columns if name in numeric}
-    return used.assign(**numbers), dropped
+    used = used.copy()
+    for name, values in numbers.items():
+        used[name] = values
+    return used, dropped
 
 
 def _anomalies(frame: "DataFrame", settings: TableData) -> Tensor:

@@ -200,12 +200,13 @@ def fit(
     columns = []
     for name in (name for name in frame.columns if name not in others):
         if name in categorical:
-            seen = present(of[name], source).astype(str).unique()
-            if len(seen) > MOST_CATEGORIES:
-                many = f"{len(seen)} categories, more than {MOST_CATEGORIES}"
+            categories = sorted(present(of[name], source).astype(str).unique())
+            if len(categories) > MOST_CATEGORIES:
+                many = f"{len(categories)} categories, more than {MOST_CATEGORIES}"
                 where = f"{source}: column {short(name)}"
                 raise EBMError(f"{where}: {many}; ignore it, or group them")
-            columns.append(Column(name, "categorical", tuple(sorted(seen))))
+            _warn_of_blanks(name, categories, source)
+            columns.append(Column(name, "categorical", tuple(categories)))
         else:
             values = present(frame[name], source)
             numbers = _finite(numbers_of(values, source), values, source)
@@ -213,6 +214,14 @@ def fit(
             if scale == "minmax":
                 _warn_of_outlier(columns[-1], numbers, source)
     return Transform(tuple(columns), scale, missing, tuple(others))
+
+
+def _warn_of_blanks(name: str, categories: Sequence[str], source: str) -> None:
+    """A warning if categories differ by nothing that can be seen."""
+    stripped = [category.strip() for category in categories]
+    if alike := [c for c, s in zip(categories, stripped, strict=True) if stripped.count(s) > 1]:
+        told = f"{listed(alike)} differ by blanks only, and are categories of their own"
+        log.warning("%s: column %s: %s", source, short(name), told)
 
 
 def _warn_of_outlier(column: Column, numbers: np.ndarray, source: str) -> None:

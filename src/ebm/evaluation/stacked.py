@@ -31,7 +31,8 @@ def evaluate_stacked(
     result = Evaluation()
     drawn = samples["samples"]
     enough(drawn)
-    train, test = (prepared.points(split).to(drawn.device) for split in ("train", "test"))
+    train = prepared.points("train", max(len(drawn), ENERGIES)).to(drawn.device)
+    test = prepared.points("test").to(drawn.device)
     with evaluating(reference.network):
         _modes(result, samples, train, reference)
         measure_samples(result, samples, train, test, reference)

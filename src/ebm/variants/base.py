@@ -64,6 +64,11 @@ class EBM(nn.Module):
         """Set what depends on the training data [N, *], and on their classes [N] where the model
         needs them, once, before the first step."""
 
+    @property
+    def initialises(self) -> bool:
+        """Whether there is anything to set: all data at once as floats can be more than fits."""
+        return type(self).initialise is not EBM.initialise
+
     def portraits(self) -> dict[str, Tensor]:
         """Parameters worth looking at, by name: images [n, height, width]."""
         return {}
