@@ -294,7 +294,7 @@ HEAD = "amount,colour\n"
         ({"input": "models"}, "models/mine: a model of data set 'mine', which is none of images"),
         ({"content": ""}, "x.csv: cannot be read as a CSV table"),
         ({"content": HEAD}, "x.csv: no rows below the header"),
-        ({"content": b"\xff\xfe\x00\x01" * 99}, "x.csv: cannot be read as a CSV table"),
+        ({"content": b"\xff\xfe\x00\x01" * 99}, "x.csv: not UTF-8 (byte 0xff"),
         ({"content": "colour\nred\n"}, "x.csv: no column 'amount'; it has 'colour'"),
         (
             {"content": "amount;colour\n1;red\n"},
