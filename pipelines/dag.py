@@ -35,6 +35,7 @@ from dvc.utils.serialize import dumps_yaml, load_yaml, modify_yaml, parse_yaml
 
 from ebm import EBMError
 from pipelines import ROOT, files
+from pipelines.stage import CODE
 
 IN_PLACE = {"dump", "_edit_rwlock"}
 """The functions in which DVC overwrites files of its own."""
@@ -285,10 +286,12 @@ def _check_commit(repo: Repo, expected: str) -> None:
 
 
 def _edited(repo: Repo) -> str | None:
-    """A tracked file that differs from the commit, and not because DVC or a stage wrote it."""
-    staged, unstaged, _ = repo.scm.status(untracked_files="no")
+    """A tracked file that differs from the commit, and not because DVC or a stage wrote it, or a
+    new one among the code."""
+    staged, unstaged, untracked = repo.scm.status(untracked_files="all")
+    new = [name for name in untracked if Path(name).parts[0] in CODE]
     made = [Path(out.fs_path) for out in repo.index.outs]
-    for name in sorted({*unstaged, *(name for names in staged.values() for name in names)}):
+    for name in sorted({*unstaged, *new, *(name for names in staged.values() for name in names)}):
         file = Path(repo.root_dir, name)
         if file.name not in WRITTEN_BY_DVC and not any(file.is_relative_to(out) for out in made):
             return name

@@ -37,17 +37,21 @@ def write(root: Path, settings: Mapping[str, Any], timeline: str = "timeline.htm
     page links to the `timeline` of the last rebuild.
 
     DVC comes here when all of them are done. Who runs this stage alone, because some cannot be
-    trained on their machine, gets a report on the others; earlier results of those stay."""
-    everyone = list(settings["experiments"])
-    trained = [name for name in everyone if (root / "models" / name).is_dir()] or everyone
-    absent = [name for name in everyone if name not in trained]
+    trained on their machine, gets a report on those that are measured and were trained with these
+    `settings`; earlier results of the others stay."""
+    everyone, measured = list(settings["experiments"]), "evaluation/metrics.json"
+    done = [name for name in everyone if (root / "models" / name / measured).exists()] or everyone
+    found = [results.read(root / "models", name, settings) for name in done]
+    if outdated := [result.name for result in found if result.outdated]:
+        log.warning("trained with other parameters and left out: %s", ", ".join(outdated))
+    absent = [name for name in everyone if name not in done]
     compared = (root / "models" / results.COMPARISON).is_dir()
     if settings.get(results.COMPARISON) and not compared:
         absent.append(results.COMPARISON)
     if absent:
-        log.warning("not trained here and left out: %s", ", ".join(absent))
-    found = [results.read(root / "models", name, settings) for name in trained]
-    found = [replace(result, history=thin(result.history)) for result in found]
+        log.warning("not trained and measured here, left out: %s", ", ".join(absent))
+    absent += outdated
+    found = [replace(r, history=thin(r.history)) for r in found if not r.outdated]
     comparison = results.read_comparison(root / "models", settings) if compared else None
     reports = root / "reports"
     html = page.render(found, comparison, timeline)

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from ebm import EBMError
+from pipelines.stage import digest, of_training
 
 T = TypeVar("T")
 
@@ -110,6 +111,11 @@ class Result:
     metrics: dict[str, float]
     references: dict[str, list[Reference]]
     pictures: list[Picture]
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it was trained with other parameters than `settings`."""
+        return self.record.params_sha256 != digest(of_training(self.settings))
 
 
 @dataclass(frozen=True)

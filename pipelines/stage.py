@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 PARAMS = Path("params.yaml")
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 """What the system may refuse that its user can give: room, or the right to write."""
+AFTER_TRAINING = {"sample", "evaluate"}
+"""Sections of an experiment on which its training does not depend."""
+
+CODE = "src", "pipelines"
+
 _RECORDS = [  # what a run itself changes
     f":(top,exclude,glob)**/{name}" for name in ("dvc.lock", "metrics/**", "reports/**")
 ]
@@ -81,6 +86,11 @@ def device(threads: int) -> "torch.device":
     return torch.device("cuda")
 
 
+def of_training(experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an experiment its training depends on."""
+    return {key: value for key, value in experiment.items() if key not in AFTER_TRAINING}
+
+
 def digest(content: object) -> str:
     """SHA-256 of a JSON-able value, the same for equal values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -128,13 +138,11 @@ def write_figures(folder: Path, drawn: "Sequence[tuple[str, str, str, Drawing]]"
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the checkout and whether tracked files differ from it."""
-    return {
-        "git_commit": _git("rev-parse", "HEAD") or "none",
-        "git_dirty": bool(
-            _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *_RECORDS)
-        ),
-    }
+    """Commit of the checkout, and whether tracked files or any of the code differ from it."""
+    status = "status", "--porcelain"
+    changed = _git(*status, "--untracked-files=no", "--", ":/", *_RECORDS)
+    new = _git(*status, "--untracked-files=normal", "--", *(f":/{folder}" for folder in CODE))
+    return {"git_commit": _git("rev-parse", "HEAD") or "none", "git_dirty": bool(changed or new)}
 
 
 def _git(*arguments: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from ebm import EBMError, figures, params
-from pipelines import page, report, tracking
+from pipelines import page, report, stage, tracking
 from pipelines.results import Record, Reference, Result
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +80,7 @@ def record(name):
         "device": "cpu",
         "git_commit": "0123456789abcdef0123456789abcdef01234567",
         "git_dirty": name == MEG,
-        "params_sha256": "a" * 64,
+        "params_sha256": stage.digest(stage.of_training(experiment)),
         "data_sha256": "b" * 64,
         "started": "2026-11-24T01:02:03+00:00",
         "seconds": 93.123456789,
@@ -229,11 +229,30 @@ def test_an_experiment_that_is_not_trained_here_is_left_out_and_its_results_stay
     before = snapshot(project)
     (project / "models" / MEG).rename(project / "elsewhere")
     report.write(project, all_params())
-    assert f"not trained here and left out: {MEG}" in caplog.text
+    assert f"not trained and measured here, left out: {MEG}" in caplog.text
     assert MEG not in (project / "reports" / "index.html").read_text()
     kept = {path for path in before if MEG in path.name and path.parts[0] != "models"}
     assert len(kept) >= 3
     assert kept <= set(snapshot(project))
+
+
+def test_nor_is_what_is_trained_and_not_measured_an_error(project, caplog):
+    (project / "models" / MEG / "evaluation" / "metrics.json").unlink()
+    report.write(project, all_params())
+    assert f"not trained and measured here, left out: {MEG}" in caplog.text
+
+
+def test_numbers_never_stand_beside_parameters_that_did_not_make_them(project, caplog):
+    settings = all_params()
+    settings["experiments"][MEG]["sample"] = settings["experiments"][MEG]["sample"] | {"count": 99}
+    report.write(project, settings)
+    assert MEG in (project / "reports" / "index.html").read_text()
+    before = snapshot(project)
+    settings["experiments"][MEG]["model"] = settings["experiments"][MEG]["model"] | {"latent": 77}
+    report.write(project, settings)
+    assert f"trained with other parameters and left out: {MEG}" in caplog.text
+    assert MEG not in (project / "reports" / "index.html").read_text()
+    assert snapshot(project).keys() >= {p for p in before if MEG in p.name}
 
 
 @pytest.mark.parametrize("absent", [[MEG, SAMPLERS], [SAMPLERS]])
@@ -242,7 +261,7 @@ def test_so_do_those_of_a_comparison_that_is_not_made_here(project, caplog, abse
     for name in absent:
         (project / "models" / name).rename(project / name)
     report.write(project, all_params())
-    assert f"not trained here and left out: {', '.join(absent)}" in caplog.text
+    assert f"not trained and measured here, left out: {', '.join(absent)}" in caplog.text
     kept = {p for p in before if SAMPLERS in p.name and p.parts[0] != "models"}
     assert kept
     assert kept <= set(snapshot(project))
@@ -258,7 +277,6 @@ BROKEN = [
     ("history.csv", b"step,loss\n1,2\n2\n", "train"),
     ("history.csv", b"step,loss\n1,low\n", "train"),
     ("history.csv", b"\xff\xfe\x00", "train"),
-    ("evaluation/metrics.json", None, "evaluate"),
     ("evaluation/metrics.json", b'{"modes": 8', "evaluate"),
     ("evaluation/metrics.json", b'{"modes": "many"}', "evaluate"),
     ("evaluation/references.json", b'{"modes": [{"value": 8, "kind": "guess"}]}', "evaluate"),
@@ -421,7 +439,15 @@ def test_a_section_has_one_row_for_a_number_and_all_that_belongs_to_it(html):
 
 def test_provenance_names_what_a_number_came_from(html):
     section = html.split(f'id="{MEG}"')[1].split("</section>")[0]
-    told = ("0123456789abcdef", "uncommitted", "a" * 64, "b" * 64, "d" * 32, "2.11.0", "1 restart")
+    told = (
+        "0123456789abcdef",
+        "uncommitted",
+        record(MEG)["params_sha256"],
+        "b" * 64,
+        "d" * 32,
+        "2.11.0",
+        "1 restart",
+    )
     assert [text for text in told if text not in section] == []
     assert "not tracked" in html.split(f'id="{RBM}"')[1].split("</section>")[0]
 

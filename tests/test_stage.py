@@ -52,6 +52,10 @@ def test_a_checkout_is_dirty_by_what_a_run_does_not_write(tmp_path, monkeypatch,
     git(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "all"])
     for name in ("dvc.lock", "metrics/a.json", "reports/figures/a.png"):
         Path(place, name).write_text("2")
+    Path("src").mkdir()
     assert not stage.git_state()["git_dirty"]
+    Path("src/forgotten.py").write_text("1")
+    assert stage.git_state()["git_dirty"]
+    Path("src/forgotten.py").unlink()
     Path(place, "params.yaml").write_text("2")
     assert stage.git_state()["git_dirty"]

@@ -194,7 +194,11 @@ def _anomalies(frame: "DataFrame", settings: TableData) -> Tensor:
     stripped = {name.strip() for name in settings.normal}
     if alike := [v for v in found if v not in settings.normal and str(v).strip() in stripped]:
         raise EBMError(f"{where}: {listed(alike)} differ from normal by blanks only")
-    return torch.from_numpy(~values.isin(settings.normal).to_numpy())
+    anomalous = torch.from_numpy(~values.isin(settings.normal).to_numpy())
+    if not anomalous.any():
+        advice = "set label: null, normal: [], ignore the column and give evaluate.flagged"
+        raise EBMError(f"{where}: no row is anomalous; {advice}")
+    return anomalous
 
 
 def split(anomaly: Tensor, settings: TableData) -> dict[str, Tensor]:

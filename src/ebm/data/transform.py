@@ -64,7 +64,8 @@ class Column:
 
     def scaled(self, numbers: np.ndarray) -> np.ndarray:
         """Numbers [N] by the bounds, float32."""
-        return _single((numbers - self.low) / self.span)
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is told of
+            return _single((numbers - self.low) / self.span)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,9 @@ def _flag(result: Evaluation, scored: Scored, rule: Rule) -> None:
     source = f"of the validation split, whose highest {wanted:.2%} were to be flagged"
     result.refer("flagged_share", reached, "baseline", source)
     if reached > 2 * wanted:
-        log.warning("the threshold flags %.1f %% %s: energies are alike", 100 * reached, source)
+        rows = len(scored.known["energy"])
+        why = "energies are alike" if wanted * rows >= 1 else f"one of its {rows} rows is more"
+        log.warning("the threshold flags %.1f %% %s: %s", 100 * reached, source, why)
     _draw_scores(result, scored, rule, {"test": torch.ones_like(flagged)}, "Test rows")
 
 
