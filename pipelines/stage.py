@@ -27,6 +27,7 @@ AFTER_TRAINING = {"sample", "evaluate"}
 """Sections of an experiment on which its training does not depend."""
 
 CODE = "src", "pipelines"
+"""Folders whose files make results, whether or not git was told of them."""
 
 _RECORDS = [  # what a run itself changes
     f":(top,exclude,glob)**/{name}" for name in ("dvc.lock", "metrics/**", "reports/**")

@@ -303,6 +303,12 @@ def test_a_house_that_no_clone_could_work_for_is_told(home):
     with pytest.raises(EBMError, match=r"^stage\.py is changed and not committed"):
         dag.commit(home.root)
     home.git("checkout", "-q", "stage.py")
+    (home.root / "src").mkdir(exist_ok=True)
+    home.write("notes.txt", "of no stage")
+    home.write("src/forgotten.py", "")
+    with pytest.raises(EBMError, match=r"^src/forgotten\.py is changed and not committed"):
+        dag.commit(home.root)
+    (home.root / "src" / "forgotten.py").unlink()
     home.write("dvc.lock", "schema: '2.0'\nstages: {}\n")
     assert dag.commit(home.root) == home.git("rev-parse", "HEAD").strip()
     home.write(".dvc/config", "")

@@ -246,8 +246,11 @@ def _means_so_far(values: Tensor, log_weight: Tensor | None) -> Tensor:
     first weights can be nothing beside those that come later, so all sums are of logs."""
     if log_weight is None:
         return values.cumsum(1) / torch.arange(1, values.shape[1] + 1)
-    parts = [(log_weight + side.relu().log()).logcumsumexp(1) for side in (values, -values)]
-    positive, negative = (part.sub(log_weight.logcumsumexp(1)).exp() for part in parts)
+    total = log_weight.logcumsumexp(1)
+    positive, negative = (
+        ((log_weight + side.relu().log()).logcumsumexp(1) - total).exp()
+        for side in (values, -values)
+    )
     return positive - negative
 
 

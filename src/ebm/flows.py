@@ -30,6 +30,8 @@ from ebm import EBMError
 from ebm.parallel import draws_are_shared
 from ebm.variants.base import EBM
 
+log = logging.getLogger(__name__)
+
 Latents = tuple[Tensor, ...]
 """All that is random in draws."""
 
@@ -61,8 +63,6 @@ class Flow(Noise, Protocol):
     def initialise(self, v: Tensor) -> None:
         """Set what depends on data [N, *] once, before the first step."""
 
-
-log = logging.getLogger(__name__)
 
 OFF_A_LEVEL = 1e-3
 """A grey is one of the levels if it is no farther from it, in levels."""
