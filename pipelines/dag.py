@@ -6,7 +6,6 @@ objects, from which the runner and the Prefect flow schedule stages.
 """
 
 import contextlib
-import difflib
 import fnmatch
 import gc
 import graphlib
@@ -33,7 +32,7 @@ from dvc.repo import Repo, lock_repo
 from dvc.scm import map_scm_exception
 from dvc.utils.serialize import dumps_yaml, load_yaml, modify_yaml, parse_yaml
 
-from ebm import EBMError
+from ebm import EBMError, did_you_mean
 from pipelines import ROOT, files
 from pipelines.stage import CODE
 
@@ -472,15 +471,10 @@ def _matching(targets: Sequence[str], found: Mapping[str, Any]) -> list[str]:
             or (name.count("/") == target.count("/") and fnmatch.fnmatchcase(name, target))
         ]
         if not matched:
-            raise EBMError(f"no stage matches {target!r}{_suggestion(target, found)}")
+            names = {*found, *(name.partition("@")[0] for name in found)}
+            raise EBMError(f"no stage matches {target!r}{did_you_mean(target, names)}")
         matching += matched
     return matching
-
-
-def _suggestion(target: str, names: Mapping[str, Any]) -> str:
-    groups = {name.partition("@")[0] for name in names}
-    close = difflib.get_close_matches(target, sorted({*names, *groups}), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _with_upstream(

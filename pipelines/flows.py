@@ -32,6 +32,7 @@ from pipelines.timeline import Rebuild
 from pipelines.worker import Made
 
 RESTORED = "Cached"  # Prefect's own name for the state of a task that did not have to run
+BY = "python -m pipelines.flows"
 POLL_SECONDS = 2.0
 SETTINGS = {
     "DO_NOT_TRACK": "true",
@@ -51,7 +52,7 @@ def main() -> int:
         started = time.time()
         plan = dag.plan_when_free(targets, made_elsewhere=bool(dask))
         if not force and not plan.stale:
-            return run.nothing_to_do(targets, plan, started)
+            return run.nothing_to_do(BY, targets, plan, started)
         if dask:
             dag.commit()  # or one line that says why not
         from pipelines import flows  # this module, by the name under which Prefect finds the flow

@@ -13,7 +13,6 @@ import itertools
 import logging
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -23,6 +22,8 @@ from ebm import EBMError
 
 log = logging.getLogger(__name__)
 
+LOCKS = Path("/tmp")
+"""One folder for the machine: that of TMPDIR may be another for each job or user."""
 POLL_SECONDS = 0.5
 TOLD = 64  # bytes of a lock's file that say who has the card
 
@@ -114,9 +115,9 @@ def _take(cards: Mapping[int, str], ranks: int) -> int | None:
         mine = list(free)[:ranks] if len(free) >= ranks else []
         for index in free.keys() - set(mine):
             os.close(free[index])
-    for rank, index in enumerate(mine):
-        os.pwrite(free[index], _told(rank), 0)
-        _held.append(free[index])
+        for rank, index in enumerate(mine):
+            os.pwrite(free[index], _told(rank), 0)
+            _held.append(free[index])
     return mine[0] if mine else None
 
 
@@ -169,4 +170,4 @@ def _open(name: str) -> int:
 
 
 def _path(name: str) -> Path:
-    return Path(tempfile.gettempdir(), f"ebm-gpu-{name}.lock")
+    return LOCKS / f"ebm-gpu-{name}.lock"

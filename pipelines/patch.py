@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, SequenceNode
 
-from ebm import EBMError
+from ebm import EBMError, did_you_mean
 
 
 def value(text: str) -> Any:
@@ -34,9 +34,8 @@ def at(content: Any, key: str) -> Any:
 
 
 def _instead(part: str, known: Mapping[str, Any]) -> str:
-    if close := difflib.get_close_matches(part, known, n=1):
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are: {', '.join(known)}" if known else ""
+    there_are = f"; there are: {', '.join(known)}" if known else ""
+    return did_you_mean(part, known) or there_are
 
 
 def replaced(text: str, changes: Mapping[str, str]) -> str:

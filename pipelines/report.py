@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ebm import params
-from pipelines import page, results, stage, tracking
+from ebm import EBMError, params
+from pipelines import page, results, stage
 from pipelines.results import Comparison, History, Result
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,7 @@ CURVE_ROWS = 200
 
 def main() -> None:
     timeline = os.path.relpath(stage.root() / "reports" / "timeline.html", "reports")
-    write(Path(), params.load(stage.PARAMS).model_dump(), timeline)
-    tracking.flush()
+    write(Path(), params.load(stage.PARAMS).model_dump(mode="json"), timeline)
 
 
 def write(root: Path, settings: Mapping[str, Any], timeline: str = "timeline.html") -> None:
@@ -37,22 +36,27 @@ def write(root: Path, settings: Mapping[str, Any], timeline: str = "timeline.htm
     page links to the `timeline` of the last rebuild.
 
     DVC comes here when all of them are done. Who runs this stage alone, because some cannot be
-    trained on their machine, gets a report on those that are measured and were trained with these
-    `settings`; earlier results of the others stay."""
-    everyone, measured = list(settings["experiments"]), "evaluation/metrics.json"
-    done = [name for name in everyone if (root / "models" / name / measured).exists()] or everyone
-    found = [results.read(root / "models", name, settings) for name in done]
-    if outdated := [result.name for result in found if result.outdated]:
-        log.warning("trained with other parameters and left out: %s", ", ".join(outdated))
-    absent = [name for name in everyone if name not in done]
-    compared = (root / "models" / results.COMPARISON).is_dir()
-    if settings.get(results.COMPARISON) and not compared:
-        absent.append(results.COMPARISON)
+    trained on their machine, gets a report on those that are measured, and by `dvc.lock` with
+    these `settings`; earlier results of the others stay. EBMError: there are none."""
+    models, used = root / "models", results.used(root / "dvc.lock")
+    measured = {name: f"{name}/evaluation/metrics.json" for name in settings["experiments"]}
+    if settings.get(results.COMPARISON):
+        measured[results.COMPARISON] = results.COMPARISON
+    absent = [name for name, file in measured.items() if not (models / file).exists()]
     if absent:
         log.warning("not trained and measured here, left out: %s", ", ".join(absent))
+    done = [name for name in measured if name not in absent]
+    outdated = [name for name in done if results.outdated(name, used, settings)]
+    if outdated:
+        log.warning("made with other parameters and left out: %s", ", ".join(outdated))
     absent += outdated
-    found = [replace(r, history=thin(r.history)) for r in found if not r.outdated]
-    comparison = results.read_comparison(root / "models", settings) if compared else None
+    current = [name for name in settings["experiments"] if name not in absent]
+    if not current:
+        raise EBMError("no experiment is trained and measured with these parameters; dvc repro")
+    found = [results.read(models, name, settings) for name in current]
+    found = [replace(result, history=thin(result.history)) for result in found]
+    compared = results.COMPARISON not in absent
+    comparison = results.read_comparison(models, settings) if compared else None
     reports = root / "reports"
     html = page.render(found, comparison, timeline)
     named: list[tuple[str, Result | Comparison]] = [(result.name, result) for result in found]

@@ -2,15 +2,18 @@
 
 import csv
 import math
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from ebm import EBMError
-from pipelines.stage import digest, of_training
 
 T = TypeVar("T")
 
@@ -37,7 +40,7 @@ class Provenance(BaseModel):
     seconds: FiniteFloat
     python: str
     torch: str
-    tracking_key: str | None
+    tracking_key: str
     mlflow_run_id: str | None
 
 
@@ -112,11 +115,6 @@ class Result:
     references: dict[str, list[Reference]]
     pictures: list[Picture]
 
-    @property
-    def outdated(self) -> bool:
-        """Whether it was trained with other parameters than `settings`."""
-        return self.record.params_sha256 != digest(of_training(self.settings))
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -127,6 +125,41 @@ class Comparison:
     metrics: dict[str, float]
     table: list[Line]
     pictures: list[Picture]
+
+
+def _stages(name: str, params: Mapping[str, Any]) -> list[str]:
+    """The stages whose parameters stand beside the results of an experiment, or of COMPARISON."""
+    if name == COMPARISON:
+        return [COMPARISON]
+    data = params["experiments"][name]["dataset"]
+    own = [f"{stage}@{name}" for stage in ("train", "sample", "evaluate")]
+    return [f"prepare@{data}", f"reference@{data}", *own]
+
+
+Used = Mapping[str, Mapping[str, Any]]
+"""The parameters that every stage was run with last: by its name, then by their dotted keys."""
+
+
+def used(lock: Path) -> Used:
+    """What a `dvc.lock` says of that: nothing of a stage that DVC did not run."""
+    try:
+        stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8"))["stages"]
+        files = {name: entry.get("params", {}).values() for name, entry in stages.items()}
+        return {name: dict(ChainMap(*found)) for name, found in files.items()}
+    except FileNotFoundError:
+        return {}
+    except (YAMLError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EBMError(f"{lock}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def outdated(name: str, used: Used, params: Mapping[str, Any]) -> bool:
+    """Whether results of an experiment, or of COMPARISON, were made with parameters other than
+    `params`, the whole of params.yaml."""
+    return any(
+        reduce(lambda section, part: (section or {}).get(part), key.split("."), params) != value
+        for stage in _stages(name, params)
+        for key, value in used.get(stage, {}).items()
+    )
 
 
 _METRICS = TypeAdapter(dict[str, int | float])

@@ -198,7 +198,7 @@ def run(
     plan = dag.plan_when_free(targets, root)
     stages = plan.stages if force else plan.stale
     if not stages:
-        return nothing_to_do(targets, plan, started, root)
+        return nothing_to_do(BY, targets, plan, started, root)
     show(f"{len(stages)} of {len(plan.stages)} stages to run, {jobs} at a time")
     results: list[Result] = []
     with ThreadPoolExecutor(jobs) as pool, start_launcher(root) as launcher:
@@ -216,9 +216,11 @@ def run(
     return all(result.outcome == "done" for result in results)
 
 
-def nothing_to_do(targets: Sequence[str], plan: Plan, started: float, root: Path = ROOT) -> bool:
-    """A run of a plan of which nothing is stale; True, for it succeeds."""
-    keep_timeline(timeline.rebuild(BY, targets, plan, [], started), root)
+def nothing_to_do(
+    by: str, targets: Sequence[str], plan: Plan, started: float, root: Path = ROOT
+) -> bool:
+    """A run `by` a command of a plan of which nothing is stale; True, for it succeeds."""
+    keep_timeline(timeline.rebuild(by, targets, plan, [], started), root)
     show(NOTHING_TO_DO)
     return True
 

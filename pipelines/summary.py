@@ -39,7 +39,7 @@ class Experiment:
         """The page of its training in MLflow, empty if that was not tracked, or not delivered
         yet."""
         record = self.result.record
-        state = Spool(record.tracking_key).state() if record.tracking_key else None
+        state = Spool(record.tracking_key).state()
         run = record.mlflow_run_id or (state and state.mlflow_run_id)
         return f"{_mlflow()}/#/runs/{run}" if run else ""
 

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipelines import ROOT
-from pipelines.spool import Echo, Spool, State, public, root, tracking_uri
+from pipelines.spool import Echo, Spool, State, root, tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +93,6 @@ class Run:
             run._release()
         run._guarded("start a courier", lambda: _couriers.append(_courier(run.key)))
         return run
-
-    @property
-    def tracking_uri(self) -> str:
-        """Where this run goes, fit to be shown: without password and without the root's path."""
-        return public(tracking_uri())
 
     def log(self, metrics: dict[str, float], step: int, restarts: int = 0) -> None:
         """One row of scalars; `restarts` counts how often training went back to a checkpoint.

@@ -4,7 +4,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CARDS = {0: "GPU-aa11", 1: "GPU-bb22"}
 
 HOLDER = """
-import logging, sys
+import logging, pathlib, sys
 from pipelines import gpu
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-gpu.POLL_SECONDS = 0.05
+gpu.POLL_SECONDS, gpu.LOCKS = 0.05, pathlib.Path(sys.argv[2])
 print(gpu.claim(eval(sys.argv[1])), flush=True)
 sys.stdin.read()
 """
@@ -30,7 +29,7 @@ sys.stdin.read()
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
     """A machine whose locks lie in a folder of this test, with two cards that nobody uses."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpu, "LOCKS", tmp_path)
     monkeypatch.setattr(gpu, "_held", held := [])
     monkeypatch.setattr(gpu, "_claimed", [])
     monkeypatch.setattr(gpu, "_present", lambda: list(CARDS.values()))
@@ -45,9 +44,9 @@ def machine(tmp_path, monkeypatch):
 def holder(cards=CARDS, **environment):
     """A process that claims one of `cards`, and has it until the context is left."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, repr(cards)],
+        [sys.executable, "-c", HOLDER, repr(cards), str(gpu.LOCKS)],
         cwd=ROOT,
-        env={**os.environ, "TMPDIR": tempfile.gettempdir(), **environment},
+        env={**os.environ, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -69,6 +68,11 @@ def test_each_process_has_a_card_of_its_own_and_who_finds_none_waits_for_the_fir
             assert said(third) == "waiting for a GPU: others use all that it may"
             other.kill()  # the system takes the lock from a process that is killed
             assert said(third) in ("0", "1")
+
+
+def test_jobs_with_temporary_folders_of_their_own_share_no_card_either(tmp_path):
+    with holder(TMPDIR=str(tmp_path / "a")) as one, holder(TMPDIR=str(tmp_path / "b")) as other:
+        assert sorted([said(one), said(other)]) == ["0", "1"]
 
 
 def test_who_asks_for_one_card_waits_for_that_one():

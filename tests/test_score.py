@@ -272,7 +272,7 @@ def test_a_row_that_cannot_be_is_an_anomaly(home, monkeypatch):
     assert found.index[found["anomaly"] == "1"].tolist() == [70]
 
 
-def test_the_model_of_an_image_says_so(home):
+def test_a_table_is_not_for_a_model_of_points_in_the_plane(home):
     saved(home / "models/plane", density())
     with pytest.raises(EBMError, match=r"^models/plane: a model of data set 'mine', which is no"):
         scored(model="models/plane")

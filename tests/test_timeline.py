@@ -124,6 +124,7 @@ def test_a_rebuild_of_which_nothing_ran_is_one_too(house):
         assert house.run(module=module) == (0, f"{run.NOTHING_TO_DO}\n")
         entries, html = kept(house)
         assert entries == [(name, "up to date") for name in ALL]
+        assert f"python -m pipelines.{module}" in html
         assert "Of 6 stages 6 up to date." in " ".join(re.sub("<[^>]*>", "", html).split())
 
 
@@ -168,7 +169,7 @@ def test_a_full_disk_breaks_neither_the_old_page_nor_the_rebuild(house, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(timeline.Path, "write_text", half)
-    assert run.nothing_to_do([], dag.plan(root=house.root), time.time(), house.root)
+    assert run.nothing_to_do(run.BY, [], dag.plan(root=house.root), time.time(), house.root)
     monkeypatch.undo()
     assert capsys.readouterr().out.startswith("no timeline: [Errno 28]")
     assert kept(house) == before

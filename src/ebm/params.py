@@ -1,7 +1,6 @@
 """`params.yaml` -> typed, frozen configuration, or one line that says which key is wrong and
 why."""
 
-import difflib
 from collections.abc import Sequence
 from functools import reduce
 from importlib import import_module
@@ -13,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from ebm import EBMError
+from ebm import EBMError, did_you_mean
 from ebm.schema import FEWEST_DRAWN, Dataset, Experiment, Samplers, Section
 from ebm.variants import VARIANTS
 
@@ -198,12 +197,7 @@ def _check_samples(where: str, experiment: Experiment, dataset: Dataset) -> None
 
 
 def _unknown(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    return f"unknown name {name!r}{_did_you_mean(name, list(known))}; known: {', '.join(known)}"
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown name {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
 
 
 def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
@@ -257,7 +251,7 @@ def _complaint(problem: Any, keys: Sequence[int | str], tags: Sequence[str]) -> 
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         known = _known_keys(keys, tags)
-        return f": unknown key{_did_you_mean(str(keys[-1]), known)}; allowed: {', '.join(known)}"
+        return f": unknown key{did_you_mean(str(keys[-1]), known)}; allowed: {', '.join(known)}"
     if kind == "missing":
         return ": missing key"
     if kind == "union_tag_not_found":
@@ -271,7 +265,7 @@ def _complaint(problem: Any, keys: Sequence[int | str], tags: Sequence[str]) -> 
     close = ""
     if kind == "literal_error":
         known = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
-        close = _did_you_mean(str(value), known)
+        close = did_you_mean(str(value), known)
     return f" = {_short(value)}: {_message(problem)}{close}"
 
 
