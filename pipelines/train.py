@@ -84,7 +84,7 @@ def _recorded(
             run.log_final(ended)
             tracked = {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=5)}
             stage.write_json(folder / "run.json", record | ended | tracked)
-    checkpoints.clear()
+        checkpoints.clear()
 
 
 def _labels(model: "EBM", prepared: "Prepared", name: str, device: "torch.device") -> Any:
@@ -148,7 +148,6 @@ def _tracked(
             "dvc.stage": f"train@{name}",
             "git.commit": record["git_commit"],
             "git.dirty": str(record["git_dirty"]).lower(),
-            "ebm.experiment": name,
             "ebm.variant": record["variant"],
             "params.sha256": record["params_sha256"],
             "data.sha256": record["data_sha256"],

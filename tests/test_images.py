@@ -294,9 +294,10 @@ def test_a_file_that_is_nowhere_is_one_line_with_the_ways_to_get_it(mirror, name
     assert "\n" not in line
 
 
-def test_a_mirror_that_does_not_exist_is_told(mirror, monkeypatch):
-    monkeypatch.setenv(files.MIRROR, str(mirror / "typo"))
-    with pytest.raises(EBMError, match=f"{files.MIRROR} = .*typo: no such folder"):
+@pytest.mark.parametrize("place", ["typo", "file:///typo", "s3://bucket/typo"])
+def test_a_mirror_that_is_none_is_told(mirror, monkeypatch, place):
+    monkeypatch.setenv(files.MIRROR, place if "://" in place else str(mirror / place))
+    with pytest.raises(EBMError, match=f"{files.MIRROR} = .*typo: neither a folder nor"):
         images()
 
 

@@ -69,6 +69,7 @@ WRONG = [
     ("datasets.digits.reference.epochs", 0),
     ("datasets.swissroll.reference.kind", "classifier"),
     ("datasets.digits.seed", -1),
+    ("datasets.digits.reference.batch_size", 1),
     ("datasets.swissroll.density", "swissrol"),
     ("datasets.swissroll.train", "many"),
     ("datasets.swissroll.train", 1.5),

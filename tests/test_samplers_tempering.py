@@ -262,3 +262,13 @@ def test_sweeps_are_transitions_between_swaps():
     state = run(tempered(gaussian, sweeps=5), torch.randn(4, 2), 3)
     assert [rung.steps for rung in state.rungs] == [15, 15, 15]
     assert state.steps == 3
+
+
+def test_a_swap_of_two_states_that_cannot_be_is_refused_and_counted():
+    def walled(x):
+        return torch.where(x.abs().amax(1) < 1, gaussian(x), torch.inf)
+
+    ladder = tempered(walled, kernel=lambda e: RandomWalk(e, 1e-3))
+    state = run(ladder, torch.full((10, 2), 3.0), 1)
+    assert torch.equal(state.swap_acceptance[0], torch.zeros(10))
+    assert swap_rates(state.swap_acceptance[None])[0] == 0

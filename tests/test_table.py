@@ -96,22 +96,17 @@ def test_categories_may_come_from_more_rows_than_bounds_do():
     assert half.columns[0].high == 2
 
 
-def test_a_transform_survives_its_file_bit_for_bit(tmp_path):
+def test_a_transform_survives_json_bit_for_bit():
     third = fit(changed(size=[1 / 3, 0.1, 2e7 / 3]), CATEGORICAL, "minmax", "x.csv")
-    third.save(tmp_path / "transform.json")
-    again = Transform.load(tmp_path / "transform.json")
+    again = Transform.from_json(json.loads(json.dumps(third.to_json())), "x.json")
     assert again == third
     assert torch.equal(again.apply(FRAME), third.apply(FRAME))
-    json.loads((tmp_path / "transform.json").read_text())
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"columns": []}', '{"columns": [1]}'])
-def test_what_is_no_transform_is_named(tmp_path, content):
-    path = tmp_path / "transform.json"
-    if content is not None:
-        path.write_text(content)
+@pytest.mark.parametrize("content", [None, [], {"columns": []}, {"columns": [1]}])
+def test_what_is_no_transform_is_named(content):
     with pytest.raises(EBMError, match=r"transform\.json: not a transform"):
-        Transform.load(path)
+        Transform.from_json(content, "transform.json")
 
 
 def test_an_unseen_category_is_all_zeros_and_counted(caplog):

@@ -363,6 +363,15 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_loses_nothing(tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.ckpt", "x.ckpt"]
 
 
+def test_what_a_kill_left_half_written_is_gone_when_training_goes_on(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, {"step": 10})
+    (tmp_path / ".step-0000000020.ckpt.123").write_bytes(b"half")
+    with checkpoints.locked():
+        assert {path.name for path in tmp_path.iterdir()} == {"lock", "step-0000000010.ckpt"}
+    assert checkpoints.newest() == {"step": 10}
+
+
 def test_two_trainings_never_share_a_folder(tmp_path):
     second = Checkpoints(tmp_path).locked()
     with Checkpoints(tmp_path).locked(), pytest.raises(EBMError, match="another process"):

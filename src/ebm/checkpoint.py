@@ -46,6 +46,8 @@ class Checkpoints:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise EBMError(f"{self.folder}: another process is training here") from None
+            for rest in self.folder.glob(".step-*"):  # of one that was killed while it wrote
+                rest.unlink()
             yield
 
     def save(self, step: int, content: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from ebm import EBMError
 from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Space, adam
 from ebm.networks import scalar
 from ebm.recorded import Loss
-from ebm.samplers import Independence, State, run
+from ebm.samplers import Independence, State, by_row, run
 from ebm.variants.base import EBM
 
 
@@ -59,16 +59,17 @@ BISECTIONS = 40
 
 def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
     """log Z of an unnormalised density p, of which only that is unknown, from the log ratios
-    log p - log q at its own draws [N] and at those of the noise [ratio N], both float64: the c
-    that maximises V(log p - c), which is the root of a function that falls with c.
+    log p - log q at its own draws [N] and at those of the noise [ratio N], both float64: the
+    log Z that maximises V(log p - log Z). There the derivative of V is 0; `excess` is -N times it
+    and rises.
 
     Raises EBMError where the noise never meets the data, so that V has no maximum.
     """
     shift = math.log(ratio)
 
-    def excess(c: float) -> Tensor:
-        missed = torch.sigmoid(shift + c - data).sum()
-        return missed - torch.sigmoid(noise - shift - c).sum()
+    def excess(log_z: float) -> Tensor:
+        missed = torch.sigmoid(shift + log_z - data).sum()
+        return missed - torch.sigmoid(noise - shift - log_z).sum()
 
     low, high = _bracket(data, noise)
     if not excess(low) < 0 < excess(high):
@@ -101,7 +102,7 @@ def log_partition_variance(log_p: Tensor, log_q: Tensor, ratio: float, cell: flo
 def importance_log_partition(energy: Tensor, log_q: Tensor) -> Tensor:
     """log of the mean of exp(-E) / q over draws of q: importance sampling's log Z, from E [N, *]
     and log q [N] at the draws; [*]."""
-    weight = -energy - log_q.view(-1, *[1] * (energy.dim() - 1))
+    weight = -energy - by_row(log_q, energy)
     return weight.logsumexp(0) - math.log(len(weight))
 
 
@@ -112,9 +113,9 @@ LOGGED = ("value", "accuracy", "log_z", "noise_loss", "energy_gap", "gradient_no
 
 
 class Contrasted(EBM):
-    """An energy f over the space of a density q, the `noise`, and constants c = log Z that are
-    learned: log p(v) = -f(v) - c. Of several `outputs` f_k, c_k the density is the mixture of
-    equal parts; they share all layers but the last.
+    """An energy f over the space of a density q, the `noise`, and constants log Z that are
+    learned: log p(v) = -f(v) - log Z. Of several `outputs` f_k, log Z_k the density is the mixture
+    of equal parts; they share all layers but the last.
 
     `network` are the settings of f (`ebm.networks.scalar`); `noise`, `levels` and `margin` those
     of a `flows.Density`; the others as in `schema.Contrasted`.
@@ -200,7 +201,8 @@ class Contrasted(EBM):
         return self.log_density(v) - self.contrast.log_prob(v)
 
     def energy(self, x: Tensor) -> Tensor:
-        """-log p(x), of images that of their grey levels; normalised as far as c is right: [B]."""
+        """-log p(x), of images that of their grey levels, normalised as far as log Z is right:
+        [B]."""
         return -self._log_prob(self.space.centre(x))
 
     def log_likelihood(self, x: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Ensemble(EBM):
                 seen = self._seen(m, labels)
                 if seen.all() or not seen.any():
                     problem = f"{'no' if seen.all() else 'every'} training row is of class"
-                    raise EBMError(f"ensemble.without: {problem} {self._hidden(m)}")
+                    raise EBMError(f"ensemble.without: {problem} {self.hidden(m)}")
                 x, y = data[seen], labels[seen]
             member.initialise(x, y if member.needs_labels else None)
 
@@ -98,13 +98,13 @@ class Ensemble(EBM):
         classes = y[rows] if y is not None and self.classes else None
         return self._members()[m].training_step(x[rows], classes)
 
-    def _hidden(self, m: int) -> int:
+    def hidden(self, m: int) -> int:
         """The class that member `m` must not see."""
         return self.without[m % len(self.without)]
 
     def _seen(self, m: int, labels: Tensor) -> Tensor:
         """Which rows of classes `labels` [N] member `m` may see: bool [N]."""
-        return labels != self._hidden(m)
+        return labels != self.hidden(m)
 
     def _take_snapshots(self) -> None:
         """The oldest snapshot of every member gives way to its present state."""

@@ -130,10 +130,10 @@ def adam(
 class Defended(Noise):
     """The mixture (1 - share) q + share N of a flow and a broad Gaussian: a defensive mixture
     (Hesterberg 1995), which has draws wherever data might be however narrow the flow becomes, so
-    that a density told from them is low where nothing lies. The Gaussian has its `share` of every
-    batch of draws, rounded up or down at random so that it has it on average too: each draw is one
-    of the mixture, however few there are. Where several processes share the draws, it has to be
-    whole in each: one alone would round another number."""
+    that a density told from them is low where nothing lies. Of n draws share n come from the
+    Gaussian, rounded up or down at random with that expectation, so every draw follows the
+    mixture. Where several processes share the draws, share n has to be whole in each: they would
+    round each on its own."""
 
     flow: Flow
     broad: Gaussian
@@ -281,8 +281,9 @@ class Space(nn.Module):
         return (self.levels * y).floor().clamp(0, self.levels - 1) / (self.levels - 1)
 
     def log_det(self, v: Tensor) -> Tensor:
-        """log|dv / dx| at points [B, *]: [B]; of images less D log L, so that log p(v) + this is
-        the log probability of their levels."""
+        """log|dv / dx| at points [B, *] of vectors x: [B]; of images log|dv / dy| - D log L with
+        y the dequantised pixels in [0, 1], so that log p(v) + this is the log probability of their
+        levels."""
         if not self.levels:
             return -self.scale.log().sum().expand(len(v))
         softplus = nn.functional.softplus

@@ -3,7 +3,7 @@ for IGEBM's chains, which are as good and others: each process has a part of the
 
 A training is a function of (seed, step), by however many processes. Of W processes with the same
 weights, the one of rank r has the rows r, r + W, r + 2 W ... of the batch, of every draw, and of
-the chains that live on; gradients are averaged (`ebm.variants.base.descend`), and with them all
+the chains that live on; gradients are averaged (`ebm.variants.base.follow`), and with them all
 processes take the same step. What is no mean over the batch has to be told so: `averaged`,
 `gathered` and `shuffled` are the identity, or what one process would do, where there is only one.
 

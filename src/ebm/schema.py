@@ -52,7 +52,7 @@ class ClassifierReference(Section):
     kind: Literal["classifier"]
     width: Count
     epochs: Count
-    batch_size: Count
+    batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Positive
     threads: Count
 

@@ -97,13 +97,13 @@ def mirrored(name: str) -> Path | None:
     mirror = os.environ.get(MIRROR)
     if not mirror:
         return None
-    if "://" in mirror:
+    if mirror.startswith(("http://", "https://")):
         try:
             return _retrieve(f"{mirror.rstrip('/')}/{name}", name)
         except Missing:
             return None
     if not Path(mirror).is_dir():
-        raise EBMError(f"{MIRROR} = {mirror}: no such folder")
+        raise EBMError(f"{MIRROR} = {mirror}: neither a folder nor an address of http(s)")
     path = Path(mirror, name)
     if not path.exists():
         return None

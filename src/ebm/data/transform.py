@@ -17,7 +17,6 @@ import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -165,19 +164,6 @@ class Transform:
             return cls(**content | lists | {"others": tuple(content["others"])})
         except (KeyError, TypeError) as error:
             raise EBMError(f"{source}: not a transform of a table ({error!r})") from None
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> "Transform":
-        """Read what `save` wrote; EBMError names the file if it is missing or something else."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EBMError(f"{path}: not a transform of a table ({error})") from None
-        return cls.from_json(content, str(path))
 
 
 def warn_of_unseen(unseen: dict[str, int], source: str) -> None:

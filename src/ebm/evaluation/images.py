@@ -12,7 +12,6 @@ from ebm import EBMError, figures, metrics
 from ebm.contrastive import Contrasted
 from ebm.data import Prepared
 from ebm.demonstrations import animate, demonstrate
-from ebm.ensemble import histories
 from ebm.evaluation.contrast import measure_classes, measure_constant
 from ebm.evaluation.result import Evaluation
 from ebm.outliers import outlier_sets
@@ -66,10 +65,10 @@ def evaluate_images(
     caption = "What the samples should look like." if draws else "What is held for usual."
     result.draw("data", "Test images", caption, _grid(test[:64], 16))
     _draw_chains(result, model, samples)
-    first, steps = histories(model)[0][0], settings.get("steps")
-    if steps and isinstance(first, Chained):
-        classes = prepared.labels("test") if first.classes else None
-        demonstrate(first, test, classes, steps, result.draw)
+    steps = settings.get("steps")
+    if steps and isinstance(model, Chained):
+        classes = prepared.labels("test") if model.classes else None
+        demonstrate(model, test, classes, steps, result.draw)
     picture = figures.energy_histogram({k: e.cpu().numpy() for k, e in energies.items()})
     caption = (
         "The lower, the more likely. What lies beyond the frame counts in its outermost bins."
@@ -223,7 +222,7 @@ def _conditional_accuracy(
 
 
 def _anomalies(result: Evaluation, test: Tensor, outliers: dict[str, Tensor]) -> None:
-    """How well energies tell the test split from each set of outliers; their energies [N]."""
+    """How well energies tell the test split from each set of outliers, by energies [N]."""
     scores = {f"auroc_{name}": metrics.auroc(test, energy) for name, energy in outliers.items()}
     if scores:
         result.metrics |= {"auroc_mean": sum(scores.values()) / len(scores)} | scores

@@ -79,7 +79,7 @@ def left_out(model: EBM) -> list[int]:
     in the classes of `without`."""
     if not isinstance(model, Ensemble) or not model.without:
         return []
-    return [model.without[m % len(model.without)] for m in range(len(model.members))]
+    return [model.hidden(m) for m in range(len(model.members))]
 
 
 def summarised(members: Sequence[Sequence[Numbers]]) -> Numbers:

@@ -118,17 +118,25 @@ def value_and_gradient(
     return value.detach(), gradient
 
 
+def by_row(values: Tensor, like: Tensor) -> Tensor:
+    """`values` [B] as [B, 1, ...], to go with `like` [B, *]."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
 def squared_norm(x: Tensor) -> Tensor:
     """|x|^2 over all axes but the first: shape [B]."""
     return x.square().flatten(1).sum(1)
 
 
-def metropolise(state: State, proposal: State, log_accept: Tensor) -> State:
-    """Each chain moves to `proposal` with probability min(1, exp(log_accept)) [B], or stays.
+def probability(log_accept: Tensor) -> Tensor:
+    """min(1, exp(log_accept)) of each chain; of one whose ratio is no number any more, as that of
+    two states that cannot be, 0."""
+    return log_accept.clamp(max=0).exp().nan_to_num(0)
 
-    A proposal so far off that its ratio is no number any more is refused: acceptance 0.
-    """
-    acceptance = log_accept.clamp(max=0).exp().nan_to_num(0)
+
+def metropolise(state: State, proposal: State, log_accept: Tensor) -> State:
+    """Each chain moves to `proposal` with the `probability` of log_accept [B], or stays."""
+    acceptance = probability(log_accept)
     accept = torch.rand_like(acceptance) < acceptance
     return choose(accept, proposal, state)._replace(acceptance=acceptance)
 
@@ -138,7 +146,7 @@ def choose(accept: Tensor, new: State, old: State) -> State:
     and `steps` are those of `new`."""
 
     def chosen(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(accept.view(-1, *[1] * (a.dim() - 1)), a, b)
+        return torch.where(by_row(accept, a), a, b)
 
     def known(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         return None if a is None or b is None else chosen(a, b)

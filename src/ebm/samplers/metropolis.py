@@ -80,13 +80,12 @@ class SpinFlip(Metropolis):
 
 
 @dataclass(frozen=True)
-class Independence:
+class Independence(Metropolis):
     """Proposals y ~ q from a density that is known, wherever the chain is, accepted with
     probability min(1, w(y) / w(x)), w = p / q (Hastings 1970; Tierney 1994). `draw(n)` gives n
     proposals and their log q. The `energy` of a state is -log w at x; chains start at proposals
     of their own, so `init` takes their number only, from x [n, *]."""
 
-    energy: Energy
     draw: Callable[[int], tuple[Tensor, Tensor]]
 
     def init(self, x: Tensor) -> State:
@@ -97,9 +96,3 @@ class Independence:
     def step(self, state: State) -> State:
         proposal = self.init(state.x)._replace(steps=state.steps + 1)
         return metropolise(state, proposal, self.log_accept(state, proposal))
-
-    def log_accept(self, s: State, t: State) -> Tensor:
-        """log of w(t) / w(s), shape [B]; draws nothing."""
-        assert s.energy is not None
-        assert t.energy is not None
-        return s.energy - t.energy

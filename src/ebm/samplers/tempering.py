@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebm.samplers.kernel import Kernel, State, choose
+from ebm.samplers.kernel import Kernel, State, choose, probability
 
 TO_TARGET, TO_START = 1, 2
 """Where a replica is headed: it has touched the path's start, or the target after that."""
@@ -92,7 +92,7 @@ class ParallelTempering:
         for k in range(state.steps % 2, len(rungs) - 1, 2):
             below, above = rungs[k], rungs[k + 1]
             to_below, to_above = self.exchanged(k, below, above)
-            acceptance = self.log_accept(k, below, above, to_below, to_above).clamp(max=0).exp()
+            acceptance = probability(self.log_accept(k, below, above, to_below, to_above))
             swap = torch.rand_like(acceptance) < acceptance
             rungs[k], rungs[k + 1] = choose(swap, to_below, below), choose(swap, to_above, above)
             heading[k : k + 2] = torch.where(swap, heading[[k + 1, k]], heading[k : k + 2])

@@ -4,11 +4,11 @@ Noise-contrastive estimation whose noise is a flow that learns to be mistaken fo
 over one value, which the energy ascends and the flow descends.
 
     V(theta, alpha) = E_data[log p / (p + q)] + E_u[log q(g(u)) / (p(g(u)) + q(g(u)))]
-    log p(v) = -f_theta(v) - c,    q = q_alpha, the density of g_alpha(u), u ~ N(0, I)
+    log p(v) = -f_theta(v) - log Z,    q = q_alpha, the density of g_alpha(u), u ~ N(0, I)
 
     paper           | here
     ----------------|---------------------------------------------------------------------
-    f_theta, c      | network, log_z, which starts where importance sampling from the flow has it
+    f_theta, c      | network, -log_z, which starts where importance sampling from the flow has it
     q_alpha, g      | flow; the first `warmup` steps train it by maximum likelihood
     alternation     | the flow's turn follows one of the energy in which the classifier's accuracy
                     | was over `threshold`; all others are the energy's, which so has half at least
@@ -53,6 +53,7 @@ from ebm.contrastive import LOGGED, Contrasted, accuracy, value
 from ebm.flows import Latents, Noise, adam
 from ebm.parallel import averaged, mine, permutation, share, world
 from ebm.recorded import Loss
+from ebm.samplers import by_row
 
 TINY = 0.1
 """Share of the radius within which the worst direction is looked for."""
@@ -244,7 +245,7 @@ class FCE(Contrasted):
 def direction(x: Tensor) -> Tensor:
     """x [B, *] with every point brought to the norm 1."""
     norm = x.flatten(1).norm(dim=1).clamp(min=1e-30)
-    return x / norm.view(-1, *[1] * (x.dim() - 1))
+    return x / by_row(norm, x)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ from ebm.samplers import (
     Kernel,
     Recorded,
     State,
+    by_row,
     run,
     trace,
     value_and_gradient,
@@ -373,4 +374,4 @@ def augmented(images: Tensor) -> Tensor:
 
 
 def _where(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, old)
+    return torch.where(by_row(chosen, new), new, old)

@@ -1,9 +1,9 @@
 r"""Noise-contrastive estimation (Gutmann & Hyvarinen 2010; 2012, JMLR 13:307).
 
-An energy f with a constant c = log Z of its own, both learned by telling data from draws of a
+An energy f with a constant log Z of its own, both learned by telling data from draws of a
 noise q whose density is known:
 
-    log p(v)  = -f(v) - c
+    log p(v)  = -f(v) - log Z
     V         = E_data[log h(v)] + nu E_q[log(1 - h(v))],   h = sigmoid(log p - log q - log nu)
 
     paper                     | here
@@ -13,7 +13,7 @@ noise q whose density is known:
                               | `warmup` steps train by maximum likelihood and then keep
     nu                        | ratio
     J_T                       | value
-    conjugate gradients       | Adam, on fresh noise at every step, with a learning rate for c
+    conjugate gradients       | Adam, on fresh noise at every step, with a learning rate for log_z
 
 Samples: Metropolis' algorithm that proposes draws of the noise and starts at one: the more it
 accepts, the sooner the start is forgotten (`ebm.samplers.Independence`).

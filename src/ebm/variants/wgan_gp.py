@@ -41,6 +41,7 @@ from torch.optim import Adam, Optimizer
 from ebm.networks import Network, decoder, encoder
 from ebm.parallel import parts
 from ebm.recorded import Loss
+from ebm.samplers import by_row
 from ebm.variants.base import EBM, autocast, standard_normal, update_average
 
 
@@ -140,4 +141,4 @@ class WGANGP(EBM):
 def between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
     """The points [B, *] on the segments from `start` to `end` [B, *], each at its own `share` [B]
     of the way."""
-    return start.lerp(end, share.view(-1, *[1] * (start.dim() - 1)))
+    return start.lerp(end, by_row(share, start))
