@@ -5,7 +5,6 @@ import math
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -155,11 +154,15 @@ def used(lock: Path) -> Used:
 def outdated(name: str, used: Used, params: Mapping[str, Any]) -> bool:
     """Whether results of an experiment, or of COMPARISON, were made with parameters other than
     `params`, the whole of params.yaml."""
-    return any(
-        reduce(lambda section, part: (section or {}).get(part), key.split("."), params) != value
-        for stage in _stages(name, params)
-        for key, value in used.get(stage, {}).items()
-    )
+    ran_with = [used.get(stage, {}).items() for stage in _stages(name, params)]
+    return any(_at(params, key) != value for pairs in ran_with for key, value in pairs)
+
+
+def _at(params: Any, key: str) -> Any:
+    """What stands at a dotted key; None if nothing does."""
+    for part in key.split("."):
+        params = (params or {}).get(part)
+    return params
 
 
 _METRICS = TypeAdapter(dict[str, int | float])
