@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 PARAMS = Path("params.yaml")
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 """What the system may refuse that its user can give: room, or the right to write."""
-AFTER_TRAINING = {"sample", "evaluate"}
-"""Sections of an experiment on which its training does not depend."""
-
 CODE = "src", "pipelines"
 """Folders whose files make results, whether or not git was told of them."""
 
@@ -85,11 +82,6 @@ def device(threads: int) -> "torch.device":
     }
     torch.cuda.set_device(gpu.claim(cards))
     return torch.device("cuda")
-
-
-def of_training(experiment: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an experiment its training depends on."""
-    return {key: value for key, value in experiment.items() if key not in AFTER_TRAINING}
 
 
 def digest(content: object) -> str:

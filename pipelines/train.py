@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ebm.train import Logs, Progress
     from ebm.variants.base import EBM
 
+SECTIONS = {"dataset", "variant", "seed", "threads", "model", "ensemble", "train"}
+"""What of an experiment a training depends on."""
+
 DECLARES = re.compile(r"ebm\.(params|schema|variants|variants\.\w+_config)")
 """Modules that say which parameters there may be: what these are is in the configuration."""
 
@@ -40,7 +43,7 @@ def train(name: str) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     with processes.joined(device):
         seeds.seed("model", experiment.seed)
-        settings = stage.of_training(experiment.model_dump())
+        settings = experiment.model_dump(include=SECTIONS)
         how = settings["model"], settings["ensemble"]
         model = variants.build(experiment.variant, prepared.shape, *how).to(device)
         options = experiment.train.model_dump()
