@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from pipelines.train import SECTIONS
+
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 MACHINERY = {
@@ -220,6 +222,12 @@ def test_every_exempt_module_exists():
     assert all((ROOT / "src" / f).exists() or (ROOT / f).exists() for f in ROUTING)
 
 
+def test_dvc_trains_anew_when_what_a_training_reads_has_changed():
+    stages = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+    watched = stages["train"]["do"]["params"]
+    assert sorted(watched) == sorted(f"experiments.${{key}}.{section}" for section in SECTIONS)
+
+
 def test_the_published_experiments_have_the_stages_of_the_default_ones():
     """paper/dvc.yaml is dvc.yaml one folder down: the same code, other numbers, no samplers."""
     yaml = YAML(typ="safe")
@@ -233,5 +241,6 @@ def test_the_published_experiments_have_the_stages_of_the_default_ones():
         assert stage["deps"] == [
             f"../{dep}" if dep.startswith(("src/", "pipelines/")) else dep for dep in deps
         ]
+        assert stage["params"] == [key for key in default[name]["params"] if key != "samplers"]
         assert stage["outs"] == default[name]["outs"]
         assert stage["cmd"] == f"env PYTHONPATH=.. {default[name]['cmd']}"
