@@ -140,7 +140,12 @@ class Courier:
 
     def _bury(self, spool: Spool, state: State) -> None:
         died = int(spool.events.stat().st_mtime * 1000)
-        self._store(state).end(_run_id(state), "KILLED", died)
+        try:
+            self._store(state).end(_run_id(state), "KILLED", died)
+        except Exception as error:
+            if not _hopeless(error):
+                raise
+            _note(state, f"run {spool.key}: its end was left out: {reason(error)}")
         state.open, state.problem = False, None
         spool.save(state)
 

@@ -37,13 +37,16 @@ def evaluate(name: str) -> None:
 
 
 def _samples(path: Path) -> "dict[str, Tensor]":
+    import zipfile
+    import zlib
+
     import numpy as np
     import torch
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise EBMError(f"{path}: not a usable sample file ({error}); sample again") from None
 
 

@@ -382,7 +382,8 @@ def _ticks(low: float, high: float) -> list[float]:
     if low == high:
         return [low]
     magnitude = 10.0 ** math.floor(math.log10((high - low) / 2))
-    step = max(m * magnitude for m in (1, 2, 5) if 2 * m * magnitude <= high - low)
+    fitting = (m * magnitude for m in (1, 2, 5) if 2 * m * magnitude <= high - low)
+    step = max(fitting, default=magnitude / 2)  # the logarithm was rounded up to the next power
     first, last = math.ceil(low / step), math.floor(high / step)
     return [round(k * step, 12) for k in range(first, last + 1)][:: 1 if last - first < 4 else 2]
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError
-from pipelines import ROOT, dag, files, patch, run, space, stage, tracking
+from pipelines import ROOT, dag, files, gpu, patch, run, space, stage, tracking
 from pipelines.promote import add_direction, direction
 from pipelines.space import Space
 from pipelines.supervise import Cancelled, Launcher
@@ -46,16 +46,21 @@ class Sweep:
     """A sweep whose every part was found to be right.
 
     Attributes:
-        upstream: the stages that no trial changes and that are not up to date.
+        needed: the stages that no trial changes, upstream first.
         better: +1 if a higher metric is better, -1 if a lower one.
     """
 
     recipe: Recipe
     space: Space
-    upstream: tuple[str, ...]
+    needed: tuple[dag.Stage, ...]
     better: int
     trials: int
     seed: int
+
+    @property
+    def upstream(self) -> tuple[str, ...]:
+        """What has to be brought up to date first."""
+        return tuple(one.name for one in self.needed if one.stale)
 
     @property
     def file(self) -> Path:
@@ -92,6 +97,7 @@ def plan(
     stages = dag.plan([f"evaluate@{experiment}"], root).stages
     searched = [f"experiments.{experiment}.{dimension.key}" for dimension in spanned]
     own = dependent(stages, searched)
+    needed = tuple(one for one in stages if one not in own)
     recipe = Recipe(
         root=root,
         folder=root / ".sweeps" / _name(study or experiment),
@@ -100,10 +106,9 @@ def plan(
         metric=metric,
         prune_by=_scalar(prune_by, better, own) if prune_by else None,
         stages=own,
-        linked=[out for one in stages if one not in own for out in one.outs],
+        linked=[out for one in needed for out in one.outs],
     )
-    upstream = tuple(one.name for one in stages if one not in own and one.stale)
-    return Sweep(recipe, spanned, upstream, better, trials, seed)
+    return Sweep(recipe, spanned, needed, better, trials, seed)
 
 
 def dependent(stages: Sequence[dag.Stage], keys: Sequence[str]) -> list[dag.Stage]:
@@ -149,6 +154,7 @@ def begun(sweep: Sweep) -> "Iterator[Study]":
         "search": {dimension.key: str(dimension) for dimension in sweep.space},
         "scalar to prune by": vars(recipe.prune_by) if recipe.prune_by else None,
         "data set": params["datasets"][content["dataset"]],
+        "content of what its trials read": _read(sweep),
         "value of what is not searched": {
             key: value for key, value in _leaves(content) if not _within(key, searched)
         },
@@ -158,6 +164,12 @@ def begun(sweep: Sweep) -> "Iterator[Study]":
         recipe.folder, settings, sweep.space, sweep.better, steps, sweep.seed
     ) as opened:
         yield opened
+
+
+def _read(sweep: Sweep) -> dict[str, str]:
+    """The checksum of everything that its trials read of the root, by path."""
+    entries = dag.entries([one.name for one in sweep.needed], sweep.recipe.root).values()
+    return {out["path"]: out["md5"] for entry in entries if entry for out in entry["outs"]}
 
 
 def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -231,6 +243,7 @@ def conduct(
     Raises:
         Cancelled: processes were ended from outside; their trials are not over.
     """
+    jobs = at_once(sweep.recipe.stages, jobs)
     finished, started = study.finished(), time.monotonic()
     run.show(f"study {sweep.recipe.folder.name}: {finished} of {sweep.trials} trials have ended")
     if finished >= sweep.trials:
@@ -255,6 +268,13 @@ def conduct(
                 tracked.log({"best": best.value or 0.0}, finished)
         _summarise(sweep, study, tracked)
     run.show(f"{tally(study)} in {time.monotonic() - started:.1f} s")
+
+
+def at_once(stages: Sequence[dag.Stage], jobs: int) -> int:
+    """How many trials of these stages may run: no more than cards, where there are any and one
+    uses them, or the others would wait for one while their time runs."""
+    cards = gpu.count() if any(one.gpu for one in stages) else 0
+    return min(jobs, cards) if cards else jobs
 
 
 def tally(study: "Study") -> str:

@@ -91,7 +91,7 @@ class Run:
         )
         if run._torn:  # without their beginning, events could not be delivered
             run._release()
-        run._guarded("start a courier", lambda: _couriers.append(_courier(run.key)))
+        run._guarded("start a courier", lambda: _courier(run.key))
         return run
 
     def log(self, metrics: dict[str, float], step: int, restarts: int = 0) -> None:
@@ -191,7 +191,7 @@ class Run:
         )
         return place.name if kept else None
 
-    def _guarded(self, what: str, act: Callable[[], None]) -> bool:
+    def _guarded(self, what: str, act: Callable[[], object]) -> bool:
         """Whether `act` worked. Its first failure is said, and none goes any further."""
         try:
             act()
@@ -249,9 +249,11 @@ def _courier(*arguments: str) -> subprocess.Popen[bytes]:
     it and MLflow print goes to .tracking/courier.log."""
     command = [sys.executable, "-m", "pipelines.courier", *arguments]
     with (root() / ".tracking" / "courier.log").open("ab") as output:
-        return subprocess.Popen(
+        courier = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
+    _couriers[:] = [one for one in _couriers if one.poll() is None] + [courier]
+    return courier
 
 
 def _copy(sources: tuple[Path, ...], place: Path) -> None:

@@ -25,6 +25,7 @@ def note(event, pid=os.getpid()):
 note("start")
 if stage == "prepare":
     pathlib.Path("data/digits").mkdir(parents=True)
+    pathlib.Path("data/digits/points").write_text(pathlib.Path("source").read_text())
     sys.exit()
 assert pathlib.Path("data/digits").is_dir()
 settings = YAML(typ="safe").load(pathlib.Path("params.yaml"))["experiments"][name]
@@ -55,6 +56,7 @@ stages:
     foreach: [digits]
     do:
       cmd: python -m fake prepare ${item}
+      deps: [source]
       params:
       - datasets.${item}
       outs:
@@ -98,6 +100,7 @@ def build(root):
         ".dvc/.gitignore": "/tmp\n/cache\n",
         "fake.py": STAGE,
         "dvc.yaml": GRAPH,
+        "source": "points",
     }.items():
         house.write(path, text)
     return house

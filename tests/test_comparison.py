@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ebm import figures
+from ebm import EBMError, figures
 from ebm.comparison import Chains, Contender, Meter, compare, error, row, sample, weighted
 from ebm.oracles import ORACLES, TITLES, Banana, Funnel, Ising
 from ebm.samplers import HMC, MALA, ParallelTempering, RandomWalk, SpinGibbs
@@ -89,6 +89,13 @@ def test_the_meter_counts_what_a_kernel_pays(kernel, rungs, cost):
     trial, starts = 2 * cost, 2 * rungs
     assert meter.calls - begun == starts + trial + cost * chains.x.shape[1]
     assert chains.evaluations[-1] <= 100
+
+
+def test_a_budget_that_pays_for_no_chain_is_one_line():
+    meter, oracle = Meter(), Banana()
+    hmc = HMC(meter.watch(oracle.energy), 0.1, 100)
+    with pytest.raises(EBMError, match=r"evaluations = 300: 4 transitions of HMC take 400"):
+        sample(Contender("HMC", hmc, oracle.start(5)), meter, 300)
 
 
 def test_importance_sampling_has_weights_that_find_the_expectations():

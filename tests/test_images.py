@@ -294,6 +294,14 @@ def test_a_file_that_is_nowhere_is_one_line_with_the_ways_to_get_it(mirror, name
     assert "\n" not in line
 
 
+@pytest.mark.usefixtures("mirror")
+def test_a_cache_that_cannot_be_written_is_not_taken_for_being_offline(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.raises(EBMError, match=r"cache/usps: cannot be written: ") as caught:
+        files._retrieve("http://127.0.0.1:9/usps.t.bz2", "usps/usps.t.bz2")
+    assert not isinstance(caught.value, files.Missing)
+
+
 @pytest.mark.parametrize("place", ["typo", "file:///typo", "s3://bucket/typo"])
 def test_a_mirror_that_is_none_is_told(mirror, monkeypatch, place):
     monkeypatch.setenv(files.MIRROR, place if "://" in place else str(mirror / place))

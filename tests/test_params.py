@@ -292,11 +292,21 @@ def test_without_labels_a_share_to_flag_is_needed_before_anything_is_trained(tmp
     YAML().dump(content, file)
     params.load(file)
     content["experiments"]["rbm-mine"] = content["experiments"]["rbm-digits"] | {"dataset": "mine"}
-    assert "variant rbm flags no rows without" in complaint(tmp_path, content)
+    assert "variant rbm has no such setting" in complaint(tmp_path, content)
     del content["experiments"]["rbm-mine"]
     content["datasets"]["mine"] = TABLE
     line = complaint(tmp_path, content)
     assert line.endswith("evaluate.flagged = 0.1: should be null, as labels set the threshold")
+
+
+def test_what_cannot_flag_a_share_is_not_for_the_paper_protocol(tmp_path):
+    with (ROOT / "paper" / "params.yaml").open() as file:
+        content = YAML(typ="safe").load(file)
+    wgan = content["experiments"]["wgan-gp-stacked-mnist"] | {"dataset": "kdd99-paper"}
+    content["experiments"]["wgan-gp-kdd99"] = wgan
+    line = complaint(tmp_path, content)
+    assert "experiments.wgan-gp-kdd99.dataset = 'kdd99-paper': the protocol 'paper' flags" in line
+    assert line.endswith("variant wgan_gp has no such setting")
 
 
 def test_too_few_samples_of_images_are_refused_before_anything_is_trained(tmp_path):

@@ -1,6 +1,7 @@
 """The report says what the results say, or names the file that it cannot use; a browser agrees."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -512,6 +513,15 @@ def test_words_from_files_are_escaped(html):
 )
 def test_numbers_read_well(value, text):
     assert page.number(value) == text
+
+
+def test_an_axis_has_ticks_within_it_whatever_its_ends():
+    """0.3 - 0.1 is less than 0.2, while its logarithm is not."""
+    ends = [k / 100 for k in range(101)] + [k / 3200 for k in range(100)]
+    for low, high in itertools.combinations(sorted(set(ends)), 2):
+        ticks = page._ticks(low, high)
+        assert 2 <= len(ticks) <= 5, (low, high)
+        assert low - 1e-12 <= ticks[0] < ticks[-1] <= high + 1e-12
 
 
 def test_measured_numbers_keep_their_zeros_and_published_ones_get_none():

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from pipelines import stage, train
+from ebm import EBMError
+from pipelines import evaluate, stage, train
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,15 @@ def test_a_checkout_is_dirty_by_what_a_run_does_not_write(tmp_path, monkeypatch,
     Path("src/forgotten.py").unlink()
     Path(place, "params.yaml").write_text("2")
     assert stage.git_state()["git_dirty"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "another"])
+def test_a_damaged_sample_file_is_one_line(tmp_path, damage):
+    path = tmp_path / "samples.npz"
+    np.savez_compressed(path, samples=np.arange(10_000.0))
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    half = path.read_bytes()[: len(raw) // 2]
+    path.write_bytes({"empty": b"", "truncated": half, "flipped": raw, "another": b"#"}[damage])
+    with pytest.raises(EBMError, match=r"samples\.npz: not a usable sample file .*; sample again"):
+        evaluate._samples(path)

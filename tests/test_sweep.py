@@ -11,6 +11,7 @@ import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ from toy_house import CHECKOUT, alive, wait_for
 from tracking_store import MLFLOW_WARNS, Lookup
 
 from ebm import EBMError, params
-from pipelines import dag, patch, space, study, sweep, trial
+from pipelines import dag, gpu, patch, space, study, sweep, trial
 
 slow = pytest.mark.slow
 PARAMS = (CHECKOUT / "params.yaml").read_text(encoding="utf-8")
@@ -155,6 +156,13 @@ def test_a_trial_is_what_depends_on_the_searched():
         "experiments.e.sample.steps"
     )
     assert names("experiments.e.modelling") == []
+
+
+@pytest.mark.parametrize(("cards", "uses", "trials"), [(0, True, 8), (2, True, 2), (2, False, 8)])
+def test_no_more_trials_than_cards_run_where_a_stage_uses_one(monkeypatch, cards, uses, trials):
+    monkeypatch.setattr(gpu, "count", lambda: cards)
+    stages = [stage("train"), replace(stage("sample"), gpu=uses)]
+    assert sweep.at_once(stages, 8) == trials
 
 
 def opened(folder, spanned=SPACE, **changes):
@@ -352,6 +360,16 @@ def test_a_sweep_ends_with_the_best_parameters_in_params(house):
     params.load(house.root / "params.yaml")
     code, output = swept(house, "--trials", "8", "--apply", EBM_TRACKING="0")
     assert "params.yaml has these parameters already" in output, output
+
+
+@slow
+def test_trials_on_other_data_are_not_mixed_into_a_study(house):
+    assert swept(house, "--trials", "1", EBM_TRACKING="0")[0] == 0
+    house.write("source", "other points")
+    code, output = swept(house, "--trials", "2", EBM_TRACKING="0")
+    assert code == 1
+    assert "began with another content of what its trials read" in output
+    assert swept(house, "--trials", "1", "--study", "new", EBM_TRACKING="0")[0] == 0
 
 
 @slow

@@ -274,6 +274,17 @@ def test_a_run_that_was_deleted_in_mlflow_holds_nobody_up(store, caplog):
     assert "must be in the 'active' state" in line
 
 
+def test_a_run_that_was_deleted_and_then_killed_is_over(store):
+    run = start("deleted")
+    assert deliver()
+    store.client.delete_run(store.run().info.run_id)
+    run._release()  # as if its process had died
+    assert deliver()
+    assert undelivered() == []
+    [note] = spool_of(run).state().notes
+    assert "its end was left out" in note
+
+
 def test_a_run_that_cannot_begin_holds_nobody_up(store, caplog):
     with start(key="0" * 32, dataset={"name": "n" * 501, "source": "", "digest": ""}) as bad:
         bad.log({"loss": 1}, 1)

@@ -33,7 +33,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ebm import figures, metrics
+from ebm import EBMError, figures, metrics
 from ebm.diagnostics import diagnose, swap_rates
 from ebm.estimators import kish
 from ebm.oracles import ORACLES, TITLES, Expectation, Ising, Oracle, Planar
@@ -55,6 +55,7 @@ from ebm.seeds import seed
 MARKS = 80  # points of an error curve
 SHOWN = 1000  # evaluations of the one chain that is drawn
 CELLS = 150  # of a picture's side
+FEWEST = 4  # transitions of which diagnostics can be had
 TARGETS = {"random walk": 0.234, "MALA": 0.574, "HMC": 0.8}
 """Acceptances to adapt to: the optima in many dimensions, and what HMC's users take."""
 
@@ -210,7 +211,12 @@ def sample(contender: Contender, meter: Meter, evaluations: int) -> Chains:
             accepted.extend([state.acceptance.mean()] if state.acceptance is not None else [])
             swaps.extend([state.swap_acceptance] if isinstance(state, Tempered) else [])
 
-    last = run(kernel, x, int(evaluations / cost), observe)
+    if (transitions := int(evaluations / cost)) < FEWEST:
+        raise EBMError(
+            f"samplers.evaluations = {evaluations}: {FEWEST} transitions of {contender.name} "
+            f"take {FEWEST * cost:g}"
+        )
+    last = run(kernel, x, transitions, observe)
     return Chains(
         contender,
         torch.stack(points, 1),

@@ -161,21 +161,20 @@ def _check_ensemble(where: str, experiment: Experiment, dataset: Dataset) -> Non
 
 def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> None:
     """That rows have a rule by which they are flagged, and no more than one."""
+    if dataset.kind not in ("kddcup99", "table"):
+        return
     key, flagged = f"{where}.evaluate.flagged", getattr(experiment.evaluate, "flagged", None)
-    if dataset.kind == "kddcup99" and dataset.protocol == "paper":
-        if hasattr(experiment.evaluate, "flagged") and flagged is None:
-            wanted = "the share of the test rows to flag, as the protocol 'paper' does"
-            raise ParamsError(f"{key} = None: should be {wanted}")
-    elif dataset.kind == "kddcup99" or (dataset.kind == "table" and dataset.label is not None):
-        if flagged is not None:
-            raise ParamsError(f"{key} = {flagged}: should be null, as labels set the threshold")
-    elif dataset.kind == "table":
-        if not hasattr(experiment.evaluate, "flagged"):
-            problem = f"no label, and variant {experiment.variant} flags no rows without"
-            raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
-        if flagged is None:
-            wanted = "the share of rows to flag, as no labels set a threshold"
-            raise ParamsError(f"{key} = None: should be {wanted}")
+    if dataset.kind == "kddcup99":
+        labels, why = dataset.protocol != "paper", "the protocol 'paper' flags a share of the rows"
+    else:
+        labels, why = dataset.label is not None, "no labels set a threshold"
+    if labels and flagged is not None:
+        raise ParamsError(f"{key} = {flagged}: should be null, as labels set the threshold")
+    if not labels and not hasattr(experiment.evaluate, "flagged"):
+        problem = f"{why}, and variant {experiment.variant} has no such setting"
+        raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
+    if not labels and flagged is None:
+        raise ParamsError(f"{key} = None: should be the share of rows to flag, as {why}")
 
 
 def _check_samples(where: str, experiment: Experiment, dataset: Dataset) -> None:

@@ -115,14 +115,16 @@ def mirrored(name: str) -> Path | None:
 
 def _retrieve(url: str, name: str) -> Path:
     dataset, file = name.split("/")
+    folder = Path(pooch.os_cache("ebm"), dataset)
     try:
-        folder = Path(pooch.os_cache("ebm"), dataset)
         return Path(pooch.retrieve(url, CHECKSUMS[name], fname=file, path=folder))
     except ValueError:
         raise EBMError(
             f"{url}: not the published file: its checksum is not {CHECKSUMS[name]}"
         ) from None
-    except OSError as error:  # requests' errors are among them
+    except OSError as error:
+        if error.errno is not None:  # none of requests' errors, which are among them
+            raise EBMError(f"{folder}: cannot be written: {error.strerror}") from None
         reason = type(error).__name__
         raise Missing(
             f"{name} is missing: {url} cannot be downloaded ({reason}); go online, or put the "
