@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from ebm import EBMError
+from pipelines.supervise import restart_clock
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def claim(cards: Mapping[int, str]) -> int:
             if not waits:
                 log.info("waiting for a GPU: others use all that it may")
             waits = True
+            restart_clock()
             time.sleep(POLL_SECONDS)
         _claimed.append(index)
     return _claimed[0]

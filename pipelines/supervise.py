@@ -32,7 +32,9 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 ESCALATION = ((signal.SIGINT, 6.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 1.0))
 """The signals for a group that has to end, and the seconds it is given after each."""
 
-SUPERVISED = (signal.SIGCHLD, signal.SIGALRM, signal.SIGINT, signal.SIGTERM)
+RESTART = signal.SIGUSR1
+SUPERVISED = (signal.SIGCHLD, signal.SIGALRM, signal.SIGINT, signal.SIGTERM, RESTART)
+SUPERVISOR = "EBM_SUPERVISOR"  # the process id of the supervisor, for what the leader starts
 
 
 class Cancelled(Exception):
@@ -198,13 +200,20 @@ def supervise(
         _exit_with(lead, function, output, arguments)
     os.close(output)
     signals = _signals_as_a_file(*SUPERVISED)
-    signal.setitimer(signal.ITIMER_REAL, timeout or 0)
     group = Group(leader)
     with guarded(group):
-        ended = attend(group, caller, signals)
+        ended = attend(group, caller, signals, timeout or 0)
     with contextlib.suppress(OSError):  # the caller has died
         caller.send(json.dumps(asdict(ended)).encode())
     return 0
+
+
+def restart_clock() -> None:
+    """Have the time limit of what this process belongs to, if it has one, count from now: until
+    now it only waited."""
+    if supervisor := os.environ.get(SUPERVISOR):
+        with contextlib.suppress(OSError):
+            os.kill(int(supervisor), RESTART)
 
 
 def lead(function: Callable[..., int], output: int, arguments: list[Any]) -> int:
@@ -217,6 +226,7 @@ def lead(function: Callable[..., int], output: int, arguments: list[Any]) -> int
     for standard in (1, 2):
         os.dup2(output, standard)
     os.close(output)
+    os.environ[SUPERVISOR] = str(os.getppid())
     return function(*arguments)
 
 
@@ -260,17 +270,20 @@ class Group:
         return True
 
 
-def attend(group: Group, caller: socket.socket, signals: int) -> Ended:
+def attend(group: Group, caller: socket.socket, signals: int, timeout: float) -> Ended:
     """Wait until the leader ends, or has to be ended: then end the whole group.
 
     What a leader leaves running when it ends by itself, it leaves on purpose; but not if it was
     killed from outside.
     """
+    signal.setitimer(signal.ITIMER_REAL, timeout)
     reason = ""
     while (code := group.code()) is None and not reason:
         ready, _, _ = select.select([caller.fileno(), signals], [], [])
         arrived = os.read(signals, 64) if signals in ready else b""
-        if signal.SIGALRM in arrived:
+        if RESTART in arrived:
+            signal.setitimer(signal.ITIMER_REAL, timeout)
+        elif signal.SIGALRM in arrived:
             reason = "time limit reached"
         elif caller.fileno() in ready or signal.SIGINT in arrived or signal.SIGTERM in arrived:
             reason = "cancelled"

@@ -34,6 +34,7 @@ ROUTING = {
     "pipelines/files.py": "writes whole files",
     "pipelines/processes.py": "starts others; how many there are changes rounding at most",
     "pipelines/gpu.py": "chooses among cards",
+    "pipelines/supervise.py": "starts and ends processes",
     "pipelines/stage.py": "arguments, errors; device and threads change rounding at most",
     "pipelines/tracking.py": "reports what was computed, and spells parameters",
     "pipelines/spool.py": "reports what was computed",

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,22 @@ def test_who_asks_for_one_card_waits_for_that_one():
                 assert said(other) == "1"
             one.kill()
             assert said(picky) == "0"
+
+
+def test_the_time_limit_of_who_waits_counts_from_the_end_of_that():
+    told = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: told.append(True))
+    try:
+        with holder(EBM_SUPERVISOR=str(os.getpid())) as one:
+            assert said(one) == "0"
+            assert not told
+            with holder({0: CARDS[0]}, EBM_SUPERVISOR=str(os.getpid())) as waiting:
+                assert said(waiting).startswith("waiting")
+                one.kill()
+                assert said(waiting) == "0"
+                assert told
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_process_that_asks_twice_has_one_card():

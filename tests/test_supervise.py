@@ -119,6 +119,12 @@ def test_within_the_time_limit_nothing_happens(launcher):
     assert finish(launcher.start("sleep 0.2", timeout=60)) == ([], Ended(0))
 
 
+def test_the_time_limit_counts_from_when_the_process_says_so(launcher):
+    told = "kill -USR1 $EBM_SUPERVISOR; sleep 0.5; "
+    assert finish(launcher.start(told * 4 + "echo done", timeout=1.5)) == (["done"], Ended(0))
+    assert finish(launcher.start(told + "sleep 600", timeout=1))[1].reason == "time limit reached"
+
+
 def test_cancelling_one_ends_it_and_no_other(launcher):
     process, other = launcher.start(FAMILY), launcher.start("sleep 1; echo done")
     pids = family(process)
