@@ -281,12 +281,12 @@ def attend(group: Group, caller: socket.socket, signals: int, timeout: float) ->
     while (code := group.code()) is None and not reason:
         ready, _, _ = select.select([caller.fileno(), signals], [], [])
         arrived = os.read(signals, 64) if signals in ready else b""
-        if RESTART in arrived:
+        if caller.fileno() in ready or signal.SIGINT in arrived or signal.SIGTERM in arrived:
+            reason = "cancelled"
+        elif RESTART in arrived:
             signal.setitimer(signal.ITIMER_REAL, timeout)
         elif signal.SIGALRM in arrived:
             reason = "time limit reached"
-        elif caller.fileno() in ready or signal.SIGINT in arrived or signal.SIGTERM in arrived:
-            reason = "cancelled"
     if code is None or code < 0:
         group.end()
         code = group.code()
