@@ -611,7 +611,6 @@ def test_a_table_with_or_without_label_is_right_in_the_parameters(tmp_path):
     assert "be empty where the label is null" in complaint(tmp_path, content)
     put(f"{MINE}.normal", [])(content)
     content["experiments"]["rbm"]["dataset"] = "cup"
-    put(f"{CUP}", {**TABLES["datasets"]["cup"], "protocol": "paper", "validation": 1})(content)
     for right in (content, TABLES):
         YAML().dump(right, tmp_path / "params.yaml")
         assert set(params.load(tmp_path / "params.yaml").datasets) == {"mine", "cup"}
