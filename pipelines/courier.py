@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import psutil
@@ -90,13 +90,12 @@ class Courier:
         return True
 
     def _deliver(self, spool: Spool, state: State, events: list[Event]) -> None:
-        try:
+        op = events[0].get("op")
+        if op == "start":  # a run that cannot begin can wait
             self._hand_over(spool, state, events)
-        except Exception as error:
-            # A run that cannot begin can wait; an event that MLflow will never take cannot.
-            if not _hopeless(error) or events[0]["op"] == "start":
-                raise
-            _note(state, f"run {spool.key}: a {events[0]['op']} was left out: {reason(error)}")
+        else:
+            with _left_out_if_hopeless(state, f"run {spool.key}: a {op}"):
+                self._hand_over(spool, state, events)
 
     def _hand_over(self, spool: Spool, state: State, events: list[Event]) -> None:
         event = events[0]
@@ -140,12 +139,8 @@ class Courier:
 
     def _bury(self, spool: Spool, state: State) -> None:
         died = int(spool.events.stat().st_mtime * 1000)
-        try:
+        with _left_out_if_hopeless(state, f"run {spool.key}: its end"):
             self._store(state).end(_run_id(state), "KILLED", died)
-        except Exception as error:
-            if not _hopeless(error):
-                raise
-            _note(state, f"run {spool.key}: its end was left out: {reason(error)}")
         state.open, state.problem = False, None
         spool.save(state)
 
@@ -204,6 +199,17 @@ def reason(error: BaseException) -> str:
 def _code(error: Exception) -> str | None:
     """MLflow's code, if it is MLflow that fails."""
     return getattr(error, "error_code", None)
+
+
+@contextmanager
+def _left_out_if_hopeless(state: State, what: str) -> Iterator[None]:
+    """Within this context, what MLflow will never take is noted and not raised."""
+    try:
+        yield
+    except Exception as error:
+        if not _hopeless(error):
+            raise
+        _note(state, f"{what} was left out: {reason(error)}")
 
 
 def _hopeless(error: Exception) -> bool:

@@ -295,7 +295,7 @@ def test_a_file_that_is_nowhere_is_one_line_with_the_ways_to_get_it(mirror, name
 
 
 @pytest.mark.usefixtures("mirror")
-def test_a_cache_that_cannot_be_written_is_not_taken_for_being_offline(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_not_taken_for_being_offline(tmp_path):
     (tmp_path / "cache").write_text("no folder")
     with pytest.raises(EBMError, match=r"cache/usps: cannot be written: ") as caught:
         files._retrieve("http://127.0.0.1:9/usps.t.bz2", "usps/usps.t.bz2")

@@ -25,7 +25,7 @@ from made_up_tables import (
 )
 from ruamel.yaml import YAML
 from test_data import corrupt, density
-from test_params import GOOD, complaint, put, remove
+from test_params import GOOD, ROOT, complaint, put, remove
 
 from ebm import EBMError, data, params
 from ebm.data import files, kddcup99, table
@@ -610,7 +610,9 @@ def test_a_table_with_or_without_label_is_right_in_the_parameters(tmp_path):
     content = altered(f"{MINE}.label", None)
     assert "be empty where the label is null" in complaint(tmp_path, content)
     put(f"{MINE}.normal", [])(content)
-    content["experiments"]["rbm"]["dataset"] = "cup"
+    put(f"{CUP}", {**TABLES["datasets"]["cup"], "protocol": "paper", "validation": 1})(content)
+    paper = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")["experiments"]
+    content["experiments"] = {"meg": paper["meg-kdd99-paper"] | {"dataset": "cup"}}
     for right in (content, TABLES):
         YAML().dump(right, tmp_path / "params.yaml")
         assert set(params.load(tmp_path / "params.yaml").datasets) == {"mine", "cup"}
