@@ -45,6 +45,7 @@ def settings(path, **changes):
         "categorical": ["colour"],
         "ignore": ["id"],
         "missing": "error",
+        "scale": "minmax",
         "validation": 0.2,
         "test": 0.25,
         "seed": 0,

@@ -228,6 +228,7 @@ TABLE = {
     "categorical": [],
     "ignore": [],
     "missing": "drop",
+    "scale": "minmax",
     "validation": 0.1,
     "test": 0.2,
     "seed": 0,

@@ -67,7 +67,16 @@ def test_without_a_scale_numbers_stay():
     assert points[:, 3].tolist() == [7, 7, 7]
 
 
-@pytest.mark.parametrize("scale", ["minmax", "none"])
+def test_on_a_log_scale_a_factor_is_a_difference_whatever_the_sign():
+    frame = changed(size=[-99.0, 0.0, 999.0])
+    points = fit(frame, CATEGORICAL, "log", "x.csv").apply(frame)[:, 0]
+    assert points.tolist() == pytest.approx([0, 2 / 5, 1])
+    wide = fit(pd.DataFrame({"x": [0.0, 1e30]}), [], "log", "x.csv")
+    steps = wide.apply(pd.DataFrame({"x": [1e10, 1e20, 1e30, 1e40]}))[:, 0].diff()
+    assert steps.tolist() == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize("scale", ["minmax", "log", "none"])
 def test_decoded_points_are_the_rows_that_they_were(scale):
     transform, frame = fitted(scale), FRAME[[c.name for c in fitted(scale).columns]]
     back = transform.decode(transform.apply(frame))
@@ -193,6 +202,15 @@ def test_training_points_really_went_through_the_transform(csv):
     assert train[:, 0].min() == 0
     assert train[:, 0].max() == 1
     assert train.shape[1] == 4
+
+
+def test_a_log_scale_is_that_of_a_table_s_settings(csv):
+    rows = pd.DataFrame({"x": [10.0**k - 1 for k in range(7)] * 20})
+    options = {"label": None, "normal": [], "categorical": [], "ignore": []}
+    points = csv(rows, **options, scale="log").points("train")
+    assert sorted({round(x, 6) for x in points.flatten().tolist()}) == pytest.approx(
+        [k / 6 for k in range(7)], abs=1e-6
+    )
 
 
 def test_bounds_of_a_table_are_those_of_its_training_rows(csv):

@@ -27,6 +27,8 @@ Precision = Literal["float32", "bfloat16"]
 Compile = bool
 """Whether TorchInductor compiles the losses of training with their gradients, which takes up to
 half a minute for each, needs a C++ compiler, and rounds otherwise."""
+Scale = Literal["none", "minmax", "log"]
+"""What becomes of the numbers of a table (`ebm.data.transform`)."""
 Widths = Annotated[list[Count], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -226,9 +228,9 @@ class TableData(Section):
 
     `label` is the column that says what a row is, or null; rows whose label is in `normal` are not
     anomalous and are all that is trained on. `categorical` columns hold text, or numbers without
-    an order; `ignore` names those that no model sees; all others hold numbers. A row with an empty
-    cell is an error, or dropped, as `missing` says. The shares `validation` and `test` of each
-    class are set apart by `seed`.
+    an order; `ignore` names those that no model sees; all others hold numbers, treated as `scale`
+    says. A row with an empty cell is an error, or dropped, as `missing` says. The shares
+    `validation` and `test` of each class are set apart by `seed`.
     """
 
     kind: Literal["table"]
@@ -238,6 +240,7 @@ class TableData(Section):
     categorical: Names
     ignore: Names
     missing: Literal["error", "drop"]
+    scale: Scale
     validation: Part
     test: Rest
     seed: Seed
@@ -258,7 +261,7 @@ class KDDCup99Data(Section):
 
     kind: Literal["kddcup99"]
     protocol: Literal["paper", "strict"]
-    scale: Literal["none", "minmax"]
+    scale: Scale
     validation: Annotated[float, Field(gt=0, le=1), AfterValidator(_less_than_all)]
     seed: Seed
     reference: CoordinatesReference

@@ -20,8 +20,8 @@ Protocol `strict` mends that:
   validation, the rest in test. No row is in two of them.
 - Anomalies are drawn at random so that they are exactly 20 % of validation and of test.
 
-`scale: minmax` scales numbers by the bounds of train. The released code fits such a scaler and
-throws its result away: what it trains on is `scale: none`.
+`scale: minmax` scales numbers by the bounds of train, `scale: log` their logarithms. The released
+code fits a scaler to the bounds and throws its result away: what it trains on is `scale: none`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -129,7 +129,7 @@ def prepare(settings: TableData) -> Made:
     index = split(anomaly, settings)
     train = frame.iloc[index["train"].numpy()]
     categorical, missing = settings.categorical, settings.missing
-    transform = fit(train, categorical, "minmax", str(path), missing, others)
+    transform = fit(train, categorical, settings.scale, str(path), missing, others)
     points, unseen = transform.encode(frame, str(path))
     warn_of_unseen(unseen, str(path))
     rows = torch.from_numpy(frame.index.to_numpy(copy=True))

@@ -4,6 +4,8 @@ fitted on training rows and kept with the data and with every model that is trai
     cell                     becomes
     number, scale `minmax`   (x - low) / (high - low), by the bounds of the training rows and not
                              clipped beyond them; x - low (so 0 in training) where they are equal
+    number, scale `log`      the same of sign(x) log(1 + |x|): for bytes, counts, sums of money, of
+                             which a few large ones leave the others no room between the bounds
     number, scale `none`     itself
     category                 1 in its own column, 0 in those of the others; all 0 if it was never
                              fitted, which is counted and warned of
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ebm import EBMError
+from ebm.schema import Scale
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -38,7 +41,6 @@ FIRST_ROW = 2
 """The row, as messages count, of what a frame has at index 0."""
 
 Kind = Literal["numeric", "categorical"]
-Scale = Literal["none", "minmax"]
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,33 @@ class Column:
         """How many columns it becomes."""
         return len(self.categories) if self.kind == "categorical" else 1
 
-    @property
-    def span(self) -> float:
-        """What its numbers are divided by."""
-        return (self.high - self.low) or 1.0
-
-    def scaled(self, numbers: np.ndarray) -> np.ndarray:
-        """Numbers [N] by the bounds, float32."""
+    def scaled(self, numbers: np.ndarray, scale: Scale) -> np.ndarray:
+        """Numbers [N] as `scale` has them, float32."""
+        low, span = self._bounds(scale)
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is told of
-            return _single((numbers - self.low) / self.span)
+            return ((_bent(numbers, scale) - low) / span).astype(np.float32)
+
+    def unscaled(self, scaled: np.ndarray, scale: Scale) -> np.ndarray:
+        """The numbers [N] that are `scaled` so."""
+        low, span = self._bounds(scale)
+        return _straight(low + scaled * span, scale)
+
+    def _bounds(self, scale: Scale) -> tuple[float, float]:
+        """What is taken from its numbers, and what they are divided by."""
+        if scale == "none":
+            return 0.0, 1.0
+        low, high = _bent(np.array([self.low, self.high]), scale).tolist()
+        return low, (high - low) or 1.0
+
+
+def _bent(numbers: np.ndarray, scale: Scale) -> np.ndarray:
+    """Numbers as they are scaled by their bounds."""
+    return np.sign(numbers) * np.log1p(np.abs(numbers)) if scale == "log" else numbers
+
+
+def _straight(bent: np.ndarray, scale: Scale) -> np.ndarray:
+    """What was bent."""
+    return np.sign(bent) * np.expm1(np.abs(bent)) if scale == "log" else bent
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,7 @@ class Transform:
 
     Attributes:
         columns: what becomes a point, in the order in which it does.
-        scale: `minmax` or `none`, of all numeric columns.
+        scale: `minmax`, `log` or `none`, of all numeric columns.
         missing: what becomes of a row with an empty cell.
         others: columns that the table may have and the model never sees, such as its label.
     """
@@ -120,7 +140,7 @@ class Transform:
             values = present(frame[column.name], source)
             if column.kind == "numeric":
                 numbers = numbers_of(values, source, "as the model was fitted to numbers there")
-                block[:, 0] = _single(numbers) if self.scale == "none" else column.scaled(numbers)
+                block[:, 0] = column.scaled(numbers, self.scale)
                 _finite(block[:, 0], values, source)
             elif unknown := _one_hot(column.categories, values, block):
                 unseen[column.name] = unknown
@@ -137,10 +157,8 @@ class Transform:
             block, blocks = blocks[:, : column.width], blocks[:, column.width :]
             if column.kind == "categorical":
                 cells[column.name] = [column.categories[i] for i in block.argmax(1)]
-            elif self.scale == "none":
-                cells[column.name] = block[:, 0]
             else:
-                cells[column.name] = column.low + block[:, 0] * column.span
+                cells[column.name] = column.unscaled(block[:, 0], self.scale)
         return pd.DataFrame(cells)
 
     def apply(self, frame: "DataFrame", source: str = "table") -> Tensor:
@@ -198,8 +216,8 @@ def fit(
             values = present(frame[name], source)
             numbers = _finite(numbers_of(values, source), values, source)
             columns.append(Column(name, "numeric", (), numbers.min().item(), numbers.max().item()))
-            if scale == "minmax":
-                _warn_of_outlier(columns[-1], numbers, source)
+            if scale != "none":
+                _warn_of_outlier(columns[-1], numbers, scale, source)
     return Transform(tuple(columns), scale, missing, tuple(others))
 
 
@@ -211,9 +229,9 @@ def _warn_of_blanks(name: str, categories: Sequence[str], source: str) -> None:
         log.warning("%s: column %s: %s", source, short(name), told)
 
 
-def _warn_of_outlier(column: Column, numbers: np.ndarray, source: str) -> None:
+def _warn_of_outlier(column: Column, numbers: np.ndarray, scale: Scale, source: str) -> None:
     """A warning if a cell far from all others makes them nearly one number, in float32."""
-    before, after = (len(np.unique(cells)) for cells in (numbers, column.scaled(numbers)))
+    before, after = (len(np.unique(cells)) for cells in (numbers, column.scaled(numbers, scale)))
     if after < before / 2:
         bounds = f"between {column.low:g} and {column.high:g}"
         told = f"only {after} of {before} different numbers stay different when scaled {bounds}"
@@ -240,12 +258,6 @@ def numbers_of(values: "Series", source: str, advice: str = ADVICE) -> np.ndarra
         missing = f"nothing but an empty cell or {MISSING[-1]} counts as missing"
         raise EBMError(f"{cell}: not a number, {advice}; {missing}")
     return numbers
-
-
-def _single(numbers: np.ndarray) -> np.ndarray:
-    """As float32; what is too large for it becomes infinite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return numbers.astype(np.float32)
 
 
 def _finite(numbers: np.ndarray, values: "Series", source: str) -> np.ndarray:
