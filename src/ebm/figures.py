@@ -319,6 +319,8 @@ def score_histograms(panels: Mapping[str, tuple[Mapping[str, Array], float]]) ->
             ax.axvline(threshold, color=INK, ls="--", lw=0.9, label="threshold")
         ax.set(xscale="log" if logarithmic else "linear", xlim=(bins[0], bins[-1]))
         ax.set(xlabel=f"score: {name}", yscale="log", ylabel="share of rows")
+        if not logarithmic:  # 1.2 and 1e-4 beside the axis: 0.00012 has no room between ticks
+            ax.ticklabel_format(axis="x", scilimits=(-3, 6))
         ax.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
