@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,17 @@ def test_the_frame_of_scores_shows_their_threshold_and_most_rows(normal, anomalo
     assert darkness(pixels, ax, threshold, np.sqrt(np.prod(ax.get_ylim()))) > 100
     assert ((low <= sets["normal"]) & (sets["normal"] <= high)).mean() > 0.99
     assert abs(normal[0] - threshold) < 1 or abs(normal[0] - threshold) > 10 * margin
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 1e-3, 0.1, 1.0, 1e4, 1e12])
+def test_ticks_of_scores_do_not_run_into_each_other(size):
+    scores = {"test": size * np.random.default_rng(0).uniform(0.95, 1.81, 500)}
+    figure = figures.score_histograms({"energy": (scores, 1.38 * size)})
+    drawn(figure)
+    (ax,) = figure.axes
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+    assert len(boxes) > 2
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 @pytest.mark.parametrize("threshold", [np.nan, np.inf])
