@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
-from benchmarks.timing import Chain, Machine, explain, measure, race
+from benchmarks.timing import Chain, Machine, bfloat16, explain, measure, race
 from ebm.ensemble import Ensemble
 from ebm.networks import Network
 from ebm.variants.base import descend, parameters_of
@@ -241,15 +241,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def iterations(case: Case, options: argparse.Namespace, machine: Machine) -> None:
     batch = FEW if options.small else case.batch
-    ours, half = make(case), make(case, "bfloat16")
+    ours = make(case)
     x = torch.rand(batch, *case.shape)
     runs = {
         "published update": trainer(Published(ours).training_step, x),
         "ours": trainer(ours.training_step, x),
-        "ours, bfloat16": trainer(half.training_step, x),
     }
+    if bfloat16():
+        runs["ours, bfloat16"] = trainer(make(case, "bfloat16").training_step, x)
     if not options.small:
-        for precision in ("float32", "bfloat16"):
+        for precision in ("float32", "bfloat16") if bfloat16() else ("float32",):
             model = make(case, precision, compile=True)
             runs[f"compiled, {precision}"] = trainer(model.training_step, x)
     times = race(f"Training iteration, {case.title}, batch {batch}", runs, options)
@@ -306,9 +307,10 @@ def check_update(case: Case) -> None:
             torch.testing.assert_close(logs[loss], losses[loss], rtol=limit, atol=limit)
         off[name] = distance(found, wanted)
         assert off[name] < limit, f"{case.title}, {name}: gradients differ by {off[name]:.1e}"
-    half = make(case, "bfloat16")
-    _, found = observed(half.optimizers.values(), half.training_step, x)
-    off["bfloat16"] = distance(found, wanted)
+    if bfloat16():
+        half = make(case, "bfloat16")
+        _, found = observed(half.optimizers.values(), half.training_step, x)
+        off["bfloat16"] = distance(found, wanted)
     listed = ", ".join(f"{value:.1e} in {name}" for name, value in off.items())
     print(f"{case.title}: gradients off from the published update's by {listed}")
 

@@ -17,6 +17,7 @@ The share of bytes overrates them where tensors stay in the cache.
 import argparse
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from torchebm.core import BaseModel
 from torchebm.samplers import HamiltonianMonteCarlo, LangevinDynamics
 
-from benchmarks.timing import Chain, Machine, explain, measure, race
+from benchmarks.timing import Chain, Machine, bfloat16, explain, measure, race
 from ebm.densities import DENSITIES
 from ebm.networks import Scalar, normalise_spectrally, scalar
 from ebm.samplers import HMC, DecoupledLangevin, Energy, Langevin, Recorded, value_and_gradient
@@ -133,16 +134,18 @@ def images(chains: int, options: argparse.Namespace, machine: Machine) -> None:
     network.eval()
     layout = torch.channels_last
     ours = normalised(network).requires_grad_(False).to(memory_format=layout)
-    half = normalised(network).requires_grad_(False).to(memory_format=layout)
-    half.blocks.bfloat16()
     ways: dict[str, Energy] = {
         "ours": evaluate(ours, y),
         "recorded": Recorded(evaluate(ours, y), x),
-        "bfloat16 autocast": Recorded(autocast(evaluate(ours, y)), x),
-        "bfloat16 layers": Recorded(evaluate(half, y), x),
     }
+    fastest, name = ours, "compiled"
+    if bfloat16():
+        ways["bfloat16 autocast"] = Recorded(autocast(evaluate(ours, y)), x)
+        fastest, name = deepcopy(ours), "bfloat16 layers, compiled"
+        fastest.blocks.bfloat16()
+        ways["bfloat16 layers"] = Recorded(evaluate(fastest, y), x)
     if not options.small:
-        ways["bfloat16 layers, compiled"] = Recorded(evaluate(half, y), x, compile=True)
+        ways[name] = Recorded(evaluate(fastest, y), x, compile=True)
     print()
     exact = value_and_gradient(evaluate(network, y), x)[1]
     for way, energy in ways.items():

@@ -12,13 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ebm.variants.base import multiplies_bfloat16
+
 Chain = Callable[[int], Any]
 """Runs so many steps."""
 
 
 class Machine(NamedTuple):
-    """Its best, measured: arithmetic in float32 and bfloat16, and bytes, in 1e9 a second;
-    seconds of the smallest operation."""
+    """Its best, measured: arithmetic in float32 and bfloat16 (0: it has none), and bytes, in 1e9 a
+    second; seconds of the smallest operation."""
 
     float32: float
     bfloat16: float
@@ -73,6 +75,11 @@ def race(title: str, runs: dict[str, Chain], options: argparse.Namespace) -> dic
     return {name: median(times[name] for times in rounds) for name in runs}
 
 
+def bfloat16() -> bool:
+    """Whether it is worth timing: emulated, a layer takes up to a hundred times as long."""
+    return multiplies_bfloat16("cpu")
+
+
 def seconds(run: Chain, steps: int) -> float:
     begun = time.perf_counter()
     run(steps)
@@ -102,17 +109,17 @@ def measure(size: int) -> Machine:
     """The machine's best of several tries."""
     a, small = torch.randn(size, size), torch.zeros(1)
     big, other = torch.zeros(size * size * 8), torch.empty(size * size * 8)
-    half = a.bfloat16()
 
     def best(function: Callable[[], Any], times: int = 1) -> float:
         return (
             min(seconds(lambda n: [function() for _ in range(n)], times) for _ in range(7)) / times
         )
 
+    half = a.bfloat16()
     flops = 2 * size**3 / 1e9
     return Machine(
         flops / best(lambda: a @ a),
-        flops / best(lambda: half @ half),
+        flops / best(lambda: half @ half) if bfloat16() else 0.0,
         2 * big.nbytes / 1e9 / best(lambda: other.copy_(big)),
         best(lambda: torch.ops.aten.add.Tensor(small, small), 1000),
     )

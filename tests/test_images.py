@@ -20,7 +20,7 @@ from scipy.io import savemat
 from test_data import AS_THEY_ARE, corrupt, density, digits
 
 from ebm import EBMError, data
-from ebm.data import files, published
+from ebm.data import files, published, unit
 from ebm.data.images import reshaped
 from ebm.outliers import interpolation, levels, outlier_sets
 from ebm.schema import ImageData
@@ -145,11 +145,18 @@ def serve():
         server.server_close()
 
 
-def images(name="mnist", outliers=("fashion-mnist", "omniglot", "usps"), validation=10, seed=0):
+def images(
+    name="mnist",
+    outliers=("fashion-mnist", "omniglot", "usps"),
+    validation=10,
+    seed=0,
+    binarize="none",
+):
     return data.prepare(
         ImageData(
             kind="images",
             name=name,
+            binarize=binarize,
             outliers=list(outliers),
             validation=validation,
             seed=seed,
@@ -201,6 +208,27 @@ def test_drawings_are_bright_ink_each_once():
     assert small[0, :, :13].max() == 0
     assert small[0, :, 15:].min() == 255
     assert torch.equal(small[2], small[0].T)
+
+
+@pytest.mark.usefixtures("mirror")
+@pytest.mark.parametrize("how", ["sample", "threshold"])
+def test_binarised_images_are_the_greys_on_or_off(how):
+    grey, binary = images(), images(binarize=how)
+    assert torch.equal(binary.tensors["train_index"], grey.tensors["train_index"])
+    assert "binarised: " + how in binary.manifest["source"]
+    sets = {name: (grey.tensors[name], binary.tensors[name]) for name in data.SPLITS}
+    sets |= {name: (x, binary.outliers()[name]) for name, x in grey.outliers().items()}
+    for before, after in sets.values():
+        assert after.dtype == torch.uint8
+        assert after.unique().tolist() == [0, 255]
+        p, on = unit(before), unit(after)
+        if how == "threshold":
+            assert torch.equal(on, (p >= 0.5).float())
+        else:
+            assert abs((on - p).sum()) < 5 * (p * (1 - p)).sum().sqrt()
+            assert not torch.equal(on, (p >= 0.5).float())
+    again = images(binarize=how)
+    assert torch.equal(binary.tensors["test"], again.tensors["test"])
 
 
 @pytest.mark.usefixtures("mirror")
@@ -351,6 +379,7 @@ MAKERS = {
     "colour": (lambda: images("cifar10", ["mnist", "omniglot"], 5), 256, 5),
     "digits": (lambda: digits(binarize="none"), 17, 3),
     "binary": (lambda: digits(binarize="sample"), 2, 3),
+    "binary bytes": (lambda: images(binarize="sample"), 2, 6),
 }
 
 

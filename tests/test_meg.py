@@ -238,9 +238,12 @@ def test_an_iteration_is_the_published_update(case, capsys):
     assert "float64" in capsys.readouterr().out
 
 
-def test_the_benchmark_runs(capsys):
+@pytest.mark.parametrize("able", [True, False])
+def test_the_benchmark_times_bfloat16_where_the_processor_has_it(able, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "bfloat16", lambda: able)
     threads = str(torch.get_num_threads())
     benchmark.main(["--threads", threads, "--rounds", "1", "--seconds", "0", "--small"])
     lines = capsys.readouterr().out
     assert "published update" in lines
+    assert ("ours, bfloat16" in lines) == able
     assert "stacked" in lines

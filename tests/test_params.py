@@ -213,6 +213,13 @@ def test_any_key_that_is_missing_misspelt_or_holds_nonsense_is_named(monkeypatch
     assert len(paths) > 300
 
 
+def test_colours_are_not_binarised(tmp_path):
+    content = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")
+    put("datasets.mnist.binarize", "threshold")(content)
+    put("datasets.cifar10.binarize", "threshold")(content)
+    assert complaint(tmp_path, content).startswith("params.yaml: datasets.cifar10.binarize")
+
+
 @pytest.mark.parametrize("outliers", [["mnist"], ["usps", "usps"], ["uspss"], "usps"])
 def test_outliers_are_other_sets_each_once(tmp_path, outliers):
     content = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")

@@ -45,7 +45,10 @@ def outlier_sets(prepared: Prepared, n: int, seed: int) -> dict[str, Tensor]:
 
 
 def levels(prepared: Prepared) -> int:
-    """How many values a pixel can have: 256 where images are bytes, else as many as occur."""
+    """How many values a pixel can have: 2 where images are binarised, 256 where they are other
+    bytes, else as many as occur."""
+    if prepared.manifest["settings"].get("binarize", "none") != "none":
+        return 2
     train = prepared.tensors["train"]
     return 256 if train.dtype == torch.uint8 else len(train.unique())
 
@@ -72,7 +75,7 @@ def interpolation(images: Tensor, labels: Tensor, n: int, generator: Generator) 
 
 def _stored(level: Tensor, top: int, dtype: torch.dtype) -> Tensor:
     """Levels as the data set stores its values."""
-    return level.to(dtype) if dtype == torch.uint8 else (level / top).to(dtype)
+    return (255 * level // top if dtype == torch.uint8 else level / top).to(dtype)
 
 
 def _some(images: Tensor, n: int, generator: Generator) -> Tensor:

@@ -31,6 +31,11 @@ Scale = Literal["none", "minmax", "log"]
 """What becomes of the numbers of a table (`ebm.data.transform`)."""
 Widths = Annotated[list[Count], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Binarize = Literal["sample", "threshold", "none"]
+"""What becomes of greys: `sample` draws each pixel once, on with the probability that is its grey
+value (Salakhutdinov & Murray's way); `threshold` turns on what is at least half; `none` keeps
+them."""
+COLOURED = ("cifar10", "svhn")
 
 
 class Section(BaseModel):
@@ -84,18 +89,20 @@ class DensityData(Section):
 
 
 class DigitsData(Section):
-    """scikit-learn's 1,797 handwritten digits, 8x8, split at random by `seed`.
-
-    `binarize`: `sample` draws each pixel once, on with the probability that is its grey value
-    (Salakhutdinov & Murray's way); `threshold` turns on what is at least half; `none` keeps greys.
-    """
+    """scikit-learn's 1,797 handwritten digits, 8x8, split at random by `seed`."""
 
     kind: Literal["digits"]
-    binarize: Literal["sample", "threshold", "none"]
+    binarize: Binarize
     validation: Count
     test: TestSize
     seed: Seed
     reference: Reference
+
+
+def _of_greys(how: str, section: ValidationInfo) -> str:
+    if how != "none" and section.data.get("name") in COLOURED:
+        raise ValueError("should be none for images in colour")
+    return how
 
 
 def _others(names: list[str], section: ValidationInfo) -> list[str]:
@@ -108,11 +115,13 @@ class ImageData(Section):
     """A published image data set with its labels, as bytes: 28x28 grey, or 32x32 in colour.
 
     `validation` images are set apart by `seed` from the published train part; the published test
-    part is the test split. `outliers` are sets of which the test part is kept in the same form.
+    part is the test split. `outliers` are sets of which the test part is kept in the same form,
+    binarised alike.
     """
 
     kind: Literal["images"]
     name: Literal["mnist", "fashion-mnist", "cifar10", "svhn"]
+    binarize: Annotated[Binarize, AfterValidator(_of_greys)]
     outliers: Annotated[
         list[Literal["mnist", "fashion-mnist", "cifar10", "svhn", "omniglot", "usps"]],
         AfterValidator(_others),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.data import SPLITS
-from ebm.data.made import Made, chosen
+from ebm.data.made import Made, binarised, chosen
 from ebm.schema import DigitsData
 
 
@@ -28,19 +28,9 @@ def splits(binarize: str, validation: int, test: int, seed: int) -> dict[str, Te
         raise EBMError(f"digits: {wanted} leaves nothing of {len(images)} images to train on")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
-    images = _binarised(images, binarize, generator)
+    images = binarised(images, binarize, generator)
     parts = order.split([len(order) - validation - test, validation, test])
     tensors: dict[str, Tensor] = {}
     for split, index in zip(SPLITS, parts, strict=True):
         tensors |= chosen(split, index, images, labels)
     return tensors
-
-
-def _binarised(grey: Tensor, how: str, generator: torch.Generator) -> Tensor:
-    match how:
-        case "sample":
-            return torch.bernoulli(grey, generator=generator)
-        case "threshold":
-            return (grey >= 0.5).float()
-        case _:
-            return grey

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ebm import EBMError
-from ebm.data import published
-from ebm.data.made import Made, chosen
+from ebm.data import SPLITS, published, unit
+from ebm.data.made import Made, binarised, chosen
 from ebm.schema import ImageData
 
 OUTLIERS_AT_MOST = 10_000
@@ -15,7 +15,8 @@ LUMA = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
 
 
 def prepare(settings: ImageData) -> Made:
-    """Uint8 splits [N, H, W] or [N, 3, H, W] with labels and rows, and outliers.
+    """Uint8 splits [N, H, W] or [N, 3, H, W] with labels and rows, and outliers; where binarised,
+    of bytes 0 and 255.
 
     Train and validation are drawn from the published train part, whose rows their index names;
     test is the published test part in its order.
@@ -23,6 +24,11 @@ def prepare(settings: ImageData) -> Made:
     source, tensors = splits(settings.name, settings.validation, settings.seed)
     shape = tensors["test"].shape[1:]
     outliers: dict[str, Tensor] = {name: outlier_set(name, shape) for name in settings.outliers}
+    if (how := settings.binarize) != "none":
+        source = f"{source}; binarised: {how}"
+        generator = torch.Generator().manual_seed(settings.seed)
+        tensors |= {name: _binary(tensors[name], how, generator) for name in SPLITS}
+        outliers = {name: _binary(x, how, generator) for name, x in outliers.items()}
     return Made(source, tensors, outliers)
 
 
@@ -62,6 +68,11 @@ def reshaped(images: Tensor, shape: torch.Size) -> Tensor:
         size = tuple(shape[-2:])
         images = _bytes(interpolate(images.float(), size, mode="bilinear", antialias=True))
     return images.expand(-1, *shape).contiguous() if len(shape) == 3 else images[:, 0]
+
+
+def _binary(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
+    """Bytes as 0 and 255."""
+    return _bytes(255 * binarised(unit(images), how, generator))
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,15 @@ class Made:
 def chosen(split: str, index: Tensor, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """The rows `index` of a collection as a split with its labels and rows."""
     return {split: images[index], f"{split}_labels": labels[index], f"{split}_index": index}
+
+
+def binarised(grey: Tensor, how: str, generator: Generator) -> Tensor:
+    """Greys of [0, 1] as 0 and 1 of the same shape and type, as `schema.Binarize` says; or as they
+    are."""
+    match how:
+        case "sample":
+            return torch.bernoulli(grey, generator=generator)
+        case "threshold":
+            return (grey >= 0.5).to(grey.dtype)
+        case _:
+            return grey

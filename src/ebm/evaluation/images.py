@@ -13,6 +13,7 @@ from ebm.contrastive import Contrasted
 from ebm.data import Prepared
 from ebm.demonstrations import animate, demonstrate
 from ebm.evaluation.contrast import measure_classes, measure_constant
+from ebm.evaluation.published import MNIST_BINARY, refer_to_published
 from ebm.evaluation.result import Evaluation
 from ebm.outliers import outlier_sets
 from ebm.reference import KEPT, Reference
@@ -45,6 +46,9 @@ def evaluate_images(
         enough(measured["samples"], " in the shares of the classes" if "labels" in samples else "")
     train, test = (prepared.points(split).to(drawn.device) for split in ("train", "test"))
     _likelihood(result, model, train, test, settings)
+    about = prepared.manifest["settings"]
+    if (about.get("name"), about.get("binarize")) == ("mnist", "sample"):
+        refer_to_published(result, model, MNIST_BINARY)
     _bits(result, model, train, test)
     if isinstance(model, Contrasted):
         _bits(result, model.noise, train, test, "_generator")
@@ -56,7 +60,7 @@ def evaluate_images(
         sets["samples"] = measured["samples"][:ENERGIES]
     if asked is not None and known is not None:
         _conditional_accuracy(result, drawn, asked, test, known, reference)
-    outliers = outlier_sets(prepared, ENERGIES, prepared.manifest["settings"]["seed"])
+    outliers = outlier_sets(prepared, ENERGIES, about["seed"])
     sets |= {name: images.to(drawn.device) for name, images in outliers.items()}
     energies = {k: metrics.in_batches(model.energy, x, 256) for k, x in sets.items()}
     _anomalies(result, energies["test"], {name: energies[name] for name in outliers})

@@ -197,4 +197,4 @@ class RBM(EBM):
 
 def _require_binary(data: Tensor) -> None:
     if not ((data == 0) | (data == 1)).all():
-        raise EBMError("an RBM with binary units needs data of 0 and 1: digits with `binarize`")
+        raise EBMError("binary units need data of 0 and 1: `binarize` in the data set")
