@@ -96,10 +96,14 @@ class Energy(PythonModel):
 
     def _energies(self, points: "Tensor") -> np.ndarray:
         """[B], float64; of no more than so many rows at once that memory is bounded."""
+        from ebm import EBMError
         from ebm.metrics import in_batches
 
         size = max(1, AT_ONCE // math.prod(self.shape))
-        energy = in_batches(self.ebm.energy, points, size).double().numpy()
+        try:
+            energy = in_batches(self.ebm.energy, points, size).double().numpy()
+        except EBMError as error:
+            _refuse(str(error))
         if (wrong := ~np.isfinite(energy)).any():
             _refuse(f"row {wrong.argmax() + 1}: its energy is {energy[wrong][0]}")
         return energy

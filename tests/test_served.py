@@ -396,6 +396,7 @@ ROWS = {"amount": 3, "colour": "red"}
         ("images", {"inputs": np.zeros((2, 64)).tolist()}, None, "does not match expected"),
         ("images", {"inputs": [[["a"] * 8] * 8]}, None, "could not convert string"),
         ("images", {"inputs": [[[None] * 8] * 8]}, None, "row 1, number 1 = 'nan'"),
+        ("images", {"inputs": np.full((1, 8, 8), 0.5).tolist()}, None, "0 and 1, no greys"),
         ("images", "x\n1\n", CSV, "TensorSpec"),
         ("table", {"dataframe_records": [{"colour": "red"}]}, None, "missing inputs ['amount']"),
         ("table", {"dataframe_records": [ROWS, {**ROWS, "amount": None}]}, None, "row 2, column"),

@@ -83,7 +83,11 @@ class RBM(EBM):
         self.chains.copy_(draw(mean.expand_as(self.chains)))
 
     def energy(self, x: Tensor) -> Tensor:
-        v = x.flatten(1)
+        """F(x) of bits [B, *], in nats; EBMError if there are greys among them."""
+        _require_binary(x)
+        return self._free_energy(x.flatten(1))
+
+    def _free_energy(self, v: Tensor) -> Tensor:
         return -v @ self.visible_bias - softplus(self.hidden_bias + v @ self.weight).sum(1)
 
     def gibbs(self, beta: float = 1.0) -> BlockGibbs:
@@ -103,7 +107,7 @@ class RBM(EBM):
         if len(self.chains):
             self.chains.copy_(model)
 
-        loss = self.energy(data).mean() - self.energy(model).mean()
+        loss = self._free_energy(data).mean() - self._free_energy(model).mean()
         norm = descend(self.optimizers["energy"], loss)
         return {
             "energy_gap": loss.detach(),
@@ -197,4 +201,4 @@ class RBM(EBM):
 
 def _require_binary(data: Tensor) -> None:
     if not ((data == 0) | (data == 1)).all():
-        raise EBMError("binary units need data of 0 and 1: `binarize` in the data set")
+        raise EBMError("binary units know 0 and 1, no greys: `binarize` in a data set")
