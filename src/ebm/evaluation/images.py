@@ -86,7 +86,7 @@ def _likelihood(
 ) -> None:
     """log p = -E - log Z, log Z in the middle of the model's own two estimates, if it has any: one
     that tends to err low, one that tends to err high."""
-    estimates = model.log_partition(**settings)
+    estimates = model.log_partition(train, **settings)
     if estimates is None:
         return
     low, high = (estimate.item() for estimate in estimates)

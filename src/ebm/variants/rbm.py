@@ -154,30 +154,31 @@ class RBM(EBM):
             terms.append(states @ states_bias + softplus(other_bias + states @ weight).sum(1))
         return torch.logsumexp(torch.cat(terms), 0)
 
-    def log_partition(self, **settings: int) -> tuple[Tensor, Tensor]:
+    def log_partition(self, data: Tensor, **settings: int) -> tuple[Tensor, Tensor]:
         """Exactly where a side is small enough, else by annealing with `rbm_config.Evaluate`."""
         if min(self.weight.shape) > ENUMERABLE:
-            return self.annealed_log_partition(**settings)
+            return self.annealed_log_partition(data, **settings)
         exact = self.log_partition_exact()
         return exact, exact
 
     @torch.no_grad()
     def annealed_log_partition(
-        self, chains: int, temperatures: int, burn_in: int
+        self, data: Tensor, chains: int, temperatures: int, burn_in: int
     ) -> tuple[Tensor, Tensor]:
         """log Z from below and from above, by forward and reverse annealed importance sampling.
 
         The path of Salakhutdinov & Murray (2008) from the base-rate model (weights 0, visible
         biases at the data's log-odds) to this one. The reverse runs start from `chains` Gibbs
-        chains after `burn_in` steps; should they not have mixed, the gap to the forward estimate
-        shows it.
+        chains, `burn_in` steps after they left points of the `data` [N, *]: what forward runs
+        never reach but data show makes a gap. Modes that neither comes to are missed by both.
         """
         rbm = self._double()
         log_z0 = softplus(rbm.base_rate).sum() + rbm.weight.shape[1] * math.log(2)
         betas = torch.linspace(0, 1, temperatures).tolist()
         start = rbm._base_rate_draws(chains)
         forward = ais(rbm._annealed_energy, rbm.gibbs, start, betas)
-        end = run(rbm.gibbs(), start, burn_in).x
+        rows = torch.randint(len(data), (chains,), device=data.device)
+        end = run(rbm.gibbs(), data[rows].flatten(1).double(), burn_in).x
         reverse = ais(rbm._annealed_energy, rbm.gibbs, end, betas[::-1])
         return log_z0 + log_mean_exp(forward), log_z0 - log_mean_exp(reverse)
 

@@ -29,7 +29,7 @@ class Sample(schema.Drawn):
 
 class Evaluate(Section):
     """Annealed importance sampling: `chains`, `temperatures`, and the Gibbs steps that bring the
-    chains of the reverse estimate into the model's own distribution first."""
+    chains of the reverse estimate from the data into the model's own distribution first."""
 
     chains: Count
     temperatures: Annotated[int, Field(ge=2)]
