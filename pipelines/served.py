@@ -158,10 +158,11 @@ def _without_padding(rows: pd.DataFrame, transform: "Transform") -> pd.DataFrame
     behind a comma of a CSV file, where preparation and `pipelines.score` skip them."""
     for column in transform.columns:
         if column.kind == "categorical" and column.name in rows:
-            known = set(column.categories)
-            bare = rows[column.name].map(lambda cell: str(cell).lstrip(" "))
-            padded = rows[column.name].map(lambda cell: isinstance(cell, str)) & bare.isin(known)
-            rows = rows.assign(**{column.name: rows[column.name].mask(padded, bare)})
+            known, cells = set(column.categories), rows[column.name]
+            bare = cells.map(lambda cell: str(cell).lstrip(" "))
+            texts = cells.map(lambda cell: isinstance(cell, str))
+            padded = texts & bare.isin(known) & ~cells.isin(known)
+            rows = rows.assign(**{column.name: cells.mask(padded, bare)})
     return rows
 
 

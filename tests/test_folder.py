@@ -176,8 +176,12 @@ def damaged(root, name):
         ({}, lambda r: os.mkfifo(r / "oak/x.png"), "oak/x.png: no file, or a link to none"),
         ({}, lambda r: (r / "oak/up").symlink_to(".."), "oak/up: a link to a folder, in which"),
         ({}, lambda r: r.rename("x") and r.symlink_to("../x"), "leaves: a link to a folder, in"),
-        ({}, lambda r: put(r / "oak/a\nb.png", pixels(0, 4, 4)), "b.png': a name that is no pr"),
-        ({}, lambda r: put(r / "oak/\udce9.png", pixels(0, 4, 4)), "a name that is no printable"),
+        ({}, lambda r: put(r / "oak/a\nb.png", pixels(0, 4, 4)), "b.png': a name that is no line"),
+        (
+            {},
+            lambda r: put(r / "oak/\udce9.png", pixels(0, 4, 4)),
+            "a name that is no line",
+        ),
         ({"test": 0.1}, None, "images/leaves: 3 test images; expected at least 4"),
     ],
 )
@@ -189,6 +193,12 @@ def test_what_cannot_be_used_is_one_line_that_names_it(root, changes, spoil, lin
         prepared(**changes)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mark", ["\u202f", "\u00a0", "\u3000", "\u200d", "\u200e"])
+def test_spaces_and_marks_of_other_scripts_are_part_of_a_name(root, mark):
+    put(root / f"oak/a{mark}b.png", pixels(0, SIDE, SIDE))
+    assert root / f"oak/a{mark}b.png" in folder.files(root)
 
 
 NAMES = [["a", "a"], ["uniform"], ["mean"], ["test"], ["a/b"], ["../a"], ["a_std"], ["a&b"]]

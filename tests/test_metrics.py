@@ -284,13 +284,18 @@ def test_a_threshold_is_not_rounded_to_the_type_of_the_scores():
     assert metrics.detection(score, score, 0.1000001)[1] == 0
 
 
-def test_a_share_is_flagged_as_by_released_code():
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_share_is_flagged_as_by_released_code(ties):
     torch.manual_seed(13)
     score = torch.randn(1001)
+    score = score.mul(3).round() if ties else score
     threshold = metrics.share_threshold(score, 0.2)
-    assert threshold == pytest.approx(np.percentile(score.double().numpy(), 80), abs=0)
-    assert int((score.double() >= threshold).sum()) == 201
+    released = score.double() >= np.percentile(score.double().numpy(), 80)
+    assert torch.equal(score.double() >= threshold, released)
+    assert threshold == (score[released].min().double() + score[~released].max().double()) / 2
     assert metrics.share_threshold(torch.zeros(9), 0.2) == 0  # and all nine are flagged
+    assert math.isnan(metrics.share_threshold(torch.tensor([0.0, math.nan]), 0.2))
+    assert not math.isfinite(metrics.share_threshold(torch.tensor([0.0, math.inf]), 0.5))
 
 
 @pytest.mark.parametrize("ties", [False, True])

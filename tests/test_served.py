@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tracking_store import MLFLOW_WARNS, start
 
 from ebm import data, seeds, variants
-from ebm.data.transform import Transform
+from ebm.data.transform import Transform, fit
 from pipelines import tracking
 from pipelines.evaluate import EXAMPLES, _example
 from pipelines.spool import Spool
@@ -308,6 +308,14 @@ def test_blanks_behind_a_comma_do_not_make_another_category(packed, ask):
     with torch.no_grad():
         energies = one.model.energy(one.transform.apply(made_up())).tolist()
     assert column(answer) == pytest.approx(energies, rel=1e-4, abs=1e-6)
+
+
+def test_a_category_that_is_known_with_its_blank_keeps_it():
+    from pipelines import served
+
+    fitted = fit(pd.DataFrame({"a": [1.0, 2.0], "b": ["x", " x"]}), ["b"], "none", "drop", "it")
+    rows = pd.DataFrame({"a": [1.0, 1.0, 1.0], "b": ["x", " x", "  x"]})
+    assert served._without_padding(rows, fitted)["b"].tolist() == ["x", " x", "x"]
 
 
 def test_a_category_is_text_and_one_never_seen_is_none_of_them(packed, ask):

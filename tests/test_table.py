@@ -29,7 +29,7 @@ from test_params import GOOD, ROOT, complaint, put, remove
 
 from ebm import EBMError, data, params
 from ebm.data import files, kddcup99, table
-from ebm.data.transform import Transform, fit
+from ebm.data.transform import Transform, fit, numbers_of
 
 FRAME = pd.DataFrame(
     {
@@ -341,6 +341,18 @@ def test_an_empty_line_of_a_single_column_is_an_empty_cell(csv, tmp_path):
     (tmp_path / "one.csv").write_text(text)
     (frame,) = table.chunks(tmp_path / "one.csv", ["a"], [])
     assert frame["a"].isna().tolist() == 10 * [False] + 2 * [True] + 10 * [False]
+    for begin in ("\n", " \n"):
+        with pytest.raises(EBMError, match=r"mine\.csv: begins with an empty line"):
+            csv(begin + text, **alone)
+
+
+@pytest.mark.parametrize("gap", ["", "NaN"])
+def test_a_gap_among_whole_numbers_of_64_bits_is_one(tmp_path, gap):
+    (tmp_path / "big.csv").write_text(f"a,b\n{2**64 - 1},x\n{gap},y\n-1,z\n")
+    (frame,) = table.chunks(tmp_path / "big.csv", ["a", "b"], ["b"])
+    assert frame["a"].isna().tolist() == [False, True, False]
+    assert numbers_of(frame["a"].dropna(), "big.csv").tolist() == [2.0**64, -1.0]
+    assert frame["b"].tolist() == ["x", "y", "z"]
 
 
 def test_a_table_that_is_not_utf_8_is_told_how_to_be(csv, tmp_path):

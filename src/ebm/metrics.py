@@ -254,9 +254,17 @@ def detection(inliers: Tensor, outliers: Tensor, threshold: float) -> tuple[floa
 
 
 def share_threshold(scores: Tensor, share: float) -> float:
-    """The threshold not below which about the highest `share` of scores [N] lie: a quantile, with
-    straight lines between the scores, as NumPy has it. Ties with it are flagged too."""
-    return torch.quantile(scores.double(), 1 - share).item()
+    """The threshold not below which about the highest `share` of scores [N] lie. It flags of these
+    what their quantile would (with straight lines between the scores, as NumPy has it; ties with
+    it too), but lies in the middle between those and the highest of the others: a row that is
+    scored again, among fewer, comes to a score that differs in its last digit. NaN if a score is
+    NaN."""
+    scores = scores.double()
+    flagged = scores >= torch.quantile(scores, 1 - share)
+    if not flagged.any():
+        return math.nan
+    lowest, others = scores[flagged].min().item(), scores[~flagged]
+    return _between(lowest, others.max().item()) if len(others) else lowest
 
 
 def best_f1_threshold(inliers: Tensor, outliers: Tensor) -> float:
@@ -268,9 +276,14 @@ def best_f1_threshold(inliers: Tensor, outliers: Tensor) -> float:
     thresholds, true, false = operating_points(inliers, outliers)
     f1 = 2 * true.double() / (true + false + len(outliers))
     lowest = int(f1.argmax())  # of the flagged scores; the next one is the highest of the others
-    around = thresholds[lowest : lowest + 2].double()
-    middle = around.mean().item()
-    return middle if around[-1] < middle < math.inf else around[0].item()
+    around = thresholds[lowest : lowest + 2].tolist()
+    return _between(around[0], around[-1])
+
+
+def _between(above: float, below: float) -> float:
+    """The middle of two scores, or the upper one where no number lies between them."""
+    middle = (above + below) / 2
+    return middle if below < middle < math.inf else above
 
 
 def f1_ceiling(prevalence: float, flagged: float) -> float:

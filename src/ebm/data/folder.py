@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ OF_THREE = ("LAB", "HSV")
 """Colours that become grey by way of RGB only."""
 OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 WHITE = "white"
+UNLISTED = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's categories of control characters, bytes that are no text, and ends of lines."""
 BROKEN = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error)
 UNREADABLE = (OSError, *BROKEN)
 """What Pillow raises of a file that is no image, or a damaged one."""
@@ -84,7 +87,7 @@ def prepare(settings: FolderData) -> Made:
 def files(root: Path) -> list[Path]:
     """The image files in a folder and in those within it, by their paths, a warning if others are
     left out. EBMError if there are none, if a folder cannot be read or is a link to another, or if
-    a name is no printable text, which no list could show."""
+    a name is no line of text, which no list could show."""
     if not root.is_dir():
         raise EBMError(f"{root}: no such folder")
     images, others = list[Path](), 0
@@ -97,8 +100,8 @@ def files(root: Path) -> list[Path]:
             if path.suffix.lower() not in SUFFIXES:
                 others += 1
                 continue
-            if not str(path.relative_to(root)).isprintable():
-                raise EBMError(f"{str(path)!r}: a name that is no printable text; rename it")
+            if any(category(c) in UNLISTED for c in str(path.relative_to(root))):
+                raise EBMError(f"{str(path)!r}: a name that is no line of text; rename it")
             if not path.is_file():
                 raise EBMError(f"{path}: no file, or a link to none")
             images.append(path)

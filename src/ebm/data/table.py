@@ -36,14 +36,30 @@ def header(path: Path) -> list[str]:
         problem = "no regular file, and it is read twice" if path.exists() else "no such file"
         raise EBMError(f"{path}: {problem}")
     options: dict[str, Any] = {"header": None, "nrows": 1, "dtype": str, "skipinitialspace": True}
+    options["keep_default_na"] = False
     with _reading(path):
-        first = pd.read_csv(path, **options, keep_default_na=False).iloc[0]
+        first = pd.read_csv(path, **options).iloc[0]
     names = [name or f"Unnamed: {number}" for number, name in enumerate(first)]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise EBMError(f"{path}: more than one column {listed(twice)}")
     if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
         raise EBMError(f"{path}: one column {short(names[0])}; cells are separated by commas")
+    if len(names) == 1 and _begins_empty(path, options):
+        raise EBMError(f"{path}: begins with an empty line; expected the name of its one column")
     return names
+
+
+def _begins_empty(path: Path, options: dict[str, Any]) -> bool:
+    """Whether a file of one column has an empty line before its header, which would be taken for
+    it where empty lines count."""
+    import pandas as pd
+    from pandas.errors import EmptyDataError
+
+    try:
+        first = pd.read_csv(path, **options, skip_blank_lines=False)
+    except EmptyDataError:
+        return True
+    return not first.iloc[0, 0]
 
 
 def chunks(
@@ -80,9 +96,17 @@ def chunks(
             if frame is None or not len(frame):
                 break
             count += len(frame)
-            yield frame
+            yield _with_gaps(frame, text)
     if not count:
         raise EBMError(f"{path}: no rows below the header")
+
+
+def _with_gaps(frame: "DataFrame", text: Collection[str]) -> "DataFrame":
+    """A chunk in whose columns other than `text` what is MISSING is none: where whole numbers go
+    beyond 63 bits, pandas gives a column with gaps as it is written, gaps and all."""
+    written = [name for name in frame if name not in text and frame[name].dtype.kind not in "biuf"]
+    gaps = {name: frame[name].mask(frame[name].isin(MISSING)) for name in written}
+    return frame.assign(**gaps) if gaps else frame
 
 
 UNPACKED = (ImportError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
