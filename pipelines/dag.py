@@ -35,6 +35,7 @@ from dvc.utils.serialize import dumps_yaml, load_yaml, modify_yaml, parse_yaml
 from ebm import EBMError, did_you_mean
 from pipelines import ROOT, files
 from pipelines.stage import CODE
+from pipelines.supervise import restart_clock
 
 IN_PLACE = {"dump", "_edit_rwlock"}
 """The functions in which DVC overwrites files of its own."""
@@ -190,6 +191,7 @@ def _when_free(act: Callable[[], T]) -> T:
             print(f"waiting for another run at work on the same files: {who}", file=sys.stderr)
         told = True
         time.sleep(PATIENCE_SECONDS)
+        restart_clock()
 
 
 def _blockers(error: BaseException | None) -> str | None:
@@ -220,15 +222,19 @@ def travel(name: str, force: bool, job: str) -> int:
     where the flow does, and `dvc.lock` is its.) The file is replaced by the answer: the `entry` of
     the stage.
     """
-    _prepare_process()
     file = Path(job)
     asked = json.loads(file.read_text(encoding="utf-8"))
-    try:
+
+    def work() -> Entry | None:
         with _plain_errors(), Repo(_wait_for_lock=True) as repo:
             _check_commit(repo, asked["commit"])
             with _lent(repo, asked["entries"] or {}):
                 _carry(repo, name, force)
-                answer = {"entry": _entries([name], Path(repo.root_dir))[name]}
+                return _entries([name], Path(repo.root_dir))[name]
+
+    _prepare_process()
+    try:
+        answer = {"entry": _when_free(work)}
     except EBMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -362,7 +368,8 @@ def _lock_opened(file: Path) -> Iterator[dict[str, Any]]:
     before = dict(lock.get("stages", {}))
     yield lock
     head, *texts = LOCK_ENTRY.split(text)
-    if head != LOCK_HEAD or list(lock) != ["schema", "stages"] or len(texts) != len(before):
+    whole = head == LOCK_HEAD and text.endswith("\n")  # no full disk has cut it off
+    if not whole or list(lock) != ["schema", "stages"] or len(texts) != len(before):
         files.replace(file, dumps_yaml(lock))
         return
     known = dict(zip(before, texts, strict=True))
@@ -432,10 +439,16 @@ def _give_up_unless_there_is_a_result(_: int, frame: FrameType | None) -> None:
     """
     if _command_has_ended():
         return
-    if (IN_PLACE | DEAF) & {caller.f_code.co_name for caller, _ in traceback.walk_stack(frame)}:
+    if uninterruptible(frame):
         signal.setitimer(signal.ITIMER_REAL, 0.001)  # SIGALRM: again in a moment
         return
     raise KeyboardInterrupt
+
+
+def uninterruptible(frame: FrameType | None) -> bool:
+    """Whether a signal found DVC where an exception would be lost, or leave half a file."""
+    names = {caller.f_code.co_name for caller, _ in traceback.walk_stack(frame)}
+    return not names.isdisjoint(IN_PLACE | DEAF)
 
 
 def _mend(repo: Repo) -> None:

@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -300,16 +301,22 @@ def command(call: Callable[[], bool]) -> int:
 def interruptible() -> Iterator[None]:
     """Make the first signal that asks us to end a KeyboardInterrupt, and ignore impatient ones.
 
-    Also where SIGINT is ignored at first, as in a background process of a shell script.
+    Also where SIGINT is ignored at first, as in a background process of a shell script; but a
+    hang-up that is (`nohup`) stays so.
     """
+    deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    caught = [n for n in INTERRUPTIONS if not (deaf and n == signal.SIGHUP)]
 
-    def interrupt(number: int, _: FrameType | None) -> None:
-        for other in INTERRUPTIONS:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if dag.uninterruptible(frame):
+            threading.Timer(0.001, os.kill, (os.getpid(), number)).start()  # again in a moment
+            return
+        for other in caught:
             signal.signal(other, signal.SIG_IGN)
         os.write(2, b"interrupted: ending the stages that run; the next run goes on from here\n")
         raise KeyboardInterrupt(number)
 
-    before = {number: signal.signal(number, interrupt) for number in INTERRUPTIONS}
+    before = {number: signal.signal(number, interrupt) for number in caught}
     try:
         yield
     finally:

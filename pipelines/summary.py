@@ -79,8 +79,10 @@ def _read(root: Path, path: str, name: str, ran: bool) -> Iterator[Experiment]:
     """The experiment, unless something of it is missing."""
     folder = root / path
     if (folder / "models" / name / "evaluation").is_dir():
-        settings = params.load(folder / "params.yaml").model_dump()
         try:
+            settings = params.load(folder / "params.yaml").model_dump()
+            if name not in settings["experiments"]:  # any more
+                return
             result = results.read(folder / "models", name, settings)
         except EBMError:  # the report will say what
             return

@@ -94,7 +94,7 @@ def plan(
         check_known("metric", metric, measured.keys() - {"seconds"})  # that of the training
     better = better or direction(metric)
     spanned = space.parse(search, text, experiment)
-    stages = dag.plan([f"evaluate@{experiment}"], root).stages
+    stages = dag.plan_when_free([f"evaluate@{experiment}"], root).stages
     searched = [f"experiments.{experiment}.{dimension.key}" for dimension in spanned]
     own = dependent(stages, searched)
     needed = tuple(one for one in stages if one not in own)

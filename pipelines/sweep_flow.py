@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
-from pipelines import run, sweep
+from pipelines import EBMError, run, sweep
 from pipelines.flows import pipeline, watched  # and with it Prefect's settings, before Prefect
 from pipelines.study import Study, Trial
 from pipelines.supervise import Cancelled, Launcher
@@ -41,19 +41,22 @@ def search(
 ) -> State:
     """Search for the parameters of an experiment with which a metric is best. The parameters are
     the options of `python -m pipelines.sweep`; `better` is 1 for --higher, -1 for --lower."""
-    planned = sweep.plan(experiment, metric, search, trials, prune_by, better, study, seed)
-    if planned.upstream:
-        state = pipeline(planned.upstream, jobs, return_state=True)
-        if not state.is_completed():
-            return states.Failed(message=sweep.NOT_READY)
-    with sweep.begun(planned) as opened:
-        try:
-            flow_run = runtime.flow_run.id
-            jobs = jobs or run.cores()
-            sweep.conduct(planned, opened, jobs, tasks, EBM_FLOW_RUN_ID=flow_run)
-        except Cancelled:
-            return states.Cancelled(message=sweep.tally(opened))
-        return report(planned, opened, apply)
+    try:
+        planned = sweep.plan(experiment, metric, search, trials, prune_by, better, study, seed)
+        if planned.upstream:
+            state = pipeline(planned.upstream, jobs, return_state=True)
+            if not state.is_completed():
+                return states.Failed(message=sweep.NOT_READY)
+        with sweep.begun(planned) as opened:
+            try:
+                flow_run = runtime.flow_run.id
+                jobs = jobs or run.cores()
+                sweep.conduct(planned, opened, jobs, tasks, EBM_FLOW_RUN_ID=flow_run)
+            except Cancelled:
+                return states.Cancelled(message=sweep.tally(opened))
+            return report(planned, opened, apply)
+    except EBMError as error:
+        return states.Failed(message=str(error))
 
 
 @contextmanager
@@ -102,6 +105,8 @@ def main() -> int:
     def execute(**options: Any) -> bool:
         from pipelines import sweep_flow  # this module, by the name under which Prefect finds it
 
+        asked = {key: value for key, value in options.items() if key not in ("jobs", "apply")}
+        sweep.plan(**asked)  # what is wrong is told before a server is started
         return sweep_flow.search(**options, return_state=True).is_completed()
 
     return sweep.main(execute, "pipelines.sweep_flow")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from dvc.lock import LockError
 from dvc.repo import Repo
-from dvc.utils.serialize import dumps_yaml, load_yaml
+from dvc.utils.serialize import YAMLFileCorruptedError, dumps_yaml, load_yaml
 from ruamel.yaml import YAML
 from toy_house import House, built
 
@@ -194,6 +195,39 @@ def test_a_stage_that_somebody_else_runs_is_told(house):
     assert "\n" not in str(error.value)
 
 
+def test_to_wait_for_another_run_does_not_count_as_work(monkeypatch):
+    """Of a stage that has only so many seconds."""
+    restarts = []
+    monkeypatch.setattr(dag, "restart_clock", lambda: restarts.append(None))
+    monkeypatch.setattr(dag, "PATIENCE_SECONDS", 0)
+    assert dag._when_free(busy(3)) == "done"
+    assert len(restarts) == 3
+
+
+def busy(times):
+    """What does its work when others have been at it so many times."""
+    others = iter(range(times))
+
+    def work(*_):
+        for _ in others:
+            raise EBMError("busy") from LockError("blocked by: (PID 1)")
+        return "done"
+
+    return work
+
+
+def test_a_stage_of_a_flow_on_a_cluster_waits_as_well(house, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(house.root)
+    monkeypatch.setattr(dag, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(dag, "_prepare_process", lambda: None)
+    monkeypatch.setattr(dag, "_check_commit", lambda *_: None)
+    monkeypatch.setattr(dag, "_carry", busy(2))
+    (job := tmp_path / "job").write_text(json.dumps({"commit": "", "entries": None}))
+    assert dag.travel("prepare", False, str(job)) in (0, dag.RESTORED)
+    assert json.loads(job.read_text())["entry"] == dag.entries(["prepare"], house.root)["prepare"]
+    assert capsys.readouterr().err.count("waiting for another run") == 1
+
+
 def interruptible():
     """A launcher's target."""
     dag.reproducer()
@@ -263,6 +297,23 @@ def test_a_truncated_dvc_lock_loses_no_result(house, kept):
     assert run.run(root=house.root)
     assert house.ran() == []
     assert YAML(typ="safe").load(house.root / "dvc.lock") == YAML(typ="safe").load(lock)
+
+
+def test_wherever_a_dvc_lock_was_cut_off_it_takes_another_entry(house, tmp_path):
+    lock, file = (house.root / "dvc.lock").read_text(), tmp_path / "dvc.lock"
+    readable = 0
+    for cut in range(len(lock) // 2, len(lock)):
+        file.write_text(lock[:cut])
+        try:
+            expected = load_yaml(file)
+        except YAMLFileCorruptedError:
+            continue
+        readable += 1
+        expected["stages"]["new"] = {"cmd": "x"}
+        with dag._modified(str(file)) as content:
+            content["stages"]["new"] = {"cmd": "x"}
+        assert load_yaml(file) == expected
+    assert readable > 10
 
 
 ODD = {

@@ -1,5 +1,6 @@
 """The runner does what `dvc repro` would, side by side, and however it ends leaves nothing."""
 
+import os
 import random
 import resource
 import signal
@@ -225,6 +226,39 @@ def test_a_runner_that_is_ended_leaves_nothing_and_the_next_run_works(house, end
     assert run.run(root=house.root)
     assert sorted(house.ran()) == sorted(ALL[1:])
     assert not dag.plan(root=house.root).stale
+
+
+def match(signals):
+    """Swallows what is raised meanwhile, as DVC's comparison of this name does."""
+    try:
+        for number in signals:
+            os.kill(os.getpid(), number)
+        time.sleep(0.05)
+    except BaseException:
+        pytest.fail("it was raised where it is lost")
+
+
+@pytest.mark.parametrize("number", run.INTERRUPTIONS)
+def test_a_signal_that_dvc_would_swallow_comes_again_in_a_moment(number):
+    def wait():
+        with run.interruptible():
+            match([number])
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        wait()
+    assert caught.value.args == (number,)
+
+
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run.interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_while_dvc_starts_lets_no_stage_begin(house):

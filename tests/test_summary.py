@@ -77,6 +77,15 @@ def test_what_was_restored_was_not_measured_now(project):
     assert {row["measured"] for row in summary.table([restored])} == {"before"}
 
 
+def test_what_params_say_no_more_is_left_out(project, tmp_path):
+    """They may be edited while a rebuild of hours goes on."""
+    copy = shutil.copytree(project, tmp_path / "copy")
+    text = (ROOT / "params.yaml").read_text()
+    (copy / "params.yaml").write_text(text.replace(f"\n  {MEG}:", "\n  another:"))
+    (copy / "paper" / "params.yaml").write_text(text.replace("variant:", "varaint:", 1))
+    assert [one.title for one in summary.experiments(LAST, copy)] == [RBM]
+
+
 def test_an_experiment_of_which_a_file_is_missing_is_left_out(project, tmp_path):
     copy = shutil.copytree(project, tmp_path / "copy")
     (copy / "models" / MEG / "run.json").unlink()

@@ -104,9 +104,10 @@ def chunks(
 def _with_gaps(frame: "DataFrame", text: Collection[str]) -> "DataFrame":
     """A chunk in whose columns other than `text` what is MISSING is none: where whole numbers go
     beyond 63 bits, pandas gives a column with gaps as it is written, gaps and all."""
-    written = [name for name in frame if name not in text and frame[name].dtype.kind not in "biuf"]
-    gaps = {name: frame[name].mask(frame[name].isin(MISSING)) for name in written}
-    return frame.assign(**gaps) if gaps else frame
+    for name in frame.columns.difference(list(text)):
+        if frame[name].dtype.kind not in "biuf":
+            frame[name] = frame[name].mask(frame[name].isin(MISSING))
+    return frame
 
 
 UNPACKED = (ImportError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
