@@ -13,10 +13,10 @@ Names of metrics, the same in every experiment:
     high_quality_share      share of samples within 4 sigma of a mode (of the curve, if it is one)
     grid_kl                 KL(true density || learned density) on the cells of a square, nats
     log_likelihood          mean log p of the test split, nats; where Z is estimated, the middle of
-                            `_lower`, `_upper`: estimates that tend to err low and high (reverse
-                            and forward annealed importance sampling), and within their noise may
-                            cross; `_train` is the same of the training split; in the plane Z is
-                            the integral over the square, but that of a flow is 1
+                            `_lower`, `_upper`: estimates that tend to err low and high (annealed
+                            importance sampling, back from the data and forward), and within their
+                            noise may cross; `_train` is the same of the training split; in the
+                            plane Z is the integral over the square, but that of a flow is 1
     log_partition           log Z, nats; of a model with a constant of its own what is left of it,
                             by a grid, of images by importance sampling from the noise that the
                             energy was told from; `_ess`, the effective size of that sample

@@ -202,4 +202,5 @@ class RBM(EBM):
 
 def _require_binary(data: Tensor) -> None:
     if not ((data == 0) | (data == 1)).all():
-        raise EBMError("binary units know 0 and 1, no greys: `binarize` in a data set")
+        wanted = "data sets of kind digits or images have `binarize`"
+        raise EBMError(f"binary units know 0 and 1, no greys; {wanted}")
