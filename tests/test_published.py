@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ebm import params, variants
+from ebm.data.made import binarised
 
 PUBLISHED = params.load(Path(__file__).parents[1] / "paper" / "params.yaml")
 SHORT = {
@@ -43,13 +44,15 @@ def shape(settings):
 @pytest.mark.parametrize("name", PUBLISHED.experiments)
 def test_a_published_experiment_fits_its_data(name):
     experiment = PUBLISHED.experiments[name]
-    of = shape(PUBLISHED.datasets[experiment.dataset])
+    dataset = PUBLISHED.datasets[experiment.dataset]
+    of = shape(dataset)
     torch.manual_seed(0)
     settings = short(experiment.model.model_dump()) | SHORT.get(experiment.variant, {})
     model = variants.build(experiment.variant, of, settings)
     x = torch.rand(20, *of)
     if levels := settings.get("levels"):
         x = (x * (levels - 1)).round() / (levels - 1)
+    x = binarised(x, getattr(dataset, "binarize", "none"), torch.Generator())
     model.initialise(x)
     logs = model.training_step(x[:4], torch.tensor([0, 3, 6, 9]))
     assert all(value.isfinite() for value in logs.values())
