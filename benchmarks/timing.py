@@ -109,13 +109,13 @@ def measure(size: int) -> Machine:
     """The machine's best of several tries."""
     a, small = torch.randn(size, size), torch.zeros(1)
     big, other = torch.zeros(size * size * 8), torch.empty(size * size * 8)
+    half = a.bfloat16()
 
     def best(function: Callable[[], Any], times: int = 1) -> float:
         return (
             min(seconds(lambda n: [function() for _ in range(n)], times) for _ in range(7)) / times
         )
 
-    half = a.bfloat16()
     flops = 2 * size**3 / 1e9
     return Machine(
         flops / best(lambda: a @ a),

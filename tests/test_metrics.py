@@ -292,6 +292,7 @@ def test_a_share_is_flagged_as_by_released_code(ties):
     threshold = metrics.share_threshold(score, 0.2)
     released = score.double() >= np.percentile(score.double().numpy(), 80)
     assert torch.equal(score.double() >= threshold, released)
+    assert ties or int((score.double() >= threshold).sum()) == 201
     assert threshold == (score[released].min().double() + score[~released].max().double()) / 2
     assert metrics.share_threshold(torch.zeros(9), 0.2) == 0  # and all nine are flagged
     assert math.isnan(metrics.share_threshold(torch.tensor([0.0, math.nan]), 0.2))
