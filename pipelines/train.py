@@ -47,11 +47,13 @@ def train(name: str) -> None:
         how = settings["model"], settings["ensemble"]
         model = variants.build(experiment.variant, prepared.shape, *how).to(device)
         options = experiment.train.model_dump()
+        rows, points = prepared.training()
         work = partial(
             fit,
             model,
-            prepared.tensors["train"].to(device),
+            rows.to(device),
             _labels(model, prepared, experiment.dataset, device),
+            points,
             **options | {"watch": Watch(**options["watch"])},
             seed=experiment.seed,
         )

@@ -31,10 +31,10 @@ Scale = Literal["none", "minmax", "log"]
 """What becomes of the numbers of a table (`ebm.data.transform`)."""
 Widths = Annotated[list[Count], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Binarize = Literal["sample", "threshold", "none"]
+Binarize = Literal["sample", "dynamic", "threshold", "none"]
 """What becomes of greys: `sample` draws each pixel once, on with the probability that is its grey
-value (Salakhutdinov & Murray's way); `threshold` turns on what is at least half; `none` keeps
-them."""
+value (Salakhutdinov & Murray's way); `dynamic` does too, and trains on bits that are drawn anew at
+every update (Burda et al. 2016); `threshold` turns on what is at least half; `none` keeps them."""
 COLOURED = ("cifar10", "svhn")
 
 

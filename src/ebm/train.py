@@ -91,6 +91,7 @@ def fit(
     model: EBM,
     data: Tensor,
     labels: Tensor | None = None,
+    points: Callable[[Tensor], Tensor] = unit,
     *,
     steps: int,
     batch_size: int,
@@ -103,7 +104,7 @@ def fit(
     listener: Listener = lambda step, restarts, scalars: None,
 ) -> Progress:
     """Train `model` on the rows of `data` [N, *], which lies on the model's device, for `steps`;
-    a conditional one with their `labels` [N].
+    a conditional one with their `labels` [N]. `points` makes points of rows, at every update.
 
     A model that is fitted to all rows at once is left as `initialise` made it by `steps` of 0.
     Resumes from `checkpoints` where there are any. The learning rates fall linearly to zero over
@@ -122,7 +123,9 @@ def fit(
             f"train.batch_size = {batch_size} is more than the {len(data)} training rows"
         )
     batches = Batches(len(data), batch_size, seed, data.device)
-    progress = _resume(model, checkpoints) or _begin(model, data, labels, checkpoints)
+    progress = _resume(model, checkpoints)
+    if progress is None:
+        progress = _begin(model, points, data, labels, checkpoints)
     model.train()
     window: list[dict[str, Tensor]] = []
     first = parallel.rank() == 0
@@ -134,9 +137,9 @@ def fit(
             seeds.seed("step", seed, progress.restarts, progress.step)
             _set_rates(model, rates, _rate_factor(progress.step, steps, cooldown))
             rows = parallel.mine(batches(progress.step, progress.restarts))
-            x, y = unit(data[rows]), None if labels is None else labels[rows]
+            y = None if labels is None else labels[rows]
             with parallel.same_draws():
-                window.append(model.training_step(x, y))
+                window.append(model.training_step(points(data[rows]), y))
             if len(window) == 1:
                 watch.check(window[0])
             progress.step += 1
@@ -164,10 +167,16 @@ def fit(
     return progress
 
 
-def _begin(model: EBM, data: Tensor, labels: Tensor | None, checkpoints: Checkpoints) -> Progress:
+def _begin(
+    model: EBM,
+    points: Callable[[Tensor], Tensor],
+    data: Tensor,
+    labels: Tensor | None,
+    checkpoints: Checkpoints,
+) -> Progress:
     started = time.monotonic()
     if model.initialises:
-        model.initialise(unit(data), labels)
+        model.initialise(points(data), labels)
     progress = Progress(seconds=time.monotonic() - started)
     _save(model, checkpoints, progress)
     return progress

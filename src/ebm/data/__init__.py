@@ -3,7 +3,8 @@ stored.
 
 A prepared folder holds `splits.safetensors` (`train`, `validation`, `test` [N, *], float32, or
 uint8 for images; where the source has them `<split>_labels` [N]; where the source is a fixed
-collection `<split>_index` [N], the rows of the source), `manifest.json` (source, SHA-256 of the
+collection `<split>_index` [N], the rows of the source; where bits are drawn anew at every update
+`train_greys` [N, *], the values they are drawn from), `manifest.json` (source, SHA-256 of the
 tensors, counts, shape, settings), for images `outliers.safetensors` (other sets by name, in the
 type and shape of the images) and for tables `transform.json` (what made points of their rows,
 `ebm.data.transform`).
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ebm.data.made import Made
 
 SPLITS = ("train", "validation", "test")
+GREYS = "train_greys"
 FILES = ("splits.safetensors", "manifest.json")
 OUTLIERS = "outliers.safetensors"
 TRANSFORM = "transform.json"
@@ -64,6 +66,12 @@ class Prepared:
         """The points of a split [N, *], float32; the first of them, if it has more than `most`."""
         return unit(self.tensors[split][:most])
 
+    def training(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What to train on, as stored [N, *], and what makes points of rows of it."""
+        if GREYS in self.tensors:
+            return self.tensors[GREYS], redrawn
+        return self.tensors["train"], unit
+
     def labels(self, split: str) -> Tensor | None:
         """The classes of the points of a split [N], where the source has them."""
         return self.tensors.get(f"{split}_labels")
@@ -72,6 +80,12 @@ class Prepared:
 def unit(x: Tensor) -> Tensor:
     """Stored values as float32 in [0, 1]: bytes are divided by 255, floats pass through."""
     return x.float().div_(255) if x.dtype == torch.uint8 else x
+
+
+def redrawn(x: Tensor) -> Tensor:
+    """Bits that are on with the probability that is the stored grey value, drawn anew."""
+    p = unit(x)
+    return (torch.rand_like(p) < p).to(p.dtype)
 
 
 def mode(classes: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ebm import EBMError
-from ebm.data import SPLITS
+from ebm.data import GREYS, SPLITS
 from ebm.data.made import Made, binarised, chosen
 from ebm.schema import DigitsData
 
@@ -28,9 +28,11 @@ def splits(binarize: str, validation: int, test: int, seed: int) -> dict[str, Te
         raise EBMError(f"digits: {wanted} leaves nothing of {len(images)} images to train on")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
-    images = binarised(images, binarize, generator)
+    greys, images = images, binarised(images, binarize, generator)
     parts = order.split([len(order) - validation - test, validation, test])
     tensors: dict[str, Tensor] = {}
     for split, index in zip(SPLITS, parts, strict=True):
         tensors |= chosen(split, index, images, labels)
+    if binarize == "dynamic":
+        tensors[GREYS] = greys[parts[0]]
     return tensors

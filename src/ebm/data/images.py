@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ebm import EBMError
-from ebm.data import SPLITS, published, unit
+from ebm.data import GREYS, SPLITS, published, unit
 from ebm.data.made import Made, binarised, chosen
 from ebm.schema import ImageData
 
@@ -27,7 +27,8 @@ def prepare(settings: ImageData) -> Made:
     if (how := settings.binarize) != "none":
         source = f"{source}; binarised: {how}"
         generator = torch.Generator().manual_seed(settings.seed)
-        tensors |= {name: _binary(tensors[name], how, generator) for name in SPLITS}
+        greys = {GREYS: tensors["train"]} if how == "dynamic" else {}
+        tensors |= greys | {name: _binary(tensors[name], how, generator) for name in SPLITS}
         outliers = {name: _binary(x, how, generator) for name, x in outliers.items()}
     return Made(source, tensors, outliers)
 

@@ -35,7 +35,7 @@ def binarised(grey: Tensor, how: str, generator: Generator) -> Tensor:
     """Greys of [0, 1] as 0 and 1 of the same shape and type, as `schema.Binarize` says; or as they
     are."""
     match how:
-        case "sample":
+        case "sample" | "dynamic":
             return torch.bernoulli(grey, generator=generator)
         case "threshold":
             return (grey >= 0.5).to(grey.dtype)

@@ -47,7 +47,7 @@ def evaluate_images(
     train, test = (prepared.points(split).to(drawn.device) for split in ("train", "test"))
     _likelihood(result, model, train, test, settings)
     about = prepared.manifest["settings"]
-    if (about.get("name"), about.get("binarize")) == ("mnist", "sample"):
+    if about.get("name") == "mnist" and about.get("binarize") in ("sample", "dynamic"):
         refer_to_published(result, model, MNIST_BINARY)
     _bits(result, model, train, test)
     if isinstance(model, Contrasted):
