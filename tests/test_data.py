@@ -46,6 +46,30 @@ def test_binarisation_is_what_it_says(how):
         assert (images[source == 1] == 1).all()
 
 
+def test_bits_that_are_drawn_anew_are_those_of_the_greys_and_only_for_training():
+    grey, once, anew = (digits(binarize=how).tensors for how in ("none", "sample", "dynamic"))
+    assert torch.equal(anew.pop("train_greys"), grey["train"])
+    assert anew.keys() == once.keys()
+    assert all(torch.equal(anew[name], once[name]) for name in once)
+    rows, points = digits(binarize="dynamic").training()
+    assert torch.equal(rows, grey["train"])
+    draws = torch.stack([points(rows) for _ in range(100)])
+    assert draws.unique().tolist() == [0, 1]
+    assert not torch.equal(draws[0], draws[1])
+    deviation = (draws.mean(0) - rows) / (rows * (1 - rows) / 100).sqrt().clamp(min=1e-9)
+    certain = (rows == 0) | (rows == 1)
+    assert (deviation[certain] == 0).all()
+    assert deviation[~certain].abs().max() < 6
+    assert abs(deviation[~certain].square().mean() - 1) < 0.05
+
+
+def test_what_is_not_drawn_anew_is_trained_on_as_it_is():
+    prepared = digits()
+    rows, points = prepared.training()
+    assert rows is prepared.tensors["train"]
+    assert torch.equal(points(rows), prepared.points("train"))
+
+
 @pytest.mark.parametrize("make", [digits, density])
 def test_the_same_settings_give_the_same_files_and_another_seed_others(tmp_path, make):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -232,6 +232,15 @@ def test_binarised_images_are_the_greys_on_or_off(how):
 
 
 @pytest.mark.usefixtures("mirror")
+def test_bytes_to_draw_anew_are_kept_beside_bits_drawn_once():
+    grey, once, anew = (images(binarize=how) for how in ("none", "sample", "dynamic"))
+    assert torch.equal(anew.tensors.pop("train_greys"), grey.tensors["train"])
+    for before, after in ((once.tensors, anew.tensors), (once.outliers(), anew.outliers())):
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], x) for name, x in before.items())
+
+
+@pytest.mark.usefixtures("mirror")
 def test_grey_images_become_equal_channels():
     outliers = images("cifar10", ["mnist"], validation=5).outliers()["mnist"]
     assert outliers.shape == (20, 3, 32, 32)

@@ -12,6 +12,7 @@ from test_train import MODELS, Killed, weights
 
 from ebm import EBMError, parallel, variants
 from ebm.checkpoint import Checkpoints
+from ebm.data import redrawn, unit
 from ebm.seeds import seed
 from ebm.train import Watch, fit
 from ebm.variants.base import EBM, descend
@@ -40,6 +41,7 @@ CASES = {
         {},
         {"members": 2, "snapshots": 1, "every": 4, "without": []},
     ),
+    "rbm, drawn anew": ("rbm", VECTORS, {}, None),
     "rbm, an ensemble": (
         "rbm",
         VECTORS,
@@ -62,12 +64,22 @@ def train(case, folder, steps=STEPS, batch_size=8, dying_at=None):
     if dying_at is not None:
         model.training_step = dying(model.training_step, dying_at)
     generator = torch.Generator().manual_seed(0)
-    data = (torch.rand(50, *shape, generator=generator) < 0.5).double()
+    data = torch.rand(50, *shape, generator=generator)
+    anew = case.endswith("drawn anew")
+    if not anew:
+        data = (data < 0.5).double()
     labels = torch.arange(50) % 2 if model.needs_labels else None
     options = OPTIONS | {"batch_size": batch_size}
     checkpoints = Checkpoints(folder)
     progress = fit(
-        model, data, labels, steps=steps, watch=Watch({}, 3), checkpoints=checkpoints, **options
+        model,
+        data,
+        labels,
+        redrawn if anew else unit,
+        steps=steps,
+        watch=Watch({}, 3),
+        checkpoints=checkpoints,
+        **options,
     )
     return model, progress.history
 

@@ -16,7 +16,7 @@ import torch
 
 from ebm import EBMError, variants
 from ebm.checkpoint import Checkpoints, write_atomically
-from ebm.data import unit
+from ebm.data import redrawn, unit
 from ebm.ensemble import histories
 from ebm.seeds import mix, seed
 from ebm.train import Batches, DivergenceError, Watch, fit
@@ -317,6 +317,38 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, name, at):
     assert progress.history == history
 
 
+def test_bits_are_drawn_anew_at_every_update_and_after_a_kill_the_same(tmp_path):
+    """Of one half grey no two updates see the same."""
+
+    def train_on_greys(model, folder):
+        return train(model, folder, points=lambda x: redrawn(0.5 + 0 * x))
+
+    def watched(model, dying_at=None):
+        step = model.training_step
+
+        def seen(x, y=None):
+            batches.append(x)
+            if len(batches) == dying_at:
+                raise Killed
+            return step(x, y)
+
+        model.training_step = seen
+        return model
+
+    batches = []
+    whole = build("rbm")
+    train_on_greys(watched(whole), tmp_path / "whole")
+    steps = torch.stack(batches)
+    assert steps.unique().tolist() == [0, 1]
+    assert len(steps.flatten(1).unique(dim=0)) == len(steps)
+    batches.clear()
+    with pytest.raises(Killed):
+        train_on_greys(watched(build("rbm"), dying_at=25), tmp_path / "killed")
+    resumed = build("rbm")
+    train_on_greys(resumed, tmp_path / "killed")
+    assert same(weights(whole), weights(resumed))
+
+
 def test_without_steps_a_model_is_what_it_was_initialised_to(tmp_path, monkeypatch):
     model, fitted = build("one_class_svm"), build("one_class_svm")
     progress = train(model, tmp_path, steps=0, batch_size=10**6)  # which is never drawn
@@ -484,14 +516,11 @@ def test_an_epoch_is_a_permutation_and_the_next_another():
 
 
 @pytest.mark.parametrize("variant", sorted(MODELS))
-def test_all_data_are_made_floats_at_once_only_for_a_model_that_looks_at_them(
-    tmp_path, monkeypatch, variant
-):
+def test_all_data_are_made_floats_at_once_only_for_a_model_that_looks_at_them(tmp_path, variant):
     """A large data set is bytes, and so many floats are four times as much."""
     seen = []
-    monkeypatch.setattr("ebm.train.unit", lambda x: seen.append(len(x)) or unit(x))
     model = build(variant)
-    train(model, tmp_path, steps=1)
+    train(model, tmp_path, steps=1, points=lambda x: seen.append(len(x)) or unit(x))
     assert (len(data()) in seen) == (type(model).initialise is not EBM.initialise)
 
 
