@@ -156,6 +156,15 @@ def test_noise_that_never_meets_the_data_is_one_line(data, noise):
         log_partition(torch.full((5,), data), torch.full((10,), noise), 2.0)
 
 
+@pytest.mark.parametrize("gap", [50, 300, 2000])
+def test_noise_that_is_a_chasm_away_from_the_data_is_one_line(gap):
+    """V has a maximum there, or is flat for as far as numbers tell, and no draw knows where."""
+    data = gap + torch.rand(100, dtype=torch.float64)
+    for at in (0.0, 7.0):
+        with pytest.raises(EBMError, match="does not meet the data"):
+            log_partition(at + data, at - data, 1.0)
+
+
 def test_ratios_that_are_no_numbers_are_refused():
     with pytest.raises(EBMError, match="does not meet the data"):
         log_partition(torch.tensor([0.0, math.nan]), torch.zeros(4), 2.0)

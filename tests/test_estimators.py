@@ -138,3 +138,5 @@ def test_what_accept_reject_keeps_is_exact_and_as_much_as_the_bound_allows():
 def test_a_bound_that_is_none_is_an_error():
     with pytest.raises(EBMError, match=r"exceeds log bound 0\.5"):
         accepted(torch.tensor([0.0, 1.0]), 0.5)
+    with pytest.raises(EBMError, match="log weight nan exceeds"):
+        accepted(torch.tensor([math.nan, 0.0]), 0.5)

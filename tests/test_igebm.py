@@ -92,6 +92,23 @@ def test_the_entropy_term_is_the_log_distance_to_the_nearest_other_chain():
     torch.testing.assert_close(slope, expected.detach())
 
 
+def test_the_entropy_of_near_points_is_not_the_rounding_of_far_ones():
+    """Far from the origin, where a difference of squares would be rounding's."""
+    model = quadratic(kl=0.0, entropy=1.0, buffer=200)
+    near = 100 + torch.rand(256, 4)
+    model.replay.copy_(100 + torch.rand(200, 4))
+    outcomes = []
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        x = near.to(dtype).requires_grad_()
+        _, entropy = model._improvement(x, model.network, torch.arange(200))
+        (slope,) = torch.autograd.grad(entropy, x)
+        outcomes.append((entropy.item(), slope.double()))
+    (single, slope), (double, exact) = outcomes
+    assert single == pytest.approx(double, rel=1e-4)
+    torch.testing.assert_close(slope, exact, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("option", ["kl", "entropy"])
 def test_an_option_changes_the_step_and_its_absence_leaves_no_trace(option):
     outcomes = []

@@ -20,7 +20,7 @@ from scipy.io import savemat
 from test_data import AS_THEY_ARE, corrupt, density, digits
 
 from ebm import EBMError, data
-from ebm.data import files, published, unit
+from ebm.data import Prepared, files, published, unit
 from ebm.data.images import reshaped
 from ebm.outliers import interpolation, levels, outlier_sets
 from ebm.schema import ImageData
@@ -429,6 +429,15 @@ def test_interpolations_are_means_of_two_classes_without_bias():
     }
     assert means.double().mean(0).sub(torch.tensor([3.75, 5.5])).abs().max() < 0.03
     assert len(interpolation(values, torch.zeros(3), 9, torch.Generator())) == 0
+
+
+@pytest.mark.usefixtures("mirror")
+def test_classes_that_are_hardly_ever_two_leave_no_empty_set_behind():
+    prepared = images()
+    test = torch.zeros(2000, 28, 28, dtype=torch.uint8)
+    labels = torch.arange(2000).eq(0).long()
+    rare = Prepared(prepared.tensors | {"test": test, "test_labels": labels}, prepared.manifest)
+    assert all(len(points) for points in outlier_sets(rare, 2, seed=0).values())
 
 
 @pytest.mark.usefixtures("mirror")

@@ -296,7 +296,6 @@ def test_a_share_is_flagged_as_by_released_code(ties):
     assert threshold == (score[released].min().double() + score[~released].max().double()) / 2
     assert metrics.share_threshold(torch.zeros(9), 0.2) == 0  # and all nine are flagged
     assert math.isnan(metrics.share_threshold(torch.tensor([0.0, math.nan]), 0.2))
-    assert not math.isfinite(metrics.share_threshold(torch.tensor([0.0, math.inf]), 0.5))
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -330,7 +329,22 @@ def test_a_threshold_flags_no_row_more_where_there_is_no_middle(inlier):
     outliers = inliers.clamp(min=-1).nextafter(torch.tensor(math.inf))
     found = metrics.best_f1_threshold(inliers, outliers)
     assert metrics.detection(inliers, outliers, found)[2] == 1
-    assert metrics.best_f1_threshold(outliers, torch.tensor([math.inf])) == math.inf
+
+
+@pytest.mark.parametrize("infinite", [1, 5])
+def test_rows_that_the_model_holds_for_impossible_leave_it_a_finite_threshold(infinite):
+    """Anomalies are what overflows first."""
+    usual, impossible = torch.arange(100.0), torch.full((infinite,), math.inf)
+    found = metrics.best_f1_threshold(usual, impossible)
+    assert 99 < found < math.inf
+    assert metrics.detection(usual, impossible, found) == (1, 1, 1)
+    scores = torch.cat([usual, impossible])
+    for share in (0.01, 0.2, 1.0):
+        threshold = metrics.share_threshold(scores, share)
+        assert math.isfinite(threshold)
+        assert int((scores.double() >= threshold).sum()) >= share * len(scores)
+    assert 99 < metrics.share_threshold(scores, 0.005) < math.inf
+    assert 99 < metrics.share_threshold(impossible, 0.5) < math.inf
 
 
 @pytest.mark.parametrize(("outliers", "flagged"), [(2, 2), (2, 3), (3, 2), (4, 1)])
@@ -409,6 +423,15 @@ def test_draws_of_a_toy_density_have_its_entropy(name):
     p = on_grid.softmax(0)
     error = 5 * log_p.std() / math.sqrt(len(log_p)) + 0.01
     assert log_p.mean().item() == pytest.approx((p * on_grid).sum().item(), abs=error.item())
+
+
+@pytest.mark.parametrize("name", sorted(DENSITIES))
+def test_a_toy_density_is_as_exact_for_points_in_single_precision(name):
+    density = DENSITIES[name]()
+    x = density.sample(500).float()
+    found, exact = density.log_prob(x), density.log_prob(x.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact.float(), rtol=1e-6, atol=1e-6)
 
 
 def test_every_curve_is_strung_closely_enough():

@@ -33,6 +33,15 @@ def test_the_frequencies_are_kept_and_not_trained():
     assert features.state_dict()["frequencies"].shape == (2, 5)
 
 
+def test_phases_are_not_rounded_by_autocast():
+    """64 turns in bfloat16 are known to a quarter of one."""
+    features = FourierFeatures(2, 50, bandwidth=100.0).float()
+    x = torch.rand(8, 2, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = features(x)
+    assert torch.equal(found, features(x))
+
+
 NETWORKS = {
     "mlp": (lambda outputs: scalar("mlp", (3,), 0, outputs, width=4, depth=2), (3,)),
     "fourier": (lambda outputs: scalar_fourier(3, 4, 2, 5, 1.0, 0, outputs), (3,)),

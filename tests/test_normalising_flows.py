@@ -209,6 +209,14 @@ def test_every_grey_comes_back_to_its_level_exactly(levels, margin):
     assert space.leave(torch.tensor([-1e3, 1e3])).tolist() == [0, 1]
 
 
+def test_a_margin_that_single_precision_cannot_tell_from_none_is_refused():
+    white = torch.ones(500, 28, 28, dtype=torch.float32)
+    assert Space((28, 28), 256, 1e-7).enter(white).isfinite().all()
+    for margin in (0.0, 1e-8):
+        with pytest.raises(EBMError, match=f"margin = {margin:g}: expected at least 1e-07"):
+            Space((28, 28), 256, margin)
+
+
 def test_the_noise_is_uniform_within_the_level():
     torch.manual_seed(5)
     space = Space((1, 20_000), 5, 0.02)

@@ -258,6 +258,10 @@ def test_annealing_finds_the_ratio_of_normalisers_from_both_sides():
     assert reverse == pytest.approx(truth, abs=0.05)
 
 
+def test_the_mean_of_weights_in_double_precision_is_exact_to_it():
+    assert log_mean_exp(torch.zeros(1000, dtype=torch.float64)).abs() < 1e-12
+
+
 def test_a_single_jump_is_plain_importance_sampling():
     """With one rung the weight is exp(E0 - E1) of the start, whatever the kernel does."""
     x = torch.randn(50, 2)

@@ -63,20 +63,24 @@ def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
     log Z that maximises V(log p - log Z). There the derivative of V is 0; `excess` is -N times it
     and rises.
 
-    Raises EBMError where the noise never meets the data, so that V has no maximum.
+    Raises EBMError where the noise does not meet the data: V has no maximum, or at it not one draw
+    is expected to be taken for the other kind, and log Z may be anything.
     """
     shift = math.log(ratio)
 
+    def missed(log_z: float) -> Tensor:
+        return torch.sigmoid(shift + log_z - data).sum()
+
     def excess(log_z: float) -> Tensor:
-        missed = torch.sigmoid(shift + log_z - data).sum()
-        return missed - torch.sigmoid(noise - shift - log_z).sum()
+        return missed(log_z) - torch.sigmoid(noise - shift - log_z).sum()
 
     low, high = _bracket(data, noise)
-    if not excess(low) < 0 < excess(high):
-        raise EBMError("contrastive estimation: the noise does not meet the data")
+    found = excess(low) < 0 < excess(high)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+    if not found or missed(high) < 1:
+        raise EBMError("contrastive estimation: the noise does not meet the data")
     return (low + high) / 2
 
 

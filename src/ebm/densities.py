@@ -42,10 +42,11 @@ class GaussianMixture(nn.Module):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats for x [B, 2]: shape [B]."""
-        squared = torch.cdist(x, self.means.to(x)).square()
+        exact = x.double()  # `cdist` takes the difference of squares
+        squared = torch.cdist(exact, self.means.to(exact)).square()
         log_kernel = -squared / (2 * self.sigma**2)
         log_norm = math.log(len(self.means)) + math.log(2 * math.pi * self.sigma**2)
-        return torch.logsumexp(log_kernel, 1) - log_norm
+        return (torch.logsumexp(log_kernel, 1) - log_norm).to(x.dtype)
 
     def sample(self, n: int) -> Tensor:
         """n independent draws [n, 2]."""

@@ -20,8 +20,8 @@ class Diagnosis(NamedTuple):
 
     `ess_bulk`, `ess_tail`: effective sample size for the middle and for the 5 % and 95 %
     quantiles, at least 400 in all. `r_hat`: rank-normalised, split; below 1.01, and of at least 4
-    chains. `mcse`: standard error of the mean. `autocorrelation_time`: how many draws are worth
-    one.
+    chains (NaN for one). `mcse`: standard error of the mean. `autocorrelation_time`: how many
+    draws are worth one.
     """
 
     ess_bulk: float

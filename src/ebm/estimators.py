@@ -55,9 +55,10 @@ def accept_reject(values: Tensor, log_weight: Tensor, log_bound: float) -> Estim
 def accepted(log_weight: Tensor, log_bound: float) -> Tensor:
     """Which draws of q to keep [N]: each with probability w / M, and what is kept is exact.
 
-    Raises EBMError if a weight exceeds the bound: the kept draws would follow another density.
+    Raises EBMError if a weight exceeds the bound, or is NaN: the kept draws would follow another
+    density.
     """
-    if (log_weight > log_bound).any():
+    if not (log_weight <= log_bound).all():
         largest = f"log weight {log_weight.max().item():.6g}"
         raise EBMError(f"accept-reject: {largest} exceeds log bound {log_bound:.6g}")
     return torch.rand_like(log_weight) < (log_weight - log_bound).exp()

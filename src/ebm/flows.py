@@ -220,6 +220,10 @@ class Coupling(_Zuko):
         super().__init__(RealNVP(dimensions, transforms=transforms, **sizes))
 
 
+NARROWEST = 1e-7
+"""A margin that single precision can tell from none."""
+
+
 class Space(nn.Module):
     """From data to the space of a flow, and back. `levels`: of the grey of images, 0 for vectors;
     `margin`: a, how far from 0 and 1 the greys are kept."""
@@ -233,8 +237,9 @@ class Space(nn.Module):
             raise EBMError(
                 f"model.levels = {levels}: expected 0 for vectors, else the grey levels"
             )
-        if levels and not margin:
-            raise EBMError("model.margin = 0: expected more for images, whose logit is infinite")
+        if levels and margin < NARROWEST:
+            wanted = f"at least {NARROWEST:g} for images, whose logit would be infinite"
+            raise EBMError(f"model.margin = {margin:g}: expected {wanted}")
         self.levels, self.margin, self.dimensions = levels, margin, math.prod(shape)
         sizes = () if levels else shape
         self.register_buffer("shift", torch.zeros(sizes))

@@ -168,7 +168,8 @@ class FourierFeatures(nn.Module):
         self.register_buffer("frequencies", bandwidth * torch.randn(dimensions, count))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        phase = x @ self.frequencies
+        with torch.autocast(x.device.type, enabled=False):  # a phase of 50 is rounded to 0.25
+            phase = x @ self.frequencies
         return torch.cat([x, phase.sin(), phase.cos()], 1)
 
 

@@ -40,7 +40,8 @@ def outlier_sets(prepared: Prepared, n: int, seed: int) -> dict[str, Tensor]:
             (unit(test) * top).round().long(), classes, n, _generator("interpolation", seed)
         ),
     }
-    sets |= {name: _stored(level, top, test.dtype) for name, level in drawn.items()}
+    # of very unequal classes there may be no pair among those drawn
+    sets |= {name: _stored(level, top, test.dtype) for name, level in drawn.items() if len(level)}
     return {name: unit(images) for name, images in sets.items()}
 
 

@@ -1,5 +1,6 @@
 """Annealed importance sampling, in both directions."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -33,4 +34,4 @@ def ais(
 
 def log_mean_exp(log_weight: Tensor) -> Tensor:
     """log of the mean of exp(log_weight) over the last axis, without overflow."""
-    return torch.logsumexp(log_weight, -1) - torch.log(torch.tensor(log_weight.shape[-1]))
+    return torch.logsumexp(log_weight, -1) - math.log(log_weight.shape[-1])

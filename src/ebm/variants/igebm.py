@@ -306,7 +306,8 @@ class IGEBM(EBM):
             kl = value.mean() + through - through.detach()
         if self.entropy:
             points = gathered(self.replay[others])
-            distance = torch.cdist(x.flatten(1), points.flatten(1))
+            exactly = "donot_use_mm_for_euclid_dist"  # else near points are rounding's
+            distance = torch.cdist(x.flatten(1), points.flatten(1), compute_mode=exactly)
             entropy = distance.min(1).values.clamp(min=1e-12).log().mean()
         return kl, entropy
 
