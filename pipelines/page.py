@@ -56,15 +56,17 @@ class Curve:
 
 
 WIDTH, HEIGHT = 210, 92
+HIGHEST = 1e300
+"""What is higher has no place in a curve: the way to it from below zero would be infinite."""
 
 
 def render(
     results: Sequence[Result],
     comparison: Comparison | None = None,
-    timeline: str = "timeline.html",
+    folder: str = ".",
 ) -> str:
-    """The page, self-contained: styles inline, images as data URIs, no script. `timeline` is the
-    address of the page that shows the last rebuild."""
+    """The page, self-contained: styles inline, images as data URIs, no script. `folder` is that of
+    the checkout in which its params.yaml lies."""
     tables = {result.name: rows(result) for result in results}
     shown = {name for table in tables.values() for name in table}
     if any(classes(result) for result in results):
@@ -91,7 +93,7 @@ def render(
         bench=by_oracle(comparison.table) if comparison else {},
         bench_columns=SAMPLERS,
         bench_settings=dict(flat(comparison.settings)) if comparison else {},
-        timeline=timeline,
+        prefix="" if folder == "." else f"{folder}/",
         variants=VARIANTS,
         width=WIDTH,
         height=HEIGHT,
@@ -344,7 +346,7 @@ def curves(history: History, equilibria: Mapping[str, float] | None = None) -> l
 def _curve(
     name: str, steps: Sequence[float], values: Sequence[float], level: float | None
 ) -> Curve:
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in values if abs(value) <= HIGHEST]
     shown = finite if level is None else [*finite, level]
     low, high = min(shown, default=0.0), max(shown, default=0.0)
     ticks = _ticks(low, high)
@@ -356,15 +358,22 @@ def _curve(
         return round(HEIGHT * (1 - share), 1)
 
     points = [
-        (round(WIDTH * (step - first) / span, 1), up(value)) if math.isfinite(value) else None
+        (round(WIDTH * (step - first) / span, 1), up(value)) if abs(value) <= HIGHEST else None
         for step, value in zip(steps, values, strict=True)
     ]
     summary = (
         f"from {number(min(finite))} to {number(max(finite))}" if finite else "no finite value"
     )
     last = number(finite[-1]) if finite else "undefined"
-    labels = [(up(tick), f"{tick:g}".replace("-", "−")) for tick in ticks]
+    labels = [(up(tick), text) for tick, text in zip(ticks, _labels(ticks), strict=True)]
     return Curve(name, _path(points), None if level is None else up(level), labels, last, summary)
+
+
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """With as many digits as tell them apart."""
+    texts = [[f"{tick:.{digits}g}" for tick in ticks] for digits in range(6, 18)]
+    apart = next((some for some in texts if len(set(some)) == len(ticks)), texts[-1])
+    return [text.replace("-", "−") for text in apart]
 
 
 def _path(points: Sequence[tuple[float, float] | None]) -> str:

@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +26,13 @@ CURVE_ROWS = 200
 
 
 def main() -> None:
-    timeline = os.path.relpath(stage.root() / "reports" / "timeline.html", "reports")
-    write(Path(), params.load(stage.PARAMS).model_dump(mode="json"), timeline)
+    folder = Path().resolve().relative_to(stage.checkout())
+    write(Path(), params.load(stage.PARAMS).model_dump(mode="json"), folder)
 
 
-def write(root: Path, settings: Mapping[str, Any], timeline: str = "timeline.html") -> None:
-    """Report on every experiment of `settings`, the whole of params.yaml as plain mappings; its
-    page links to the `timeline` of the last rebuild.
+def write(root: Path, settings: Mapping[str, Any], folder: Path = Path()) -> None:
+    """Report on every experiment of `settings`, the whole of params.yaml as plain mappings, which
+    lies in this `folder` of the checkout.
 
     DVC comes here when all of them are done. Who runs this stage alone, because some cannot be
     trained on their machine, gets a report on those that are measured, and by `dvc.lock` with
@@ -58,7 +57,7 @@ def write(root: Path, settings: Mapping[str, Any], timeline: str = "timeline.htm
     compared = results.COMPARISON not in absent
     comparison = results.read_comparison(models, settings) if compared else None
     reports = root / "reports"
-    html = page.render(found, comparison, timeline)
+    html = page.render(found, comparison, folder.as_posix())
     named: list[tuple[str, Result | Comparison]] = [(result.name, result) for result in found]
     named += [(results.COMPARISON, comparison)] if comparison else []
     pictures = {f"{name}-{p.name}.png": p.png for name, r in named for p in r.pictures}
@@ -104,10 +103,10 @@ def _fill(folder: Path, files: Mapping[str, bytes], absent: Sequence[str]) -> No
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    kept = tuple(f"{name}{end}" for name in absent for end in ".-")
     for old in folder.iterdir():
+        named = old.stem.rpartition("-")[0] if old.suffix == ".png" else old.stem
         ours = old.suffix in (".json", ".csv", ".png")
-        if ours and old.name not in files and not old.name.startswith(kept):
+        if ours and old.name not in files and named not in absent:
             old.unlink()
 
 

@@ -6,9 +6,17 @@ from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -71,12 +79,25 @@ class Line(BaseModel):
     diverged: float
 
 
+def _number(value: Any) -> float:
+    """A whole one stays what it is."""
+    if isinstance(value, float) or (type(value) is int and abs(value) < 2**63):
+        return value
+    raise PydanticCustomError("number", "expected a number")
+
+
+def _finite(value: Any) -> float:
+    if math.isfinite(_number(value)):
+        return value
+    raise PydanticCustomError("finite", "expected a finite number")
+
+
 class Reference(BaseModel):
     """What a number is held against."""
 
     model_config = ConfigDict(frozen=True)
 
-    value: int | FiniteFloat
+    value: Annotated[float, PlainValidator(_finite)]
     kind: Literal["exact", "floor", "ceiling", "chance", "published", "baseline"]
     source: str
 
@@ -147,8 +168,10 @@ def used(lock: Path) -> Used:
         return {name: dict(ChainMap(*found)) for name, found in files.items()}
     except FileNotFoundError:
         return {}
-    except (YAMLError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (YAMLError, OSError, ValueError) as error:
         raise EBMError(f"{lock}: cannot be read: {' '.join(str(error).split())}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise EBMError(f"{lock}: cannot be read: it has no `stages`") from None
 
 
 def outdated(name: str, used: Used, params: Mapping[str, Any]) -> bool:
@@ -165,7 +188,7 @@ def _at(params: Any, key: str) -> Any:
     return params
 
 
-_METRICS = TypeAdapter(dict[str, int | float])
+_METRICS = TypeAdapter(dict[str, Annotated[float, PlainValidator(_number)]])
 _REFERENCES = TypeAdapter(dict[str, list[Reference]])
 _LISTINGS = TypeAdapter(list[Listing])
 
@@ -232,7 +255,10 @@ def _json(path: Path, form: TypeAdapter[T], stage: str) -> T:
 
 def _history(path: Path, stage: str) -> History:
     text = _bytes(path, stage).decode("utf-8", errors="replace")
-    names, *rows = list(csv.reader(text.splitlines())) or [[]]
+    try:
+        names, *rows = list(csv.reader(text.splitlines())) or [[]]
+    except csv.Error as error:
+        raise _unusable(path, error, stage) from None
     if names[:1] != ["step"] or (names[1:] and not rows):
         raise _unusable(path, "expected a header that begins with `step`, and rows", stage)
     for number, row in enumerate(rows, start=2):
@@ -243,7 +269,10 @@ def _history(path: Path, stage: str) -> History:
         columns = zip(*([float(cell or math.nan) for cell in row] for row in rows), strict=True)
     except ValueError as error:
         raise _unusable(path, error, stage) from None
-    return dict(zip(names, map(list, columns), strict=True)) if rows else {"step": []}
+    history = dict(zip(names, map(list, columns), strict=True)) if rows else {"step": []}
+    if not all(map(math.isfinite, history["step"])):
+        raise _unusable(path, "a step that is no number", stage)
+    return history
 
 
 def _picture(folder: Path, listing: Listing, stage: str) -> Picture:

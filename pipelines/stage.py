@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from ebm.figures import Drawing
 
 PARAMS = Path("params.yaml")
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-"""What the system may refuse that its user can give: room, or the right to write."""
+MENDABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS),
+    *(errno.ENOTDIR, errno.EEXIST),
+)
+"""What the system may refuse that its user can give: room, the right to write, a folder where
+there is a file."""
 CODE = "src", "pipelines"
 """Folders whose files make results, whether or not git was told of them."""
 
@@ -57,8 +61,17 @@ def guarded(run: Callable[[], None]) -> None:
 
 def root() -> Path:
     """What owns the checkpoints: EBM_SCRATCH, as each trial of a sweep has its own, or the
-    checkout, which DVC names in stages and experiments."""
-    return Path(os.environ.get("EBM_SCRATCH") or os.environ.get("DVC_ROOT", ".")).resolve()
+    checkout."""
+    scratch = os.environ.get("EBM_SCRATCH")
+    return Path(scratch).resolve() if scratch else checkout()
+
+
+def checkout() -> Path:
+    """What DVC names in stages and experiments, and who runs a stage by hand is in."""
+    if named := os.environ.get("DVC_ROOT"):
+        return Path(named).resolve()
+    here = Path().resolve()
+    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
 def device(threads: int) -> "torch.device":

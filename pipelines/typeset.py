@@ -37,11 +37,13 @@ def number(value: float, form: str = ".4g") -> str:
     """A number as a reader wants it: a real minus sign, powers of ten, thin spaces."""
     if not math.isfinite(value):
         return "undefined"
-    if abs(value) >= 9999.5:
+    if value == 0:
+        text = "0"
+    elif 9999.5 <= abs(value) < 1e9:
         text = f"{round(value):,}".replace(",", "\u2009")
-    elif isinstance(value, int) or value == 0:
-        text = f"{value:.0f}"
-    elif abs(value) >= 1e-3:
+    elif isinstance(value, int) and abs(value) < 1e9:
+        text = str(value)
+    elif 1e-3 <= abs(value) < 1e9:
         text = f"{value:{form}}"
     else:
         mantissa, exponent = f"{value:.2e}".split("e")

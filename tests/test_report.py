@@ -182,7 +182,7 @@ def test_what_is_not_finite_is_left_out_of_the_metrics_and_undefined_on_the_page
     metrics = json.loads((made / "metrics" / f"{MEG}.json").read_text())
     assert "mode_kl" not in metrics
     assert metrics["modes"] == 8
-    row = html.split(f'id="{MEG}-mode_kl"')[1].split("</tr>")[0]
+    row = html.split(f'id="{MEG}_mode_kl"')[1].split("</tr>")[0]
     assert "undefined" in row
 
 
@@ -209,10 +209,28 @@ def test_writing_twice_changes_nothing(project):
     assert snapshot(project) == before
 
 
-def test_the_page_links_to_the_timeline_of_the_checkout(made, project):
-    assert 'href="timeline.html"' in (made / "reports/index.html").read_text()
-    report.write(project, all_params(), "../../reports/timeline.html")  # as in paper/
-    assert 'href="../../reports/timeline.html"' in (project / "reports/index.html").read_text()
+def test_the_page_links_to_the_timeline_of_the_checkout_and_names_commands_for_its_folder(
+    project, monkeypatch
+):
+    """Also where nobody but a reader asks for it, by the command that paper/README.md names."""
+    with (project / "params.yaml").open("w") as file:
+        YAML(typ="safe").dump(all_params(), file)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(project)
+    (project / ".dvc").mkdir()
+    report.main()
+    html = (project / "reports/index.html").read_text()
+    assert 'href="timeline.html"' in html
+    assert "<code>make repro\ndvc status</code>" in html
+    assert f"<code>dvc exp run -S experiments.{MEG}.seed=1</code>" in html
+    (project / ".dvc").rmdir()
+    (project.parent / ".dvc").mkdir()
+    report.main()
+    html = (project / "reports/index.html").read_text()
+    assert 'href="../../reports/timeline.html"' in html
+    assert "<code>dvc repro project/dvc.yaml\ndvc status project/dvc.yaml</code>" in html
+    option = f"project/params.yaml:experiments.{MEG}.seed=1"
+    assert f"<code>dvc exp run -S {option} project/dvc.yaml:evaluate@{MEG}</code>" in html
 
 
 def test_an_experiment_that_is_gone_leaves_nothing_behind(project):
@@ -314,8 +332,15 @@ BROKEN = [
     ("history.csv", b"step,loss\n1,2\n2\n", "train"),
     ("history.csv", b"step,loss\n1,low\n", "train"),
     ("history.csv", b"\xff\xfe\x00", "train"),
+    ("history.csv", b"\x00" * 200_000, "train"),
+    ("history.csv", b"step,loss\ninf,2\n", "train"),
+    ("history.csv", b"step,loss\n,2\n", "train"),
     ("evaluation/metrics.json", b'{"modes": 8', "evaluate"),
     ("evaluation/metrics.json", b'{"modes": "many"}', "evaluate"),
+    ("evaluation/metrics.json", b'{"modes": null}', "evaluate"),
+    ("evaluation/metrics.json", b'{"modes": true}', "evaluate"),
+    ("evaluation/metrics.json", b'{"modes": 1' + 400 * b"0" + b"}", "evaluate"),
+    ("evaluation/references.json", b'{"modes": [{"value": NaN}]}', "evaluate"),
     ("evaluation/references.json", b'{"modes": [{"value": 8, "kind": "guess"}]}', "evaluate"),
     ("evaluation/figures.json", b'[{"file": "figures/none.png"}]', "evaluate"),
     ("evaluation/figures/density.png", None, "evaluate"),
@@ -336,7 +361,31 @@ def test_a_file_that_cannot_be_used_is_named_with_its_stage_and_nothing_is_lost(
     assert f"{MEG}/{file}" in message
     assert f"{stage}@{MEG}" in message
     assert "\n" not in message
+    assert ".int" not in message
     assert snapshot(project) == before
+
+
+def test_what_remains_of_an_absent_experiment_is_not_that_of_one_with_a_longer_name(project):
+    (project / "models" / MEG).rename(project / "elsewhere")
+    kept = [f"metrics/{MEG}.json", f"reports/figures/{MEG}-density.png"]
+    for name in (f"metrics/{MEG}-old.json", f"reports/figures/{MEG}-old-density.png"):
+        (project / name).write_bytes(b"")
+    report.write(project, all_params())
+    left = {str(path) for path in snapshot(project)}
+    assert set(kept) <= left
+    assert not any(f"{MEG}-old" in name for name in left)
+
+
+@pytest.mark.parametrize("name", ["results", "pipeline", "title", f"{RBM}-title", f"{RBM}-modes"])
+def test_any_name_that_an_experiment_may_have_has_a_place_of_its_own(project, name):
+    settings = all_params()
+    settings["experiments"][name] = settings["experiments"][MEG]
+    (project / "models" / MEG).rename(project / "models" / name)
+    report.write(project, settings)
+    html = (project / "reports" / "index.html").read_text()
+    ids = re.findall(r' id="(.*?)"', html)
+    assert name in ids
+    assert len(ids) == len(set(ids))
 
 
 def test_metrics_of_images_have_their_own_words_and_few_stand_in_the_overview():
@@ -462,7 +511,7 @@ def test_a_metric_that_was_not_measured_is_a_dash_and_no_zero(project):
 
 
 def test_the_section_has_the_source_of_every_reference_and_the_number_before_mcmc(html):
-    row = html.split(f'id="{MEG}-modes"')[1].split("</tr>")[0]
+    row = html.split(f'id="{MEG}_modes"')[1].split("</tr>")[0]
     for text in ("8 / 8", "7 / 8", "exact draws", "A paper, table 1", 'value="8"'):
         assert text in row
     assert "one &amp; &lt;two&gt;" in html
@@ -470,7 +519,7 @@ def test_the_section_has_the_source_of_every_reference_and_the_number_before_mcm
 
 
 def test_a_section_has_one_row_for_a_number_and_all_that_belongs_to_it(html):
-    rows = re.findall(f'<tr id="{RBM}-(.*?)"', html)
+    rows = re.findall(f'<tr id="{RBM}_(.*?)"', html)
     assert rows == ["log_likelihood", "frechet_distance", "seconds", "auroc_uniform"]
 
 
@@ -509,6 +558,11 @@ def test_words_from_files_are_escaped(html):
         (12345.6, "12\u2009346"),
         (10000, "10\u2009000"),
         (math.inf, "undefined"),
+        (-0.0, "0"),
+        (-1, "−1"),
+        (123_456_789, "123\u2009456\u2009789"),
+        (3.2345e12, "3.23 × 10¹²"),
+        (-(10**300), "−1.00 × 10³⁰⁰"),
     ],
 )
 def test_numbers_read_well(value, text):
@@ -577,6 +631,18 @@ def test_ticks_are_few_and_within_the_curve(low, span):
     assert all(0 <= y <= page.HEIGHT for y, _ in curve.ticks)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-543210.4, -543210.1), (1234567, 1234570), (1, 1.5)])
+def test_ticks_can_be_told_apart(low, high):
+    (curve,) = page.curves({"step": [0.0, 1.0], "x": [low, high]})
+    texts = [text for _, text in curve.ticks]
+    assert len(set(texts)) == len(texts) >= 2
+
+
+def test_a_number_near_the_end_of_all_numbers_leaves_a_gap():
+    (curve,) = page.curves({"step": [0.0, 1.0, 2.0, 3.0], "x": [1.0, -1.7e308, 1.7e308, 2.0]})
+    assert points(curve.path) == [(0, page.HEIGHT), (page.WIDTH, 0)]
+
+
 def test_a_model_that_was_fitted_without_steps_has_no_curves(project):
     (project / "models" / MEG / "history.csv").write_text("step\n")
     report.write(project, all_params())
@@ -643,9 +709,9 @@ def test_a_number_by_the_gradient_stands_in_the_row_of_that_by_the_energy(detect
     spoken = "by the norm of the gradient"
     both = f"0.9300 ± 0.012 ceiling 0.9900 ∇ {spoken} 0.6000 ± 0.00050 published 0.9389"
     assert shown["F1"] == both
-    rows = re.findall('<tr id="a-(.*?)"', detectors)
+    rows = re.findall('<tr id="a_(.*?)"', detectors)
     assert rows == ["f1", "seconds"]
-    row = detectors.split('<tr id="a-f1"')[1].split("</tr>")[0]
+    row = detectors.split('<tr id="a_f1"')[1].split("</tr>")[0]
     for text in ("0.6000 ± 0.00050", "published of f1_gradient", "ceiling of f1"):
         assert text in row
     assert "∇" not in cells(detectors, "c")["F1"]
@@ -703,7 +769,7 @@ def test_numbers_below_chance_are_marked(detectors):
 
 def test_a_section_has_its_own_numbers_by_class_and_no_row_for_each(detectors):
     section = detectors.split('<section id="meg-m"')[1].split("</section>")[0]
-    assert re.findall('<tr id="meg-m-(.*?)"', section) == ["seconds"]
+    assert re.findall('<tr id="meg-m_(.*?)"', section) == ["seconds"]
     _, blocks = matrix_rows(section)
     assert list(blocks) == ["AUPRC, released", "AUPRC, strict", "AUROC, strict"]
     assert [row[0] for row in blocks["AUROC, strict"]] == [

@@ -1,6 +1,5 @@
 """What every stage shares: errors in one line, checkpoints that outlive what cannot matter."""
 
-import errno
 import os
 import subprocess
 import sys
@@ -32,13 +31,27 @@ def test_code_that_cannot_change_a_result_throws_no_checkpoint_away(
     assert (folders[0] == folders[1]) == same
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("number", stage.MENDABLE)
 def test_what_the_system_refuses_is_one_line(number):
     def run():
         raise OSError(number, os.strerror(number), "models/toy")
 
     with pytest.raises(SystemExit, match=f"error: models/toy: {os.strerror(number)}"):
         stage.guarded(run)
+
+
+def test_a_stage_by_hand_has_its_checkpoints_in_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "paper").mkdir()
+    monkeypatch.chdir(tmp_path / "paper")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    assert stage.root() == tmp_path / "paper"
+    (tmp_path / ".dvc").mkdir()
+    assert stage.root() == stage.checkout() == tmp_path
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "paper"))
+    assert stage.root() == tmp_path / "paper"
+    monkeypatch.setenv("EBM_SCRATCH", str(tmp_path / "trial"))
+    assert stage.root() == tmp_path / "trial"
+    assert stage.checkout() == tmp_path / "paper"
 
 
 @pytest.mark.parametrize("place", [".", "paper"])
