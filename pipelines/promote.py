@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from ebm import EBMError
+from ebm import EBMError, did_you_mean
 from pipelines import stage, tracking, words
 from pipelines.courier import SETTINGS
 from pipelines.spool import public, root, tracking_uri
@@ -87,7 +87,9 @@ def direction(metric: str) -> int:
     """+1 if a higher `metric` is better, -1 if a lower one, as `pipelines.words` has it."""
     better = 0 if metric.endswith("_std") else words.metric(metric).better
     if not better:
-        raise EBMError(f"{metric}: not known whether more is better; say --higher or --lower")
+        hint = did_you_mean(metric, words.METRICS)
+        problem = "not known whether more is better; say --higher or --lower"
+        raise EBMError(f"{metric}: {problem}{hint}")
     return better
 
 

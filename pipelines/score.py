@@ -51,11 +51,12 @@ BATCH, AT_ONCE = 4096, 2**19  # points, and numbers, that go through the network
 
 @dataclass(frozen=True)
 class Model:
-    """A network on its device, and the shape of its points."""
+    """A network on its device, the shape of its points, and how they were made bits, if so."""
 
     network: "EBM"
     device: "torch.device"
     shape: tuple[int, ...]
+    binarize: str | None
 
     @property
     def batch(self) -> int:
@@ -113,7 +114,7 @@ def score(
     transform = Transform.from_json(content, str(config)) if content else None
     device = stage.device(threads or torch.get_num_threads())
     network = variants.load(model / "weights.safetensors", config).to(device)
-    loaded = Model(network, device, tuple(settings["shape"]))
+    loaded = Model(network, device, tuple(settings["shape"]), settings.get("binarize"))
     seen = Seen("images" if input.is_dir() else "rows", 0, 0, 0, Counter())
     if transform is None:
         found = _of_images(loaded, input)
@@ -244,13 +245,17 @@ def _of_images(model: Model, source: Path) -> "Iterator[tuple[DataFrame, np.ndar
     """Images in a folder by their paths, and their energies, a batch at a time."""
     import pandas as pd
 
-    from ebm.data import folder, unit
+    from ebm.data import folder, grey, unit
 
     paths = folder.files(source)
     size = model.batch
     for start in range(0, len(paths), size):
         some = paths[start : start + size]
-        energy = model.energies(unit(folder.read_all(some, model.shape)))
+        points = unit(folder.read_all(some, model.shape))
+        if model.binarize and (odd := grey(points)).any():
+            known = f"black and white alone (its data set has `binarize: {model.binarize}`)"
+            raise EBMError(f"{some[int(odd.int().argmax())]}: has greys; the model knows {known}")
+        energy = model.energies(points)
         _refuse(energy, "", some)
         yield pd.DataFrame({"file": [p.relative_to(source).as_posix() for p in some]}), energy
 

@@ -4,7 +4,7 @@
     a table      its columns by name, numbers and text as in the CSV file; MLflow drops others.
                  A category spelled NA or None is empty in MLflow's CSV: send it as JSON
     vectors      their numbers [B, D]; of a CSV file all columns in their order, under any names
-    images       their levels [B, *shape]; no CSV
+    images       their levels [B, *shape], 0 and 1 alone where the data were binarised; no CSV
 
     answer       of each row, or of each sample
     energy       in nats: the lower, the more likely
@@ -62,6 +62,7 @@ class Energy(PythonModel):
         self.shape = tuple(settings["shape"])
         transform = settings.get("transform")
         self.transform = Transform.from_json(transform, config.name) if transform else None
+        self.binarize = settings.get("binarize")
         self.threshold = _threshold(context.model_config["threshold"])
         self.drawing = context.model_config["sample"]
         self.turn = threading.Lock()
@@ -136,9 +137,15 @@ class Energy(PythonModel):
         """Points float32 [B, *shape] of a request."""
         import torch
 
+        from ebm.data import grey
+
         _check_rows(given)
         if self.transform is None:
-            return torch.from_numpy(_numbers(given, self.shape))
+            points = torch.from_numpy(_numbers(given, self.shape))
+            if self.binarize and (odd := grey(points)).any():
+                row = int(odd.int().argmax()) + 1
+                _refuse(f"row {row}: has greys; the model knows 0 and 1 alone")
+            return points
         from ebm import EBMError
         from ebm.data.transform import FIRST_ROW, warn_of_unseen
 

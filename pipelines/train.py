@@ -36,6 +36,7 @@ def train(name: str) -> None:
     import torch  # only once the parameters are known to be right
 
     from ebm import data, seeds, variants
+    from ebm.data import GREYS
     from ebm.train import Watch, fit
 
     prepared = data.read(Path("data", experiment.dataset))
@@ -47,13 +48,13 @@ def train(name: str) -> None:
         how = settings["model"], settings["ensemble"]
         model = variants.build(experiment.variant, prepared.shape, *how).to(device)
         options = experiment.train.model_dump()
-        rows, points = prepared.training()
+        greys = prepared.tensors.get(GREYS)
         work = partial(
             fit,
             model,
-            rows.to(device),
+            prepared.tensors["train"].to(device),
             _labels(model, prepared, experiment.dataset, device),
-            points,
+            None if greys is None else greys.to(device),
             **options | {"watch": Watch(**options["watch"])},
             seed=experiment.seed,
         )
@@ -183,7 +184,9 @@ def _write(
     (folder / "weights.safetensors").write_bytes(save(weights))
     config = {key: settings[key] for key in ("variant", "model", "ensemble", "dataset")}
     transform = prepared.transform()  # of a table: what a row has to go through to be scored
-    about = {"transform": transform} if transform else {}
+    about: dict[str, Any] = {"transform": transform} if transform else {}
+    if (how := prepared.manifest["settings"].get("binarize", "none")) != "none":
+        about["binarize"] = how
     stage.write_json(folder / "config.json", config | {"shape": list(prepared.shape)} | about)
     with open(folder / "history.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]) if history else ["step"])

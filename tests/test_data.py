@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ebm import EBMError, data
+from ebm.data import redrawn
 from ebm.schema import CoordinatesReference, DensityData, DigitsData
 
 AS_THEY_ARE = CoordinatesReference(kind="coordinates")
@@ -51,9 +52,11 @@ def test_bits_that_are_drawn_anew_are_those_of_the_greys_and_only_for_training()
     assert torch.equal(anew.pop("train_greys"), grey["train"])
     assert anew.keys() == once.keys()
     assert all(torch.equal(anew[name], once[name]) for name in once)
-    rows, points = digits(binarize="dynamic").training()
-    assert torch.equal(rows, grey["train"])
-    draws = torch.stack([points(rows) for _ in range(100)])
+
+
+def test_bits_drawn_anew_are_on_as_often_as_they_are_bright():
+    rows = digits(binarize="none").tensors["train"]
+    draws = torch.stack([redrawn(rows) for _ in range(100)])
     assert draws.unique().tolist() == [0, 1]
     assert not torch.equal(draws[0], draws[1])
     deviation = (draws.mean(0) - rows) / (rows * (1 - rows) / 100).sqrt().clamp(min=1e-9)
@@ -61,13 +64,6 @@ def test_bits_that_are_drawn_anew_are_those_of_the_greys_and_only_for_training()
     assert (deviation[certain] == 0).all()
     assert deviation[~certain].abs().max() < 6
     assert abs(deviation[~certain].square().mean() - 1) < 0.05
-
-
-def test_what_is_not_drawn_anew_is_trained_on_as_it_is():
-    prepared = digits()
-    rows, points = prepared.training()
-    assert rows is prepared.tensors["train"]
-    assert torch.equal(points(rows), prepared.points("train"))
 
 
 @pytest.mark.parametrize("make", [digits, density])

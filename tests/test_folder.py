@@ -2,6 +2,7 @@
 reading."""
 
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -255,6 +256,23 @@ def test_images_are_scored_as_they_were_learned(root, model, batch, caplog, monk
     assert np.allclose(of["energy"].astype(float), expected, rtol=1e-5, atol=1e-6)
     assert found["anomaly"].tolist() == [str(int(float(e) >= middle)) for e in found["energy"]]
     assert "35 images in" in caplog.text
+
+
+def test_a_model_of_bits_takes_black_and_white_alone(root, model):
+    """On greys its energies are of nothing that it was trained or measured on."""
+    config = Path("models/mine/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"binarize": "dynamic"}))
+    with pytest.raises(EBMError, match=r"birch/\d\d\.png: has greys; .* `binarize: dynamic`"):
+        scored(root)
+    assert not Path("scores.csv").exists()
+    folder = Path("black-and-white")
+    folder.mkdir()
+    for name, level in (("black", 0), ("white", 255)):
+        Image.new("L", (40, 30), level).save(folder / f"{name}.png")
+    with torch.no_grad():
+        shape = prepared().shape
+        expected = model.energy(torch.stack([torch.zeros(shape), torch.ones(shape)]))
+    assert np.allclose(scored(folder)["energy"].astype(float), expected, rtol=1e-5)
 
 
 def test_a_damaged_image_is_named_and_leaves_no_output(root, model):

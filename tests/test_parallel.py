@@ -12,7 +12,6 @@ from test_train import MODELS, Killed, weights
 
 from ebm import EBMError, parallel, variants
 from ebm.checkpoint import Checkpoints
-from ebm.data import redrawn, unit
 from ebm.seeds import seed
 from ebm.train import Watch, fit
 from ebm.variants.base import EBM, descend
@@ -64,10 +63,8 @@ def train(case, folder, steps=STEPS, batch_size=8, dying_at=None):
     if dying_at is not None:
         model.training_step = dying(model.training_step, dying_at)
     generator = torch.Generator().manual_seed(0)
-    data = torch.rand(50, *shape, generator=generator)
-    anew = case.endswith("drawn anew")
-    if not anew:
-        data = (data < 0.5).double()
+    greys = torch.rand(50, *shape, generator=generator)
+    data = (greys < 0.5).double()
     labels = torch.arange(50) % 2 if model.needs_labels else None
     options = OPTIONS | {"batch_size": batch_size}
     checkpoints = Checkpoints(folder)
@@ -75,7 +72,7 @@ def train(case, folder, steps=STEPS, batch_size=8, dying_at=None):
         model,
         data,
         labels,
-        redrawn if anew else unit,
+        greys if case.endswith("drawn anew") else None,
         steps=steps,
         watch=Watch({}, 3),
         checkpoints=checkpoints,

@@ -243,6 +243,8 @@ def test_directions():
     for name in ("loss", "acceptance", "auroc_std"):
         with pytest.raises(EBMError, match="--higher or --lower"):
             direction(name)
+    with pytest.raises(EBMError, match="--lower; did you mean 'log_likelihood'"):
+        direction("loglikelihood")
 
 
 def test_two_at_once_leave_one_version_and_its_alias(store, record, monkeypatch):

@@ -8,13 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from ebm import EBMError, figures, params
+from ebm import EBMError, figures, params, schema
 from pipelines import page, patch, report
 from pipelines.results import Record, Reference, Result
 
@@ -792,7 +794,11 @@ def test_every_variant_and_kind_of_data_has_a_name():
     from ebm.variants import VARIANTS
 
     assert VARIANTS.keys() <= page.VARIANTS.keys()
-    assert EVALUATORS.keys() == page.DATA.keys()
+    sections = get_args(get_args(schema.Dataset)[0])
+    kinds = {get_args(section.model_fields["kind"].annotation)[0] for section in sections}
+    assert len(kinds) == len(sections) == 8
+    assert kinds == EVALUATORS.keys() == page.DATA.keys()
+    assert all(find_spec(f"ebm.data.{kind}") for kind in kinds)
 
 
 def test_the_stage_reports_the_experiments_of_params_yaml(project, monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from made_up_tables import connections, made_up, settings
 from safetensors.torch import load_file, save_file
-from test_data import density
+from test_data import density, digits
 from test_train import MODELS
 
 from ebm import EBMError, data, variants
@@ -54,6 +54,13 @@ def home(tmp_path, monkeypatch):
     made_up(ROWS).to_csv("mine.csv", index=False)
     saved(tmp_path / "models/mine", data.prepare(settings("mine.csv", missing="drop")))
     return tmp_path
+
+
+def test_a_model_of_binarised_images_says_so(tmp_path):
+    for how in ("none", "sample", "dynamic"):
+        saved(tmp_path, digits(binarize=how), dataset="digits")
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config.get("binarize", "none") == how
 
 
 @pytest.fixture

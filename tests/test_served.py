@@ -119,6 +119,7 @@ def packed(tmp_path_factory, empty_database):
         patch.setattr(tracking, "_courier", lambda key: None)
         return {
             "images": pack("rbm", images, None, tmp_path_factory.mktemp("images")),
+            "bits": pack("meg", images, None, tmp_path_factory.mktemp("bits"), binarize="sample"),
             "vectors": pack("meg", vectors, None, tmp_path_factory.mktemp("vectors")),
             "table": pack("meg", table.points("test"), table, tmp_path_factory.mktemp("table")),
             "kernel": pack(
@@ -127,7 +128,7 @@ def packed(tmp_path_factory, empty_database):
         }
 
 
-def log_model(run, variant, points, table, folder):
+def log_model(run, variant, points, table, folder, **more):
     """Log a model of points as the stage does: the model, its transform and its threshold."""
 
     torch.manual_seed(0)
@@ -137,7 +138,7 @@ def log_model(run, variant, points, table, folder):
     weights, config = folder / "w.safetensors", folder / "c.json"
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
     content = table.transform() if table else None
-    about = {"variant": variant, "shape": list(points.shape[1:]), "model": options}
+    about = {"variant": variant, "shape": list(points.shape[1:]), "model": options} | more
     config.write_text(json.dumps(about | ({"transform": content} if content else {})))
     threshold = model.eval().energy(points[:EXAMPLES]).median().item()
     prepared = SimpleNamespace(points=lambda split: points, transform=lambda: content)
@@ -146,13 +147,13 @@ def log_model(run, variant, points, table, folder):
     return model, Transform.from_json(content, "it") if content else None, threshold
 
 
-def pack(variant, points, table, folder):
+def pack(variant, points, table, folder, **more):
     from mlflow.models import Model
 
     from pipelines.mlflow_store import save_model
 
     with start() as run:
-        model, transform, threshold = log_model(run, variant, points, table, folder)
+        model, transform, threshold = log_model(run, variant, points, table, folder, **more)
     [event] = [event for event, _ in Spool(run.key).read() if event["op"] == "model"]
     files = Spool(run.key).files / event["files"]
     save_model(files, event, Model())
@@ -444,6 +445,19 @@ def test_samples_that_cannot_be_drawn_are_refused_with_a_reason(ask, kind, param
     status, text = ask(kind, given | {"params": params})
     assert status == 400
     assert reason in text
+
+
+def test_a_model_of_bits_refuses_greys_and_still_draws_what_it_draws(ask):
+    bits = np.eye(8)
+    given = {"inputs": [bits.tolist(), (bits / 2).tolist()]}
+    assert ask("bits", {"inputs": [bits.tolist()]})[0] == 200
+    status, text = ask("bits", given)
+    assert status == 400
+    assert "row 2: has greys; the model knows 0 and 1 alone" in text
+    params = {"params": {"samples": 2}}
+    status, drawn = ask("bits", {"inputs": [bits.tolist()]} | params)
+    assert status == 200
+    assert 0 < np.array(drawn[0]["sample"]).mean() < 1
 
 
 def test_an_energy_that_is_not_finite_names_its_row(packed, ask, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 
 from ebm import EBMError, variants
 from ebm.checkpoint import Checkpoints, write_atomically
-from ebm.data import redrawn, unit
+from ebm.data import unit
 from ebm.ensemble import histories
 from ebm.seeds import mix, seed
 from ebm.train import Batches, DivergenceError, Watch, fit
@@ -321,7 +321,7 @@ def test_bits_are_drawn_anew_at_every_update_and_after_a_kill_the_same(tmp_path)
     """Of one half grey no two updates see the same."""
 
     def train_on_greys(model, folder):
-        return train(model, folder, points=lambda x: redrawn(0.5 + 0 * x))
+        return train(model, folder, greys=torch.full_like(data(), 0.5))
 
     def watched(model, dying_at=None):
         step = model.training_step
@@ -516,11 +516,14 @@ def test_an_epoch_is_a_permutation_and_the_next_another():
 
 
 @pytest.mark.parametrize("variant", sorted(MODELS))
-def test_all_data_are_made_floats_at_once_only_for_a_model_that_looks_at_them(tmp_path, variant):
+def test_all_data_are_made_floats_at_once_only_for_a_model_that_looks_at_them(
+    tmp_path, monkeypatch, variant
+):
     """A large data set is bytes, and so many floats are four times as much."""
     seen = []
+    monkeypatch.setattr("ebm.train.unit", lambda x: seen.append(len(x)) or unit(x))
     model = build(variant)
-    train(model, tmp_path, steps=1, points=lambda x: seen.append(len(x)) or unit(x))
+    train(model, tmp_path, steps=1)
     assert (len(data()) in seen) == (type(model).initialise is not EBM.initialise)
 
 

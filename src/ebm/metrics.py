@@ -228,7 +228,7 @@ def chance_auprc(inliers: int, outliers: int) -> float:
 
 def worst(area: Callable[[Tensor, Tensor], float], inliers: int, outliers: int) -> float:
     """What the worst ranking of so many, every inlier above every outlier and no two alike, scores
-    by `area`."""
+    by `area`. (Straight lines give outliers that are all alike a little less: M / (N + M) / 2.)"""
     ranks = torch.arange(inliers + outliers)
     return area(ranks[outliers:], ranks[:outliers])
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ebm import EBMError, parallel, seeds
 from ebm.checkpoint import Checkpoints
-from ebm.data import unit
+from ebm.data import redrawn, unit
 from ebm.variants.base import EBM
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def fit(
     model: EBM,
     data: Tensor,
     labels: Tensor | None = None,
-    points: Callable[[Tensor], Tensor] = unit,
+    greys: Tensor | None = None,
     *,
     steps: int,
     batch_size: int,
@@ -104,7 +104,8 @@ def fit(
     listener: Listener = lambda step, restarts, scalars: None,
 ) -> Progress:
     """Train `model` on the rows of `data` [N, *], which lies on the model's device, for `steps`;
-    a conditional one with their `labels` [N]. `points` makes points of rows, at every update.
+    a conditional one with their `labels` [N]. Where there are `greys` [N, *], a step sees bits
+    drawn anew from them; what a model looks at once, or keeps, is the data.
 
     A model that is fitted to all rows at once is left as `initialise` made it by `steps` of 0.
     Resumes from `checkpoints` where there are any. The learning rates fall linearly to zero over
@@ -123,9 +124,7 @@ def fit(
             f"train.batch_size = {batch_size} is more than the {len(data)} training rows"
         )
     batches = Batches(len(data), batch_size, seed, data.device)
-    progress = _resume(model, checkpoints)
-    if progress is None:
-        progress = _begin(model, points, data, labels, checkpoints)
+    progress = _resume(model, checkpoints) or _begin(model, data, labels, checkpoints)
     model.train()
     window: list[dict[str, Tensor]] = []
     first = parallel.rank() == 0
@@ -139,7 +138,8 @@ def fit(
             rows = parallel.mine(batches(progress.step, progress.restarts))
             y = None if labels is None else labels[rows]
             with parallel.same_draws():
-                window.append(model.training_step(points(data[rows]), y))
+                x = unit(data[rows]) if greys is None else redrawn(greys[rows])
+                window.append(model.training_step(x, y))
             if len(window) == 1:
                 watch.check(window[0])
             progress.step += 1
@@ -167,16 +167,10 @@ def fit(
     return progress
 
 
-def _begin(
-    model: EBM,
-    points: Callable[[Tensor], Tensor],
-    data: Tensor,
-    labels: Tensor | None,
-    checkpoints: Checkpoints,
-) -> Progress:
+def _begin(model: EBM, data: Tensor, labels: Tensor | None, checkpoints: Checkpoints) -> Progress:
     started = time.monotonic()
     if model.initialises:
-        model.initialise(points(data), labels)
+        model.initialise(unit(data), labels)
     progress = Progress(seconds=time.monotonic() - started)
     _save(model, checkpoints, progress)
     return progress

@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +67,6 @@ class Prepared:
         """The points of a split [N, *], float32; the first of them, if it has more than `most`."""
         return unit(self.tensors[split][:most])
 
-    def training(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """What to train on, as stored [N, *], and what makes points of rows of it."""
-        if GREYS in self.tensors:
-            return self.tensors[GREYS], redrawn
-        return self.tensors["train"], unit
-
     def labels(self, split: str) -> Tensor | None:
         """The classes of the points of a split [N], where the source has them."""
         return self.tensors.get(f"{split}_labels")
@@ -88,6 +83,11 @@ def redrawn(x: Tensor) -> Tensor:
     return (torch.rand_like(p) < p).to(p.dtype)
 
 
+def grey(x: Tensor) -> Tensor:
+    """Which of the points [N, *] have values other than 0 and 1, bool [N]."""
+    return ((x != 0) & (x != 1)).flatten(1).any(1)
+
+
 def mode(classes: Tensor) -> Tensor:
     """The mode [N] of a stack, the number whose decimal digits are the classes 0 ... 9 of its
     parts [N, parts], first part first."""
@@ -99,20 +99,8 @@ def mode(classes: Tensor) -> Tensor:
 def prepare(settings: Dataset) -> Prepared:
     """The data set that `settings` describe, from its source; the same settings give the same
     bits."""
-    # stages that only read depend on none of them
-    from ebm.data import density, digits, folder, images, kddcup99, novelty, stacked, table
-
-    sources: dict[str, Callable[[Any], Made]] = {
-        "density": density.prepare,
-        "digits": digits.prepare,
-        "folder": folder.prepare,
-        "images": images.prepare,
-        "kddcup99": kddcup99.prepare,
-        "novelty": novelty.prepare,
-        "stacked": stacked.prepare,
-        "table": table.prepare,
-    }
-    made = sources[settings.kind](settings)
+    # its module has the kind's name; stages that only read depend on none of them
+    made: Made = import_module(f"ebm.data.{settings.kind}").prepare(settings)
     tensors = {name: tensor.contiguous() for name, tensor in made.tensors.items()}
     manifest = {
         "source": made.source,
