@@ -126,6 +126,9 @@ def params(root: Path, _: Environment) -> Iterator[Finding]:
 def database(root: Path, _: Environment) -> Iterator[Finding]:
     """`mlflow.db` is whole and of the installed MLflow, which makes it where there is none."""
     path = root / "mlflow.db"
+    if odd := [letter for letter in "%?" if letter in str(root)]:
+        problem = f"the path of the checkout has {odd[0]}, which MLflow reads as something else"
+        yield wrong(problem, "move the checkout, or set MLFLOW_TRACKING_URI to a server")
     if not path.exists() or not path.stat().st_size:
         yield ok("mlflow.db: none yet")
         return
@@ -314,7 +317,10 @@ def git(root: Path, environment: Environment) -> Iterator[Finding]:
     command = [program, "-C", str(root), "rev-parse", "--verify", "--short", "HEAD"]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     if asked.returncode:
-        yield wrong(f"no git repository: {asked.stderr}", "work in a clone")
+        remedy = "work in a clone"
+        if "dubious ownership" in asked.stderr:
+            remedy = f"`git config --global --add safe.directory '{root}'`"
+        yield wrong(f"no git repository: {asked.stderr}", remedy)
     else:
         yield ok(f"git, at commit {asked.stdout}")
 

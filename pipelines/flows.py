@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from pipelines import ROOT, EBMError, dag, gpu, run, timeline, worker
+from pipelines import ROOT, EBMError, dag, gpu, run, serve, timeline, worker
 from pipelines.dag import Stage
 from pipelines.polling import polling
 from pipelines.run import Result, StageFailed
@@ -55,6 +55,7 @@ def main() -> int:
             return run.nothing_to_do(BY, targets, plan, started)
         if dask:
             dag.commit()  # or one line that says why not
+        serve.check_prefect()
         from pipelines import flows  # this module, by the name under which Prefect finds the flow
 
         state = flows.pipeline(

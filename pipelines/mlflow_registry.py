@@ -14,10 +14,11 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus, Run
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from ebm import EBMError
 from pipelines.courier import reason
-from pipelines.mlflow_store import DATA, EXPERIMENT, MODEL
+from pipelines.mlflow_store import DATA, EXPERIMENT, MODEL, check
 from pipelines.spool import public
 
 
@@ -45,8 +46,9 @@ class Registry:
     """The registry at one tracking URI. `name` is that of an experiment and of its model."""
 
     def __init__(self, uri: str) -> None:
+        check(uri)
         path = uri.removeprefix("sqlite:///")
-        if path != uri and not Path(path).exists():
+        if path != uri and not Path(path).is_file():
             problem = "no such file, so nothing is recorded yet"
             advice = "`python -m pipelines.tracking` delivers what waits"
             raise EBMError(f"{public(uri)}: {problem}; {advice}")
@@ -147,10 +149,10 @@ class Registry:
 
 @contextmanager
 def plain_errors(uri: str) -> Iterator[None]:
-    """Whatever MLflow refuses becomes an EBMError of one line."""
+    """Whatever MLflow refuses, or the store beneath it, becomes an EBMError of one line."""
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise EBMError(f"{public(uri)}: {reason(error)}") from error
 
 

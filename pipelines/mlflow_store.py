@@ -7,6 +7,7 @@ it has the name, step, time and value; a model is found again by its run and the
 that is packed into it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -40,6 +41,7 @@ from mlflow.entities import (
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
+from ebm import EBMError
 from pipelines.spool import Event, UnfitError
 
 EXPERIMENT = "ebm"
@@ -58,6 +60,7 @@ REQUIREMENTS = (
     "torch",
     "zuko",
 )
+MISREAD = "%?"  # in the path of a database: an escape, a query
 PAGE = 100  # params or tags in a request: MLflow's limit
 
 
@@ -65,6 +68,7 @@ class Store:
     """The runs at one tracking URI."""
 
     def __init__(self, uri: str) -> None:
+        check(uri)
         if uri.startswith("sqlite:///"):
             create_database(Path(uri.removeprefix("sqlite:///")))
         self._client = MlflowClient(uri)
@@ -192,22 +196,35 @@ class Store:
         )
 
 
+def check(uri: str) -> None:
+    """EBMError for a database that would be another than it says."""
+    if uri.startswith("sqlite:///") and set(MISREAD) & set(uri):
+        problem = "a path with % or ?, which MLflow reads as something else"
+        raise EBMError(f"{problem}; move the checkout")
+
+
 def create_database(path: Path) -> None:
     """Make MLflow's database at `path` if there is none, so that it appears whole: killed in the
     middle, MLflow's own way leaves a file that no later process can open. WAL lets a UI read while
     a courier writes."""
     if path.exists():
         return
-    draft, ready = path.with_name(f"{path.name}.draft"), path.with_name(f"{path.name}.ready")
-    for old in (draft, ready):
-        old.unlink(missing_ok=True)
-    MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
-    with closing(sqlite3.connect(draft)) as database:
-        database.execute("VACUUM INTO ?", [str(ready)])
-    with closing(sqlite3.connect(ready)) as database:
-        database.execute("PRAGMA journal_mode=WAL")
-    os.replace(ready, path)
-    draft.unlink()
+    names = ("draft", "ready", "lock")
+    draft, ready, lock = (path.with_name(f"{path.name}.{name}") for name in names)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # others may have come for the same one
+        if path.exists():
+            return
+        for old in (draft, ready):
+            old.unlink(missing_ok=True)
+        MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
+        with closing(sqlite3.connect(draft)) as database:
+            database.execute("VACUUM INTO ?", [str(ready)])
+        with closing(sqlite3.connect(ready)) as database:
+            database.execute("PRAGMA journal_mode=WAL")
+        os.replace(ready, path)
+        draft.unlink()
+        lock.unlink()
 
 
 def packed_digest(files: Path, event: Event) -> str:

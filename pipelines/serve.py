@@ -31,6 +31,7 @@ POOL = "ebm"  # as in prefect.yaml
 FOLDER = ROOT / ".prefect"
 PATIENCE = 180.0  # seconds in which a server has to be up; 20 are usual
 LAST_LINES = 12
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SETTINGS = {
     "DO_NOT_TRACK": "true",
     "PREFECT_HOME": str(FOLDER),
@@ -49,7 +50,7 @@ def serve(host: str = "127.0.0.1", port: int = 4200) -> bool:
     Raises:
         EBMError: the port is taken, the checkout is served already, or Prefect fails.
     """
-    given = os.environ.get("PREFECT_API_URL")
+    given = server_given()
     url = given or f"http://{_reachable(host)}:{port}/api"
     ends = Ends()
     with only_here(), contextlib.ExitStack() as parts:
@@ -66,6 +67,35 @@ def serve(host: str = "127.0.0.1", port: int = 4200) -> bool:
         show(f"Prefect is at {url.removesuffix('/api')} and runs what prefect.yaml says")
         show("error: {} ended: {}".format(*ends.get()))
     return False
+
+
+def without_proxy() -> None:
+    """Have nobody in this process or those it starts ask a proxy for what is on this machine."""
+    for name in ("no_proxy", "NO_PROXY"):
+        told = filter(None, os.environ.get(name, "").split(","))
+        os.environ[name] = ",".join(dict.fromkeys([*told, *LOOPBACK]))
+
+
+def server_given() -> str | None:
+    """The address of the server that PREFECT_API_URL names, if it does; EBMError if none answers
+    there."""
+    without_proxy()
+    url = os.environ.get("PREFECT_API_URL")
+    if url and not _healthy(url):
+        raise EBMError(f"PREFECT_API_URL = {url}: no server of Prefect's answers there")
+    return url
+
+
+def check_prefect() -> None:
+    """EBMError where a flow would fail at length: its server does not answer, or one of its own
+    would have no place."""
+    if server_given():
+        return
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    if not os.access(home, os.W_OK):
+        problem = "may not be written, and a server of Prefect's keeps its database there"
+        raise EBMError(f"{home}: {problem}; PREFECT_HOME names another folder")
 
 
 @contextlib.contextmanager
@@ -124,7 +154,7 @@ def server(host: str, port: int, url: str, ends: Ends) -> Iterator[None]:
 def _healthy(url: str) -> bool:
     try:
         return request(url, "health") is True
-    except OSError:
+    except (OSError, ValueError):  # the latter of what is no address, or no JSON
         return False
 
 

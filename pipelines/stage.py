@@ -144,13 +144,20 @@ def write_figures(folder: Path, drawn: "Sequence[tuple[str, str, str, Drawing]]"
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the checkout, and whether tracked files or any of the code differ from it."""
+    """Commit of the checkout, and whether tracked files or any of the code differ from it; without
+    a word of git's no commit says what the code is."""
     status = "status", "--porcelain"
-    changed = _git(*status, "--untracked-files=no", "--", ":/", *_RECORDS)
-    new = _git(*status, "--untracked-files=normal", "--", *(f":/{folder}" for folder in CODE))
-    return {"git_commit": _git("rev-parse", "HEAD") or "none", "git_dirty": bool(changed or new)}
+    try:
+        commit = _git("rev-parse", "--verify", "HEAD")
+        changed = _git(*status, "--untracked-files=no", "--", ":/", *_RECORDS)
+        new = _git(*status, "--untracked-files=normal", "--", *(f":/{folder}" for folder in CODE))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+        logging.getLogger(__name__).warning("results are traced to no commit: %s", said)
+        return {"git_commit": "none", "git_dirty": True}
+    return {"git_commit": commit, "git_dirty": bool(changed or new)}
 
 
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
     return result.stdout.strip()

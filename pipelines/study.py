@@ -13,6 +13,7 @@ one at a time are the same whether the sweep was killed while one ran or not.
 
 import fcntl
 import json
+import os
 import random
 import threading
 import uuid
@@ -179,13 +180,29 @@ class Held:
         pass
 
 
+class Journal(JournalFileBackend):
+    """Lines are added whole or not at all, also where the disk is full in the middle of one."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        size = os.path.getsize(self._file_path)
+        try:
+            super().append_logs(logs)
+        except OSError:
+            os.truncate(self._file_path, size)
+            raise
+
+
 def _storage(path: Path) -> JournalStorage:
     """The journal at `path`, without a last line that has no end."""
     with path.open("a+b") as file:
         file.seek(0)
         whole, end, _ = file.read().rpartition(b"\n")
         file.truncate(len(whole + end))
-    return JournalStorage(JournalFileBackend(str(path), Held()))
+    try:
+        return JournalStorage(Journal(str(path), Held()))
+    except ValueError as error:
+        problem = f"a line is damaged ({error})"
+        raise EBMError(f"{path}: {problem}; without it the study begins anew") from None
 
 
 def _key(study: optuna.Study, settings: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
-from pipelines import EBMError, run, sweep
+from pipelines import EBMError, run, serve, sweep
 from pipelines.flows import pipeline, watched  # and with it Prefect's settings, before Prefect
 from pipelines.study import Study, Trial
 from pipelines.supervise import Cancelled, Launcher
@@ -107,6 +107,7 @@ def main() -> int:
 
         asked = {key: value for key, value in options.items() if key not in ("jobs", "apply")}
         sweep.plan(**asked)  # what is wrong is told before a server is started
+        serve.check_prefect()
         return sweep_flow.search(**options, return_state=True).is_completed()
 
     return sweep.main(execute, "pipelines.sweep_flow")

@@ -24,11 +24,10 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
-from pipelines import ROOT
+from pipelines import ROOT, stage
 from pipelines.spool import Echo, Spool, State, root, tracking_uri
 
 log = logging.getLogger(__name__)
@@ -128,11 +127,7 @@ class Run:
         """Have the model logged as an MLflow model: its weights and config, the code of `ebm` as
         it is now, what `serving` needs beside them (`pipelines.served` has it), and the `example`
         of a request. Results that are logged afterwards are also those of this model."""
-        with TemporaryDirectory() as folder:
-            request = Path(folder, "example.json")
-            request.write_text(json.dumps(example), encoding="utf-8")
-            place = self._keep(weights, config, CODE, SERVED, request)
-        if place:
+        if place := self._keep(weights, config, CODE, SERVED, request=example):
             names = {"weights": weights.name, "config": config.name}
             self._append("model", files=place, **names, serving=serving)
 
@@ -183,11 +178,12 @@ class Run:
         if self._descriptor is not None and os.write(self._descriptor, line) < len(line):
             raise OSError("the disk took only a part")
 
-    def _keep(self, *sources: Path) -> str | None:
-        """Copy files and folders beside the events; the name of the folder that holds them."""
+    def _keep(self, *sources: Path, request: dict[str, Any] | None = None) -> str | None:
+        """Copy files and folders beside the events, and the example of a `request` as JSON; the
+        name of the folder that holds them."""
         place = self._spool.files / uuid.uuid4().hex
         kept = self._descriptor is not None and self._guarded(
-            f"keep {sources[0].name}", lambda: _copy(sources, place)
+            f"keep {sources[0].name}", lambda: _copy(sources, request, place)
         )
         return place.name if kept else None
 
@@ -256,9 +252,11 @@ def _courier(*arguments: str) -> subprocess.Popen[bytes]:
     return courier
 
 
-def _copy(sources: tuple[Path, ...], place: Path) -> None:
+def _copy(sources: tuple[Path, ...], request: dict[str, Any] | None, place: Path) -> None:
     try:
         place.mkdir()
+        if request is not None:
+            (place / "example.json").write_text(json.dumps(request), encoding="utf-8")
         for source in sources:
             if source.is_dir():
                 ignore = shutil.ignore_patterns("__pycache__")
@@ -302,4 +300,10 @@ if __name__ == "__main__":
     )
     runs = "runs that have not begun in the store that they were started for"
     parser.add_argument("--to", metavar="URI", help=f"another store for {runs}: a wrong address")
-    sys.exit(0 if flush(to=parser.parse_args().to) else 1)
+    options = parser.parse_args()
+
+    def deliver() -> None:
+        if not flush(to=options.to):
+            sys.exit(1)
+
+    stage.guarded(deliver)

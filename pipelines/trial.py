@@ -154,7 +154,7 @@ class Attempt:
         self._spool = Spool(key)
         self._folder = recipe.folder / f"trial-{trial.number}"
         self._pruned = ""
-        self._mistake: EBMError | None = None
+        self._mistake: EBMError | OSError | None = None
         self.tail: deque[str] = deque(maxlen=LAST_LINES)
 
     def run(self) -> "tuple[State, float | None, str]":
@@ -231,7 +231,7 @@ class Attempt:
         """Report; whether that ended the process."""
         try:
             self._pruned = self._report()
-        except EBMError as error:
+        except (EBMError, OSError) as error:
             self._mistake = error
         if ended := bool(self._pruned or self._mistake):
             process.cancel()

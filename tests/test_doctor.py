@@ -147,6 +147,14 @@ def test_no_database_or_one_that_mlflow_has_still_to_fill_is_fine(tmp_path):
     assert only(doctor.database, tmp_path).kind == "ok"
 
 
+@pytest.mark.parametrize("name", ["a%2Fb", "a?b"])
+def test_a_path_that_mlflow_misreads(tmp_path, name):
+    (tmp_path / name).mkdir()
+    wrong, fine = doctor.database(tmp_path / name, {})
+    assert (wrong.kind, fine.kind) == ("wrong", "ok")
+    assert "which MLflow reads as something else" in wrong.text
+
+
 def test_a_database_of_the_installed_mlflow_is_whole(database):
     assert only(doctor.database, database.parent).kind == "ok"
 

@@ -233,6 +233,23 @@ def test_what_cannot_be_promoted_is_said_in_one_line(store, record):
     unfinished.close()
 
 
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("sqlite:///{}/bad.db", "file is not a database"),
+        ("sqlite:///{}", "no such file"),
+        ("sqlite:///{}/a%2Fb.db", "a path with % or ?"),
+        ("postgresql://u:p@127.0.0.1:9/db", "psycopg2"),
+    ],
+)
+def test_a_store_that_is_none_is_one_line(tmp_path, monkeypatch, uri, told):
+    (tmp_path / "bad.db").write_bytes(bytes(range(256)) * 40)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(tmp_path))
+    message = refusal("--metric", "modes")
+    assert told in message
+    assert "\n" not in message.strip()
+
+
 def test_without_a_database_nothing_is_made(fresh_root):
     assert "nothing is recorded yet" in refusal("--metric", "modes")
     assert not (fresh_root / "mlflow.db").exists()

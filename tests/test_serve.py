@@ -2,8 +2,11 @@
 
 import ast
 import fcntl
+import os
 import signal
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -90,6 +93,45 @@ def test_a_port_that_is_taken_is_told_in_one_line(house, port):
         taken.listen()
         told = f"error: 127.0.0.1, port {port}: Address already in use; --port takes another\n"
         assert house.run("--port", str(port), module="serve", PREFECT_API_URL="") == (1, told)
+
+
+class Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"true")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_is_named_has_to_answer_and_none_here_is_asked_through_a_proxy(
+    port, monkeypatch, tmp_path
+):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "elsewhere")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    serve.check_prefect()
+    for url in (f"http://127.0.0.1:{port}/api", "nonsense"):
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        with pytest.raises(EBMError, match=f"PREFECT_API_URL = {url}: no server of Prefect's"):
+            serve.check_prefect()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.server_port}/api")
+        serve.check_prefect()
+        server.shutdown()
+    assert os.environ["no_proxy"].startswith("elsewhere,127.0.0.1,")
+
+
+def test_a_flow_without_a_place_for_its_server_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setattr(serve.os, "access", lambda path, mode: False)
+    with pytest.raises(EBMError, match="may not be written"):
+        serve.check_prefect()
 
 
 def test_a_checkout_is_served_once(house, port):

@@ -54,6 +54,17 @@ def test_a_stage_by_hand_has_its_checkpoints_in_the_checkout(tmp_path, monkeypat
     assert stage.checkout() == tmp_path / "paper"
 
 
+@pytest.mark.parametrize("path", [None, "/nowhere"])
+def test_where_git_says_nothing_no_commit_is_believed(tmp_path, monkeypatch, caplog, path):
+    """No repository, one that git does not trust, or no git at all."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    if path:
+        monkeypatch.setenv("PATH", path)
+    assert stage.git_state() == {"git_commit": "none", "git_dirty": True}
+    assert "traced to no commit: " + ("[Errno 2]" if path else "fatal: not a git") in caplog.text
+
+
 @pytest.mark.parametrize("place", [".", "paper"])
 def test_a_checkout_is_dirty_by_what_a_run_does_not_write(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 changes the best parameters and nothing else."""
 
 import csv
+import errno
 import itertools
 import json
 import random
@@ -243,6 +244,38 @@ def test_a_kill_at_any_change_of_the_journal_leaves_the_number_exact(tmp_path, m
     assert deaths > 10
     assert [record.trial.number for record in begun.records()] == list(range(6))
     assert begun.finished() == 6
+
+
+def test_a_full_disk_leaves_no_half_line_in_the_journal(tmp_path, monkeypatch):
+    """What was cut off would be glued to what comes when there is room again."""
+    append, full = study.JournalFileBackend.append_logs, [True]
+
+    def append_in_part(backend, logs):
+        if full.pop() if full else False:
+            with open(backend._file_path, "a") as file:
+                file.write(json.dumps(logs[0])[:20])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(backend, logs)
+
+    with opened(tmp_path) as begun:
+        tried = begun.next(3)
+        monkeypatch.setattr(study.JournalFileBackend, "append_logs", append_in_part)
+        with pytest.raises(OSError, match="No space"):
+            begun.report(tried.number, 1, 0.5)
+        begun.report(tried.number, 2, 0.5)
+        begun.finish(tried.number, "done", 0.5, "")
+    with opened(tmp_path) as again:
+        assert [record.state for record in again.records()] == ["done"]
+
+
+def test_a_damaged_line_of_the_journal_is_named(tmp_path):
+    with opened(tmp_path) as begun:
+        conduct(begun, outcome_of, 2)
+    journal = tmp_path / "s/journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([lines[0], lines[1][:9] + lines[2], *lines[3:]]))
+    with pytest.raises(EBMError, match=r"journal\.log: a line is damaged"), opened(tmp_path):
+        pass
 
 
 def test_what_was_left_is_not_taken_up_if_no_more_is_asked_for(tmp_path):

@@ -3,10 +3,14 @@
 import json
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -368,6 +372,26 @@ def test_a_root_that_cannot_be_written_stops_no_stage(store, monkeypatch, caplog
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.parametrize("off", [False, True])
+def test_a_model_that_cannot_be_kept_stops_no_stage(store, tmp_path, monkeypatch, caplog, off):
+    monkeypatch.setenv("EBM_TRACKING", "0" if off else "1")
+    weights, config = tmp_path / "w", tmp_path / "c"
+    weights.touch()
+    config.touch()
+    write, full = Path.write_text, OSError(28, "No space")
+
+    def write_text(path, *args, **options):
+        if path.name == "example.json":
+            raise full
+        return write(path, *args, **options)
+
+    with start() as run:
+        monkeypatch.setattr(Path, "write_text", write_text)
+        run.model(weights, config, {}, {"inputs": [[1.0]]})
+    assert len(caplog.messages) == (0 if off else 1)
+    assert off or not list(spool_of(run).files.iterdir())
+
+
 def test_tracking_turned_off_writes_nothing(fresh_root, monkeypatch):
     monkeypatch.setenv("EBM_TRACKING", "0")
     with start() as run:
@@ -461,6 +485,34 @@ def test_a_stage_imports_nothing_for_it():
     modules = set(result.stdout.split())
     assert "pipelines.tracking" in modules
     assert not modules & {"mlflow", "numpy", "torch", "safetensors", "yaml", "sqlalchemy"}
+
+
+def test_two_that_come_for_a_new_database_make_one(tmp_path, monkeypatch):
+    """Two checkouts may share a store."""
+    from pipelines import mlflow_store
+
+    made = []
+
+    class Slow:
+        def __init__(self, uri):
+            self.path = Path(uri.removeprefix("sqlite:///"))
+
+        def search_experiments(self, **_):
+            made.append(self.path)
+            with closing(sqlite3.connect(self.path)) as database:
+                database.execute("CREATE TABLE half (x)")
+                time.sleep(0.3)
+                database.execute("CREATE TABLE whole (x)")
+
+    monkeypatch.setattr(mlflow_store, "MlflowClient", Slow)
+    path = tmp_path / "mlflow.db"
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(mlflow_store.create_database, [path] * 3))
+    assert len(made) == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["mlflow.db"]
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (2,)
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_a_password_is_not_shown(fresh_root, monkeypatch):
