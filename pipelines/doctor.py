@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines import ROOT, gpu
-from pipelines.spool import Spool
+from pipelines.spool import Spool, misread
 
 Environment = Mapping[str, str]
 
@@ -123,12 +123,11 @@ def params(root: Path, _: Environment) -> Iterator[Finding]:
             yield ok(name)
 
 
-def database(root: Path, _: Environment) -> Iterator[Finding]:
+def database(root: Path, environment: Environment) -> Iterator[Finding]:
     """`mlflow.db` is whole and of the installed MLflow, which makes it where there is none."""
     path = root / "mlflow.db"
-    if odd := [letter for letter in "%?" if letter in str(root)]:
-        problem = f"the path of the checkout has {odd[0]}, which MLflow reads as something else"
-        yield wrong(problem, "move the checkout, or set MLFLOW_TRACKING_URI to a server")
+    if problem := misread(environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"):
+        yield wrong(*f"the database has {problem}".split("; "))
     if not path.exists() or not path.stat().st_size:
         yield ok("mlflow.db: none yet")
         return

@@ -42,7 +42,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from ebm import EBMError
-from pipelines.spool import Event, UnfitError
+from pipelines.spool import Event, UnfitError, misread, public
 
 EXPERIMENT = "ebm"
 KEY = "ebm.key"
@@ -60,7 +60,6 @@ REQUIREMENTS = (
     "torch",
     "zuko",
 )
-MISREAD = "%?"  # in the path of a database: an escape, a query
 PAGE = 100  # params or tags in a request: MLflow's limit
 
 
@@ -198,9 +197,8 @@ class Store:
 
 def check(uri: str) -> None:
     """EBMError for a database that would be another than it says."""
-    if uri.startswith("sqlite:///") and set(MISREAD) & set(uri):
-        problem = "a path with % or ?, which MLflow reads as something else"
-        raise EBMError(f"{problem}; move the checkout")
+    if problem := misread(uri):
+        raise EBMError(f"{public(uri)}: {problem}")
 
 
 def create_database(path: Path) -> None:
@@ -224,7 +222,6 @@ def create_database(path: Path) -> None:
             database.execute("PRAGMA journal_mode=WAL")
         os.replace(ready, path)
         draft.unlink()
-        lock.unlink()
 
 
 def packed_digest(files: Path, event: Event) -> str:

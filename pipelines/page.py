@@ -372,7 +372,7 @@ def _curve(
 def _labels(ticks: Sequence[float]) -> list[str]:
     """With as many digits as tell them apart."""
     texts = [[f"{tick:.{digits}g}" for tick in ticks] for digits in range(6, 18)]
-    apart = next((some for some in texts if len(set(some)) == len(ticks)), texts[-1])
+    apart = next((some for some in texts if len(set(some)) == len(ticks)), texts[0])
     return [text.replace("-", "−") for text in apart]
 
 

@@ -26,7 +26,8 @@ CURVE_ROWS = 200
 
 
 def main() -> None:
-    folder = Path().resolve().relative_to(stage.checkout())
+    here, checkout = Path().resolve(), stage.checkout()
+    folder = here.relative_to(checkout) if here.is_relative_to(checkout) else Path()
     write(Path(), params.load(stage.PARAMS).model_dump(mode="json"), folder)
 
 

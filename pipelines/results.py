@@ -171,7 +171,7 @@ def used(lock: Path) -> Used:
     except (YAMLError, OSError, ValueError) as error:
         raise EBMError(f"{lock}: cannot be read: {' '.join(str(error).split())}") from None
     except (KeyError, TypeError, AttributeError):
-        raise EBMError(f"{lock}: cannot be read: it has no `stages`") from None
+        raise EBMError(f"{lock}: cannot be read: not as DVC writes it") from None
 
 
 def outdated(name: str, used: Used, params: Mapping[str, Any]) -> bool:

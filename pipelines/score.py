@@ -245,16 +245,17 @@ def _of_images(model: Model, source: Path) -> "Iterator[tuple[DataFrame, np.ndar
     """Images in a folder by their paths, and their energies, a batch at a time."""
     import pandas as pd
 
-    from ebm.data import folder, grey, unit
+    from ebm.data import first_grey, folder, unit
 
     paths = folder.files(source)
     size = model.batch
     for start in range(0, len(paths), size):
         some = paths[start : start + size]
         points = unit(folder.read_all(some, model.shape))
-        if model.binarize and (odd := grey(points)).any():
-            known = f"black and white alone (its data set has `binarize: {model.binarize}`)"
-            raise EBMError(f"{some[int(odd.int().argmax())]}: has greys; the model knows {known}")
+        if model.binarize and (row := first_grey(points)) is not None:
+            pixels = "x".join(map(str, model.shape[-2:]))
+            known = f"black and white alone (`binarize: {model.binarize}`)"
+            raise EBMError(f"{some[row]}: has greys at {pixels} pixels; the model knows {known}")
         energy = model.energies(points)
         _refuse(energy, "", some)
         yield pd.DataFrame({"file": [p.relative_to(source).as_posix() for p in some]}), energy

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,7 @@ def serve(host: str = "127.0.0.1", port: int = 4200) -> bool:
     Raises:
         EBMError: the port is taken, the checkout is served already, or Prefect fails.
     """
+    without_proxy()
     given = server_given()
     url = given or f"http://{_reachable(host)}:{port}/api"
     ends = Ends()
@@ -71,24 +73,31 @@ def serve(host: str = "127.0.0.1", port: int = 4200) -> bool:
 
 def without_proxy() -> None:
     """Have nobody in this process or those it starts ask a proxy for what is on this machine."""
-    for name in ("no_proxy", "NO_PROXY"):
-        told = filter(None, os.environ.get(name, "").split(","))
-        os.environ[name] = ",".join(dict.fromkeys([*told, *LOOPBACK]))
+    names = ("no_proxy", "NO_PROXY")
+    told = [host for name in names for host in os.environ.get(name, "").split(",") if host]
+    if "*" not in told:  # which only stands alone
+        os.environ |= dict.fromkeys(names, ",".join(dict.fromkeys([*told, *LOOPBACK])))
 
 
 def server_given() -> str | None:
-    """The address of the server that PREFECT_API_URL names, if it does; EBMError if none answers
-    there."""
-    without_proxy()
-    url = os.environ.get("PREFECT_API_URL")
-    if url and not _healthy(url):
-        raise EBMError(f"PREFECT_API_URL = {url}: no server of Prefect's answers there")
+    """The address of the server that PREFECT_API_URL names, if it does; EBMError if nobody answers
+    there, be it that he wants a password."""
+    if not (url := os.environ.get("PREFECT_API_URL")):
+        return None
+    try:
+        request(url.rstrip("/"), "health")
+    except urllib.error.HTTPError:
+        pass
+    except (OSError, ValueError) as error:  # the latter of what is no address, or no JSON
+        problem = getattr(error, "reason", error)
+        raise EBMError(f"PREFECT_API_URL = {url}: no server answers ({problem})") from None
     return url
 
 
 def check_prefect() -> None:
     """EBMError where a flow would fail at length: its server does not answer, or one of its own
     would have no place."""
+    without_proxy()
     if server_given():
         return
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
@@ -154,7 +163,7 @@ def server(host: str, port: int, url: str, ends: Ends) -> Iterator[None]:
 def _healthy(url: str) -> bool:
     try:
         return request(url, "health") is True
-    except (OSError, ValueError):  # the latter of what is no address, or no JSON
+    except OSError:
         return False
 
 

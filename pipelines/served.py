@@ -137,14 +137,13 @@ class Energy(PythonModel):
         """Points float32 [B, *shape] of a request."""
         import torch
 
-        from ebm.data import grey
+        from ebm.data import first_grey
 
         _check_rows(given)
         if self.transform is None:
             points = torch.from_numpy(_numbers(given, self.shape))
-            if self.binarize and (odd := grey(points)).any():
-                row = int(odd.int().argmax()) + 1
-                _refuse(f"row {row}: has greys; the model knows 0 and 1 alone")
+            if self.binarize and (row := first_grey(points)) is not None:
+                _refuse(f"row {row + 1}: has greys; the model knows 0 and 1 alone")
             return points
         from ebm import EBMError
         from ebm.data.transform import FIRST_ROW, warn_of_unseen

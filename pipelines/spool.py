@@ -34,6 +34,15 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root()}/mlflow.db"
 
 
+def misread(uri: str) -> str | None:
+    """Why MLflow would take the database at `uri` for another, and what to do, if so."""
+    if not uri.startswith("sqlite:///") or not {"%", "?"} & set(uri):
+        return None
+    own = os.environ.get("MLFLOW_TRACKING_URI") == uri
+    advice = "name another path in MLFLOW_TRACKING_URI" if own else "move the checkout"
+    return f"a path with % or ?, which MLflow reads as something else; {advice}"
+
+
 def public(uri: str) -> str:
     """`uri` without this machine's paths, and without the user and the password it may hold."""
     return re.sub(r"//[^/@]*@", "//", uri).replace(f"{root()}/", "")

@@ -152,7 +152,10 @@ def test_a_path_that_mlflow_misreads(tmp_path, name):
     (tmp_path / name).mkdir()
     wrong, fine = doctor.database(tmp_path / name, {})
     assert (wrong.kind, fine.kind) == ("wrong", "ok")
-    assert "which MLflow reads as something else" in wrong.text
+    assert "the database has a path with % or ?" in wrong.text
+    assert wrong.remedy == "move the checkout"
+    (fine,) = doctor.database(tmp_path / name, {"MLFLOW_TRACKING_URI": "http://host:5000"})
+    assert fine.kind == "ok"
 
 
 def test_a_database_of_the_installed_mlflow_is_whole(database):

@@ -238,7 +238,7 @@ def test_what_cannot_be_promoted_is_said_in_one_line(store, record):
     [
         ("sqlite:///{}/bad.db", "file is not a database"),
         ("sqlite:///{}", "no such file"),
-        ("sqlite:///{}/a%2Fb.db", "a path with % or ?"),
+        ("sqlite:///{}/a%2Fb.db", "something else; name another path in MLFLOW_TRACKING_URI"),
         ("postgresql://u:p@127.0.0.1:9/db", "psycopg2"),
     ],
 )

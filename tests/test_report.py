@@ -8,15 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from ebm import EBMError, figures, params, schema
+from ebm import EBMError, data, figures, params, schema
 from pipelines import page, patch, report
 from pipelines.results import Record, Reference, Result
 
@@ -789,7 +789,10 @@ def test_areas_by_class_are_explained(detectors):
     assert "what scores that know nothing get" in glossary
 
 
-def test_every_variant_and_kind_of_data_has_a_name():
+def test_every_variant_and_kind_of_data_has_a_name_and_is_prepared(monkeypatch):
+    def refused(settings):
+        raise EBMError(settings.kind)
+
     from ebm.evaluation import EVALUATORS
     from ebm.variants import VARIANTS
 
@@ -798,7 +801,10 @@ def test_every_variant_and_kind_of_data_has_a_name():
     kinds = {get_args(section.model_fields["kind"].annotation)[0] for section in sections}
     assert len(kinds) == len(sections) == 8
     assert kinds == EVALUATORS.keys() == page.DATA.keys()
-    assert all(find_spec(f"ebm.data.{kind}") for kind in kinds)
+    for kind in kinds:
+        monkeypatch.setattr(f"ebm.data.{kind}.prepare", refused)
+        with pytest.raises(EBMError, match=kind):
+            data.prepare(SimpleNamespace(kind=kind))
 
 
 def test_the_stage_reports_the_experiments_of_params_yaml(project, monkeypatch):

@@ -96,8 +96,10 @@ def test_a_port_that_is_taken_is_told_in_one_line(house, port):
 
 
 class Health(BaseHTTPRequestHandler):
+    """Healthy to who asks for `/api/health`; elsewhere it wants a password."""
+
     def do_GET(self):
-        self.send_response(200)
+        self.send_response(200 if self.path == "/api/health" else 401)
         self.end_headers()
         self.wfile.write(b"true")
 
@@ -108,22 +110,27 @@ class Health(BaseHTTPRequestHandler):
 def test_a_server_that_is_named_has_to_answer_and_none_here_is_asked_through_a_proxy(
     port, monkeypatch, tmp_path
 ):
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "elsewhere")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "elsewhere")
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     serve.check_prefect()
     for url in (f"http://127.0.0.1:{port}/api", "nonsense"):
         monkeypatch.setenv("PREFECT_API_URL", url)
-        with pytest.raises(EBMError, match=f"PREFECT_API_URL = {url}: no server of Prefect's"):
+        with pytest.raises(EBMError, match=f"PREFECT_API_URL = {url}: no server answers"):
             serve.check_prefect()
     with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
         threading.Thread(target=server.serve_forever).start()
-        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.server_port}/api")
-        serve.check_prefect()
+        for path in ("api", "api/", "guarded"):
+            url = f"http://127.0.0.1:{server.server_port}/{path}"
+            monkeypatch.setenv("PREFECT_API_URL", url)
+            serve.check_prefect()
         server.shutdown()
-    assert os.environ["no_proxy"].startswith("elsewhere,127.0.0.1,")
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "elsewhere,127.0.0.1,localhost,::1"
+    monkeypatch.setenv("no_proxy", "*")
+    serve.without_proxy()
+    assert os.environ["no_proxy"] == "*"
 
 
 def test_a_flow_without_a_place_for_its_server_is_one_line(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """What every stage shares: errors in one line, checkpoints that outlive what cannot matter."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -31,8 +32,10 @@ def test_code_that_cannot_change_a_result_throws_no_checkpoint_away(
     assert (folders[0] == folders[1]) == same
 
 
-@pytest.mark.parametrize("number", stage.MENDABLE)
-def test_what_the_system_refuses_is_one_line(number):
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EACCES", "EROFS", "ENOTDIR", "EEXIST"])
+def test_what_the_system_refuses_is_one_line(name):
+    number = getattr(errno, name)
+
     def run():
         raise OSError(number, os.strerror(number), "models/toy")
 

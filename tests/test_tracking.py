@@ -487,7 +487,7 @@ def test_a_stage_imports_nothing_for_it():
     assert not modules & {"mlflow", "numpy", "torch", "safetensors", "yaml", "sqlalchemy"}
 
 
-def test_two_that_come_for_a_new_database_make_one(tmp_path, monkeypatch):
+def test_two_that_come_for_a_new_database_make_one(tmp_path, monkeypatch, empty_database):
     """Two checkouts may share a store."""
     from pipelines import mlflow_store
 
@@ -509,7 +509,7 @@ def test_two_that_come_for_a_new_database_make_one(tmp_path, monkeypatch):
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(mlflow_store.create_database, [path] * 3))
     assert len(made) == 1
-    assert [one.name for one in tmp_path.iterdir()] == ["mlflow.db"]
+    assert {one.name for one in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (2,)
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -63,8 +63,8 @@ def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
     log Z that maximises V(log p - log Z). There the derivative of V is 0; `excess` is -N times it
     and rises.
 
-    Raises EBMError where the noise does not meet the data: V has no maximum, or at it not one draw
-    is expected to be taken for the other kind, and log Z may be anything.
+    Raises EBMError where the noise does not meet the data: V has no maximum, or at it less than
+    half a draw is expected to be taken for the other kind, and log Z may be anything.
     """
     shift = math.log(ratio)
 
@@ -75,12 +75,14 @@ def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
         return missed(log_z) - torch.sigmoid(noise - shift - log_z).sum()
 
     low, high = _bracket(data, noise)
-    found = excess(low) < 0 < excess(high)
+    apart = EBMError("contrastive estimation: the noise does not meet the data")
+    if not excess(low) < 0 < excess(high):
+        raise apart
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) < 0 else (low, middle)
-    if not found or missed(high) < 1:
-        raise EBMError("contrastive estimation: the noise does not meet the data")
+    if missed(high) < 0.5:
+        raise apart
     return (low + high) / 2
 
 

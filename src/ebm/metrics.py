@@ -258,10 +258,11 @@ def share_threshold(scores: Tensor, share: float) -> float:
     """The threshold not below which about the highest `share` of scores [N] lie. It flags of these
     what their quantile would (with straight lines between the scores, as NumPy has it; ties with
     it too), but lies in the middle between those and the highest of the others: a row that is
-    scored again, among fewer, comes to a score that differs in its last digit. Finite also where
-    scores are not; NaN if a score is NaN."""
-    scores = _finite(scores)
-    flagged = scores >= torch.quantile(scores, 1 - share)
+    scored again, among fewer, comes to a score that differs in its last digit. NaN if a score is
+    NaN."""
+    scores, largest = scores.double(), torch.finfo(torch.float64).max
+    finite = scores.clamp(-largest, largest)  # no quantile lies between infinities
+    flagged = finite >= torch.quantile(finite, 1 - share)
     if not flagged.any():
         return math.nan
     lowest, others = scores[flagged].min().item(), scores[~flagged]
@@ -271,11 +272,10 @@ def share_threshold(scores: Tensor, share: float) -> float:
 def best_f1_threshold(inliers: Tensor, outliers: Tensor) -> float:
     """The threshold of the best F1 on scores [N] and [M]; of several rules the one that flags
     fewest. All thresholds between two neighbouring scores flag the same of these; the middle
-    leaves new points as much room on either side. Finite also where scores are not; NaN if a score
-    is NaN."""
+    leaves new points as much room on either side. NaN if a score is NaN."""
     if _unordered(inliers, outliers):
         return math.nan
-    thresholds, true, false = operating_points(_finite(inliers), _finite(outliers))
+    thresholds, true, false = operating_points(inliers, outliers)
     f1 = 2 * true.double() / (true + false + len(outliers))
     lowest = int(f1.argmax())  # of the flagged scores; the next one is the highest of the others
     around = thresholds[lowest : lowest + 2].tolist()
@@ -283,16 +283,12 @@ def best_f1_threshold(inliers: Tensor, outliers: Tensor) -> float:
 
 
 def _between(above: float, below: float) -> float:
-    """The middle of two scores, or the upper one where no number lies between them."""
+    """The middle of two scores, or the upper one where no number lies between them; of infinity
+    and a number what comes next to that."""
     middle = above / 2 + below / 2
+    if middle == math.inf:
+        return math.nextafter(below, math.inf)
     return middle if below < middle else above
-
-
-def _finite(scores: Tensor) -> Tensor:
-    """In double precision, infinite ones the largest number there is: what is flagged from it on
-    is what is flagged from infinity on."""
-    largest = torch.finfo(torch.float64).max
-    return scores.double().clamp(-largest, largest)
 
 
 def f1_ceiling(prevalence: float, flagged: float) -> float:

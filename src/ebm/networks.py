@@ -169,7 +169,7 @@ class FourierFeatures(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # a phase of 50 is rounded to 0.25
-            phase = x @ self.frequencies
+            phase = x.to(self.frequencies.dtype) @ self.frequencies
         return torch.cat([x, phase.sin(), phase.cos()], 1)
 
 

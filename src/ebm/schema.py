@@ -33,8 +33,9 @@ Widths = Annotated[list[Count], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Binarize = Literal["sample", "dynamic", "threshold", "none"]
 """What becomes of greys: `sample` draws each pixel once, on with the probability that is its grey
-value (Salakhutdinov & Murray's way); `dynamic` does too, and trains on bits that are drawn anew at
-every update (Burda et al. 2016); `threshold` turns on what is at least half; `none` keeps them."""
+value (Salakhutdinov & Murray's way); `dynamic` does too, and has updates see bits that are drawn
+anew (Burda et al. 2016), while what is fitted at once sees those drawn once; `threshold` turns on
+what is at least half; `none` keeps them."""
 COLOURED = ("cifar10", "svhn")
 
 

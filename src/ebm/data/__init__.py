@@ -18,7 +18,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,9 +82,10 @@ def redrawn(x: Tensor) -> Tensor:
     return (torch.rand_like(p) < p).to(p.dtype)
 
 
-def grey(x: Tensor) -> Tensor:
-    """Which of the points [N, *] have values other than 0 and 1, bool [N]."""
-    return ((x != 0) & (x != 1)).flatten(1).any(1)
+def first_grey(x: Tensor) -> int | None:
+    """The first of the points [N, *] that has values other than 0 and 1, if one has."""
+    grey = ((x != 0) & (x != 1)).flatten(1).any(1)
+    return int(grey.int().argmax()) if grey.any() else None
 
 
 def mode(classes: Tensor) -> Tensor:
@@ -99,8 +99,20 @@ def mode(classes: Tensor) -> Tensor:
 def prepare(settings: Dataset) -> Prepared:
     """The data set that `settings` describe, from its source; the same settings give the same
     bits."""
-    # its module has the kind's name; stages that only read depend on none of them
-    made: Made = import_module(f"ebm.data.{settings.kind}").prepare(settings)
+    # stages that only read depend on none of them
+    from ebm.data import density, digits, folder, images, kddcup99, novelty, stacked, table
+
+    sources: dict[str, Callable[[Any], Made]] = {
+        "density": density.prepare,
+        "digits": digits.prepare,
+        "folder": folder.prepare,
+        "images": images.prepare,
+        "kddcup99": kddcup99.prepare,
+        "novelty": novelty.prepare,
+        "stacked": stacked.prepare,
+        "table": table.prepare,
+    }
+    made = sources[settings.kind](settings)
     tensors = {name: tensor.contiguous() for name, tensor in made.tensors.items()}
     manifest = {
         "source": made.source,
