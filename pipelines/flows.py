@@ -14,12 +14,15 @@ import concurrent.futures
 import contextlib
 import contextvars
 import os
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -81,9 +84,16 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
+from prefect.server.api import server as prefects
 from prefect.settings import PREFECT_API_URL
 
 from pipelines import summary
+
+# A temporary server in a session of its own: Ctrl-C in a terminal is for the flow, which has still
+# to tell it how it ended.
+prefects.subprocess = SimpleNamespace(  # type: ignore[assignment]
+    **vars(subprocess) | {"Popen": partial(subprocess.Popen, start_new_session=True)}
+)
 
 
 @flow(name="ebm", persist_result=False)

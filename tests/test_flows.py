@@ -163,6 +163,22 @@ def test_a_flow_that_is_ended_leaves_nothing(house, prefect, ends, code):
 
 
 @slow
+@pytest.mark.parametrize(("ends", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_ends_a_flow_in_a_terminal_does_not_end_its_server_first(house, tmp_path, ends, code):
+    """Ctrl-C goes to all processes in the foreground, and the flow has still to say how it
+    ended."""
+    house.tell("train@a", seconds=600, child=True)
+    environment = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": ""}
+    with house.start("-j2", module="flows", **environment) as flow:
+        wait_for(lambda: house.events("start"), 180)
+        everything = [process.pid for process in psutil.Process(flow.pid).children(True)]
+        os.killpg(flow.pid, ends)
+        flow.communicate(timeout=45)
+    assert flow.returncode == code
+    wait_for(lambda: not any(map(alive, everything)), 15)
+
+
+@slow
 def test_cancelling_a_deployed_flow_ends_its_processes(house, prefect):
     """Here Prefect's runner ends the flow's process: it has to pass that on."""
     client, environment = prefect
