@@ -5,6 +5,7 @@ Every change may be repeated after a kill, with the same effect as once.
 """
 
 import json
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ebm import EBMError
 from pipelines.courier import reason
-from pipelines.mlflow_store import DATA, EXPERIMENT, MODEL, check
+from pipelines.mlflow_store import DATA, EXPERIMENT, MODEL, check, settle
 from pipelines.spool import public
 
 
@@ -52,6 +53,7 @@ class Registry:
             problem = "no such file, so nothing is recorded yet"
             advice = "`python -m pipelines.tracking` delivers what waits"
             raise EBMError(f"{public(uri)}: {problem}; {advice}")
+        settle(uri)
         self._client = MlflowClient(uri)
 
     def runs(self, name: str) -> list[Recorded]:
@@ -152,7 +154,7 @@ def plain_errors(uri: str) -> Iterator[None]:
     """Whatever MLflow refuses, or the store beneath it, becomes an EBMError of one line."""
     try:
         yield
-    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError, OSError) as error:
         raise EBMError(f"{public(uri)}: {reason(error)}") from error
 
 

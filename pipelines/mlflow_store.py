@@ -42,7 +42,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from ebm import EBMError
-from pipelines.spool import Event, UnfitError, misread, public
+from pipelines.spool import Event, UnfitError, misread, public, root
 
 EXPERIMENT = "ebm"
 KEY = "ebm.key"
@@ -60,6 +60,14 @@ REQUIREMENTS = (
     "torch",
     "zuko",
 )
+PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Tables of MLflow's database, and their columns that hold paths of this machine."""
 PAGE = 100  # params or tags in a request: MLflow's limit
 
 
@@ -70,6 +78,7 @@ class Store:
         check(uri)
         if uri.startswith("sqlite:///"):
             create_database(Path(uri.removeprefix("sqlite:///")))
+            settle(uri)
         self._client = MlflowClient(uri)
         found = self._client.get_experiment_by_name(EXPERIMENT)
         self._experiment = (
@@ -222,6 +231,24 @@ def create_database(path: Path) -> None:
             database.execute("PRAGMA journal_mode=WAL")
         os.replace(ready, path)
         draft.unlink()
+
+
+def settle(uri: str) -> None:
+    """Have the database of a checkout that was moved, or copied, find its artifacts where they are
+    now: MLflow keeps absolute paths. That at another address stays as it is."""
+    path, here = root() / "mlflow.db", f"{root() / 'mlruns'}/"
+    if uri != f"sqlite:///{path}" or not path.is_file():
+        return
+    with closing(sqlite3.connect(path)) as database, database:
+        asked = "SELECT artifact_location FROM experiments WHERE name = ?"
+        (found,) = database.execute(asked, [EXPERIMENT]).fetchone() or [""]
+        there = found.rpartition("/")[0] + "/"
+        if not there.startswith("/") or not there.endswith("/mlruns/") or there == here:
+            return
+        for table, column in PLACES:
+            begins = f"substr({column}, 1, {len(there)}) = ?"
+            moved = f"UPDATE {table} SET {column} = ? || substr({column}, {len(there) + 1})"
+            database.execute(f"{moved} WHERE {begins}", [here, there])
 
 
 def packed_digest(files: Path, event: Event) -> str:

@@ -3,18 +3,21 @@ happens there is a way back."""
 
 import json
 import math
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from test_served import MODELS
 from test_tracking import log_model
-from tracking_store import MLFLOW_WARNS, deliver, start
+from tracking_store import MLFLOW_WARNS, Lookup, deliver, start
 
 from ebm import EBMError, variants
+from pipelines import ROOT
 from pipelines.promote import direction, main, promote, rollback
 
 pytestmark = [
@@ -106,6 +109,32 @@ def test_the_champion_answers_the_energies_of_its_weights(store, tmp_path, monke
     answer = served("models:/toy@champion", points, store, monkeypatch)
     assert answer == pytest.approx(models[1].energy(points).tolist(), rel=1e-5)
     assert answer != pytest.approx(models[0].energy(points).tolist(), rel=1e-5)
+
+
+def test_a_checkout_that_was_moved_has_its_models_with_it(store, record, tmp_path, monkeypatch):
+    """And nothing is written to where it was."""
+    (first,) = record({"modes": 1})
+    promote("toy", "modes", "champion", None)
+    new = tmp_path.parent / f"{tmp_path.name} moved"
+    tmp_path.rename(new)
+    monkeypatch.setenv("DVC_ROOT", str(new))
+    monkeypatch.chdir(new)
+    # MLflow remembers within a process where a model lies
+    again = [sys.executable, "-m", "pipelines.promote", "toy", "--metric", "modes"]
+    subprocess.run([*again, "--alias", "again"], cwd=ROOT, check=True)
+    with start(tags={"data.sha256": "a"}) as run:
+        log_model(run, new)
+        run.log_final({"modes": 2})
+    assert deliver()
+    promote("toy", "modes", "champion", None)
+    moved = Lookup(f"sqlite:///{new}/mlflow.db")
+    assert champion(moved) == run.mlflow_run_id()
+    assert champion(moved, "again") == first
+    for one in moved.runs():
+        assert Path(one.info.artifact_uri).is_relative_to(new / "mlruns")
+    for version in versions(moved):
+        assert Path(version.source, "MLmodel").is_file()
+    assert not tmp_path.exists()
 
 
 def served(uri, points, store, monkeypatch):
