@@ -34,9 +34,8 @@ lint: $(BIN)/.synced  ## Check style, format and types
 doctor: $(BIN)/.synced  ## Say what is wrong with this machine, and what to do about it
 	python -m pipelines.doctor
 
-ui: $(BIN)/.synced  ## Open the tracked runs at http://127.0.0.1:5000
-	-python -m pipelines.tracking
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
+ui: $(BIN)/.synced  ## Open the tracked runs in MLflow, at the address that it tells
+	exec python -m pipelines.ui
 
 benchmark: $(BIN)/.synced  ## Time samplers, MEG, flows and orchestration beside their peers (THREADS=n)
 	uv pip install -q --python $(BIN)/python --group benchmark

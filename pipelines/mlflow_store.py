@@ -72,7 +72,7 @@ PAGE = 100  # params or tags in a request: MLflow's limit
 
 
 class Store:
-    """The runs at one tracking URI."""
+    """The runs at one tracking URI, and the id of the `experiment` that has them all."""
 
     def __init__(self, uri: str) -> None:
         check(uri)
@@ -81,7 +81,7 @@ class Store:
             settle(uri)
         self._client = MlflowClient(uri)
         found = self._client.get_experiment_by_name(EXPERIMENT)
-        self._experiment = (
+        self.experiment = (
             found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
         )
 
@@ -89,7 +89,7 @@ class Store:
         """The MLflow id of the run `key`, which is RUNNING from now on."""
         tags = {**_names(event["tags"]), **self._nested(event)}
         run = self._find(key) or self._client.create_run(
-            self._experiment,
+            self.experiment,
             start_time=event["time"],
             run_name=event["experiment"],
             tags={KEY: key, **_sources(tags), **tags},
@@ -159,12 +159,12 @@ class Store:
         if not (parent := event.get("parent")):
             return {}
         run = self._find(parent) or self._client.create_run(
-            self._experiment, start_time=event["time"], run_name=parent, tags={KEY: parent}
+            self.experiment, start_time=event["time"], run_name=parent, tags={KEY: parent}
         )
         return {"mlflow.parentRunId": run.info.run_id}
 
     def _find(self, key: str) -> Run | None:
-        found = self._client.search_runs([self._experiment], f"tags.`{KEY}` = '{key}'")
+        found = self._client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'")
         return found[0] if found else None
 
     def _add(
@@ -189,13 +189,13 @@ class Store:
 
     def _model_of(self, run_id: str, digest: str) -> LoggedModel:
         found = self._client.search_logged_models(
-            [self._experiment], f"source_run_id = '{run_id}' AND tags.`{PACKED}` = '{digest}'"
+            [self.experiment], f"source_run_id = '{run_id}' AND tags.`{PACKED}` = '{digest}'"
         )
         if found:
             return found[0]
         run = self._client.get_run(run_id)
         return self._client.create_logged_model(
-            self._experiment,
+            self.experiment,
             name=re.sub(r"[/:.%\"']", "-", run.info.run_name),
             source_run_id=run_id,
             tags={PACKED: digest},
@@ -243,7 +243,8 @@ def settle(uri: str) -> None:
         asked = "SELECT artifact_location FROM experiments WHERE name = ?"
         (found,) = database.execute(asked, [EXPERIMENT]).fetchone() or [""]
         there = found.rpartition("/")[0] + "/"
-        if not there.startswith("/") or not there.endswith("/mlruns/") or there == here:
+        local = there.startswith("/") and there.endswith("/mlruns/")
+        if not local or os.path.realpath(there) == os.path.realpath(here):
             return
         for table, column in PLACES:
             begins = f"substr({column}, 1, {len(there)}) = ?"

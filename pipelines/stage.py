@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from ebm.figures import Drawing
 
 PARAMS = Path("params.yaml")
-MENDABLE = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS),
-    *(errno.ENOTDIR, errno.EEXIST),
-)
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 """What the system may refuse that its user can give: room, the right to write, a folder where
 there is a file."""
 CODE = "src", "pipelines"
