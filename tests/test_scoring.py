@@ -104,7 +104,7 @@ def test_one_that_was_fitted_without_steps_comes_back_from_its_files(tmp_path, n
     model = variants.build(name, (3,), MODELS[name])
     model.initialise(rows())
     settings = {"variant": name, "model": MODELS[name], "ensemble": None, "dataset": "table"}
-    prepared = SimpleNamespace(shape=(3,), transform=lambda: None)
+    prepared = SimpleNamespace(shape=(3,), transform=lambda: None, manifest={"settings": {}})
     train._write(tmp_path, model, settings, prepared, history=[])
     loaded = variants.load(tmp_path / "weights.safetensors", tmp_path / "config.json")
     assert torch.equal(loaded.energy(rows()), model.energy(rows()))

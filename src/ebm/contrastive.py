@@ -63,8 +63,8 @@ def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
     log Z that maximises V(log p - log Z). There the derivative of V is 0; `excess` is -N times it
     and rises.
 
-    Raises EBMError where the noise does not meet the data: V has no maximum, or at it less than
-    half a draw is expected to be taken for the other kind, and log Z may be anything.
+    Raises EBMError where the noise does not meet the data: V has no maximum, or at it not a
+    millionth of a draw is expected to be taken for the other kind, and log Z may be anything.
     """
     shift = math.log(ratio)
 
@@ -81,7 +81,7 @@ def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) < 0 else (low, middle)
-    if missed(high) < 0.5:
+    if missed(high) < 1e-6:
         raise apart
     return (low + high) / 2
 
