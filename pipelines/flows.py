@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 from uuid import UUID
 
@@ -91,9 +91,9 @@ from pipelines import summary
 
 # A temporary server in a session of its own: Ctrl-C in a terminal is for the flow, which has still
 # to tell it how it ended.
-prefects.subprocess = SimpleNamespace(  # type: ignore[assignment]
-    **vars(subprocess) | {"Popen": partial(subprocess.Popen, start_new_session=True)}
-)
+apart = ModuleType("subprocess")
+vars(apart).update(vars(subprocess), Popen=partial(subprocess.Popen, start_new_session=True))
+prefects.subprocess = apart
 
 
 @flow(name="ebm", persist_result=False)
