@@ -14,7 +14,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 from test_flows import runs, table_of
-from toy_house import alive, built, healthy, wait_for
+from toy_house import alive, built, free_port, healthy, wait_for
 
 from ebm import EBMError
 from pipelines import dag, serve
@@ -40,9 +40,7 @@ def house(tmp_path, tmp_path_factory):
 
 @pytest.fixture
 def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_port()
 
 
 def signature(entrypoint):

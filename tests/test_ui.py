@@ -7,6 +7,7 @@ import sys
 from contextlib import closing
 
 import pytest
+from toy_house import free_port
 from tracking_store import MLFLOW_WARNS, Lookup, start
 
 from pipelines import ui
@@ -20,9 +21,7 @@ class Replaced(BaseException):
 
 @pytest.fixture
 def port():
-    with socket.socket() as free:
-        free.bind((ui.HOST, 0))
-        return free.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture
