@@ -9,9 +9,10 @@ the values. `--trials` is the number of trials that end, whether done, pruned or
 command after a kill finishes those that ran and then does the rest, and with a larger number adds
 some. The best parameters become `.sweeps/<study>/best.patch`, for `git apply`.
 
-`--prune-by SCALAR` ends a training whose scalar (one that is logged while it trains) is worse than
-the median of the others at the same step. Metrics are mostly those of the test split, so the best
-of many trials looks better than it is: search on one seed, quote another.
+`--prune-by SCALAR:higher` (or `:lower`, whichever is better) ends a training whose scalar, one
+that is logged while it trains, is worse than the median of the others at the same step. Metrics
+are mostly those of the test split, so the best of many trials looks better than it is: search on
+one seed, quote another.
 """
 
 import argparse

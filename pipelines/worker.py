@@ -1,6 +1,6 @@
 """`python -m pipelines.worker tcp://host:8786`: let this clone work for flows with `--dask`.
 
-It joins a Dask cluster, with one place for a stage. A stage runs as everywhere in this house, in a
+It joins a Dask cluster, with one place for a stage. A stage runs as everywhere else, in a
 supervised process: it does not outlive the worker, nor the flow that waits for it. The clone has
 to stand at the commit of the flow's and to reach the same DVC remote. One worker a clone; a worker
 that dies is replaced by its nanny.

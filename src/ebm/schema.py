@@ -291,15 +291,19 @@ Dataset = Annotated[
 
 
 class Watch(Section):
-    """When training counts as diverged, and how often it may go back to a good checkpoint."""
+    """When training counts as diverged, and how often it may go back to a good checkpoint:
+    `limits` of the size of logged scalars, by the names that the variant's docstring gives them;
+    so many `restarts`."""
 
     limits: dict[str, Positive]
     restarts: Size
 
 
 class Train(Section):
-    """The loop: what `ebm.train.fit` needs to know. A model that is fitted at once needs no
-    `steps`."""
+    """The loop (`ebm.train.fit`): so many `steps` on batches of `batch_size` rows; scalars are
+    logged every `log_every` steps, a checkpoint is written every `checkpoint_every`; over the last
+    share `cooldown` of the steps the learning rates fall to 0. A model that is fitted at once
+    needs no `steps`."""
 
     steps: Size
     batch_size: Count
@@ -418,7 +422,8 @@ class NothingDrawn(Drawn):
 
 class Detection(Section):
     """Of a model whose scores are to find anomalies: the share of the rows that is `flagged` where
-    no labels set a threshold; null where they do."""
+    no labels set a threshold; null where they do, and, for points and images, where it is the
+    share 0.01."""
 
     flagged: Part | None
 
@@ -438,8 +443,9 @@ class Proposed(Drawn):
 
 
 class Experiment(Section):
-    """What every experiment has; `<variant>_config.Experiment` gives the last three their
-    types."""
+    """What every experiment has: the data set and the variant it is of, the `seed` of all that is
+    random in it, the `threads` of its stages on a CPU. `<variant>_config.Experiment` gives the
+    last three their types."""
 
     dataset: str
     variant: str
