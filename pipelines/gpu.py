@@ -78,14 +78,16 @@ def _exists(present: list[str], name: str) -> bool:
     )
 
 
-def claim(cards: Mapping[int, str]) -> int:
-    """Take the first free card, waiting until there is one, and keep it until this process ends.
+def claim(cards: Mapping[int, str], wait: bool = True) -> int | None:
+    """Take the first free card and keep it until this process ends.
 
     Args:
         cards: a name that is the same for the whole machine (UUID), by the index of the card.
+        wait: until there is one.
 
     Returns:
-        the index; the same one whenever this process asks.
+        the index, the same one whenever this process asks; None if none is free and it is not to
+        wait.
 
     Raises:
         EBMError: there is no such card, or fewer than processes that train together.
@@ -96,6 +98,8 @@ def claim(cards: Mapping[int, str]) -> int:
             raise EBMError(f"GPUs needed: {ranks}; that may be used: {len(cards)}")
         waits = False
         while (index := _given(cards, rank) if rank else _take(cards, ranks)) is None:
+            if not wait:
+                return None
             if not waits:
                 log.info("waiting for a GPU: others use all that it may")
             waits = True

@@ -13,12 +13,10 @@ def reference(name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         stage.write_json(folder / "config.json", settings.model_dump())
         return
-    import torch
 
     from ebm import data, reference, seeds
 
     device = stage.device(settings.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
     prepared = data.read(Path("data", name))
     seeds.seed("reference", dataset.seed)
     reference.write(reference.make(settings, prepared, device), folder)

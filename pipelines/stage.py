@@ -54,6 +54,10 @@ def guarded(run: Callable[[], None]) -> None:
         if error.errno not in MENDABLE:
             raise
         sys.exit(f"error: {error.filename or 'disk'}: {os.strerror(error.errno)}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not every stage has imported it
+            raise
+        sys.exit(f"error: {str(error).partition('. ')[0]}; EBM_DEVICE=cpu computes without a GPU")
 
 
 def root() -> Path:
@@ -71,14 +75,20 @@ def checkout() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
-def device(threads: int) -> "torch.device":
-    """A GPU where there is one (EBM_DEVICE overrides), else the CPU with `threads` threads.
+def device(threads: int, wait: bool = True) -> "torch.device":
+    """A GPU where there is one (EBM_DEVICE overrides), else the CPU with `threads` threads; what
+    is computed there is the same whenever it is, as far as PyTorch can, and not in TF32.
 
     The GPU is PyTorch's current device from then on, and no other stage's until this process ends.
+    Where none is free the stage waits for one, or takes the CPU if it is not to `wait`.
     """
     import torch
 
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # it would take up to a tenth of a small step
+    torch.backends.cudnn.allow_tf32 = False  # of a Glow it leaves an inverse that is off by 0.02
     name = os.environ.get("EBM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     if not gpu.known_device(name):
         raise EBMError(f"EBM_DEVICE = {name}: expected {gpu.DEVICES}")
@@ -90,7 +100,11 @@ def device(threads: int) -> "torch.device":
         for index in range(torch.cuda.device_count())
         if chosen.index in (None, index)
     }
-    torch.cuda.set_device(gpu.claim(cards))
+    index = gpu.claim(cards, wait)
+    if index is None:
+        logging.getLogger(__name__).info("others use all GPUs: the CPU does it")
+        return torch.device("cpu")
+    torch.cuda.set_device(index)
     return torch.device("cuda")
 
 

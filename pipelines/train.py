@@ -33,7 +33,6 @@ def train(name: str) -> None:
     if processes.wanted() > 1:
         processes.start("pipelines.train", name)
         return
-    import torch  # only once the parameters are known to be right
 
     from ebm import data, seeds, variants
     from ebm.data import GREYS
@@ -41,7 +40,6 @@ def train(name: str) -> None:
 
     prepared = data.read(Path("data", experiment.dataset))
     device = stage.device(processes.share(experiment.threads))
-    torch.use_deterministic_algorithms(True, warn_only=True)
     with processes.joined(device):
         seeds.seed("model", experiment.seed)
         settings = experiment.model_dump(include=SECTIONS)

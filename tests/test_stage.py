@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from ebm import EBMError
 from pipelines import evaluate, stage, train
@@ -40,6 +41,22 @@ def test_what_the_system_refuses_is_one_line(name):
         raise OSError(number, os.strerror(number), "models/toy")
 
     with pytest.raises(SystemExit, match=f"error: models/toy: {os.strerror(number)}"):
+        stage.guarded(run)
+
+
+def test_a_gpu_that_is_too_small_is_one_line():
+    def run():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 1")
+
+    with pytest.raises(SystemExit, match=r"^error: CUDA out of memory; EBM_DEVICE=cpu computes"):
+        stage.guarded(run)
+
+
+def test_an_error_of_our_own_keeps_its_traceback():
+    def run():
+        raise RuntimeError("a shape that does not fit")
+
+    with pytest.raises(RuntimeError, match="a shape"):
         stage.guarded(run)
 
 

@@ -24,7 +24,7 @@ def demonstrate(
 ) -> None:
     """Complete and denoise images [N, *] of the test split with `steps` Langevin steps; with a
     conditional model also carry them from class to class and compose classes."""
-    x, y = (test[:ROWS], None) if labels is None else _one_of_each(test, labels)
+    x, y = (test[:ROWS], None) if labels is None else _one_of_each(test, labels.to(test.device))
     known = torch.zeros(x.shape[-2:], dtype=torch.bool, device=x.device)
     known[: x.shape[-2] // 2] = True
     frames = tasks.complete(model, x, known, y, steps)

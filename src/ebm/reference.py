@@ -238,7 +238,8 @@ def train(
     schedule = OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps)
     network.train()
     for _ in range(epochs):
-        for rows in torch.randperm(len(images))[: steps * size].view(steps, size):
+        order = torch.randperm(len(images)).to(images.device)
+        for rows in order[: steps * size].view(steps, size):
             loss = F.cross_entropy(network.logits(warped(images[rows], WARP)), labels[rows])
             descend(optimizer, loss)
             schedule.step()
@@ -309,9 +310,10 @@ def read(folder: Path, prepared: Prepared, device: torch.device) -> Reference:
         if config["kind"] == "coordinates":
             return measure(network, config, prepared, device)
         network.load_state_dict(load_file(folder / "weights.safetensors"))
-        statistics = load_file(folder / "statistics.safetensors", str(device))
+        kept = load_file(folder / "statistics.safetensors")
         numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         problem = " ".join(repr(error).split())[:200]
         raise EBMError(f"{folder}: unusable ({problem}); run its reference stage again") from None
+    statistics = {name: tensor.to(device) for name, tensor in kept.items()}
     return Reference(network.to(device).eval(), config, statistics, numbers)

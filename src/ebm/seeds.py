@@ -16,5 +16,5 @@ def seed(*parts: int | str) -> None:
     which asks every kind of device there might be, takes 170)."""
     value = mix(*parts)
     torch.default_generator.manual_seed(value)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # until then nothing is drawn there
         torch.cuda.manual_seed_all(value)

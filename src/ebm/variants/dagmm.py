@@ -142,7 +142,7 @@ class DAGMM(Scorer):
         means = first / weights
         covariances = (second / weights).unflatten(1, (features, features))
         covariances = covariances - means[:, :, None] * means[:, None, :]
-        floor = self.regularisation * torch.eye(features).to(covariances)
+        floor = self.regularisation * torch.diag_embed(torch.ones_like(means))
         return Mixture(weights.squeeze(1), means, covariances + floor)
 
     def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
