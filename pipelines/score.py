@@ -7,8 +7,8 @@ within it get the form of the model's (`ebm.data.folder`). The output is there w
 and not before. Its columns:
 
     row      of the data, from 1; of images instead `file`, its path within the folder
-    energy   lower = more likely; empty where the row has an empty cell, if the model's data set
-             drops such rows
+    energy   lower = more likely; infinite where a number is too large for the model; empty where
+             the row has an empty cell, if the model's data set drops such rows
     anomaly  1 where the energy is not below the threshold, else 0; empty where there is no energy
              or no threshold
 """
@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -80,13 +80,15 @@ class Model:
 @dataclass
 class Seen:
     """What went by: `things` (rows or images), how many, those among them with an energy and those
-    flagged, and by column the categories that were never fitted."""
+    flagged, those with a number beyond float32, and by column the categories that were never
+    fitted."""
 
     things: str
-    count: int
-    scored: int
-    flagged: int
-    unseen: Counter[str]
+    count: int = 0
+    scored: int = 0
+    flagged: int = 0
+    beyond: int = 0
+    unseen: Counter[str] = field(default_factory=Counter)
 
 
 def score(
@@ -115,7 +117,7 @@ def score(
     device = stage.device(threads or torch.get_num_threads(), wait=False)
     network = variants.load(model / "weights.safetensors", config).to(device)
     loaded = Model(network, device, tuple(settings["shape"]), settings.get("binarize"))
-    seen = Seen("images" if input.is_dir() else "rows", 0, 0, 0, Counter())
+    seen = Seen("images" if input.is_dir() else "rows")
     if transform is None:
         found = _of_images(loaded, input)
     else:
@@ -232,9 +234,12 @@ def _of_rows(
         kept = np.full(len(frame), True)
         if transform.missing == "drop":
             kept = transform.complete(frame)
-        points, unseen = transform.encode(frame[kept], str(source))
+        points, unseen = transform.encode(frame[kept], str(source), finite=False)
         seen.unseen.update(unseen)
-        found = model.energies(points)
+        within = points.isfinite().all(1).numpy()
+        seen.beyond += int((~within).sum())
+        found = np.full(len(points), np.inf)
+        found[within] = model.energies(points[within])
         _refuse(found, f"{source}: row ", frame.index[kept] + FIRST_ROW)
         energy = np.full(len(frame), np.nan)
         energy[kept] = found
@@ -297,6 +302,8 @@ def _report(seen: Seen, threshold: float | None, seconds: float) -> None:
     log.info("%d %s in %.1f s, %.0f per second", count, things, seconds, count / seconds)
     if seen.scored < count:
         log.warning("%d rows have an empty cell and no energy", count - seen.scored)
+    if seen.beyond:
+        log.warning("%d rows have a number beyond float32, so their energy is inf", seen.beyond)
     if threshold is None:
         log.info("no threshold, so nothing is flagged: give one by --threshold")
     elif seen.scored:
@@ -321,7 +328,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="a CSV file with a header, may be packed, or a folder of images",
     )
     add("--output", type=Path, required=True, help="a CSV file to write, packed if it ends in .gz")
-    add("--threshold", type=float, help="if not that of evaluation/threshold.json in the folder")
+    add(
+        "--threshold",
+        type=float,
+        help="if not that of evaluation/threshold.json in the folder; =-1e-5 if negative",
+    )
     add(
         "--chunk",
         type=int,
@@ -331,7 +342,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--threads", type=int, help="of the CPU (default: all)")
     options = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="score: %(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half done goes
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is half done goes
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     stage.guarded(lambda: score(**options))
 
 

@@ -107,6 +107,11 @@ def test_images_are_cropped_about_the_middle_upright_on_white_in_8_bits(tmp_path
     assert folder.read(put(tmp_path / "clear.png", clear), (SIDE, SIDE)).unique().item() == 255
     deep = put(tmp_path / "deep.png", Image.fromarray(middle.astype(np.uint16) * 256 + 200))
     assert np.array_equal(folder.read(deep, (SIDE, SIDE)), middle)
+    black = Image.fromarray(np.zeros((SIDE, SIDE), np.uint16))
+    for name, transparency, grey in (("clear", 0, 255), ("opaque", 1, 0)):
+        black.save(tmp_path / f"{name}16.png", transparency=transparency)
+        read = folder.read(tmp_path / f"{name}16.png", (SIDE, SIDE))
+        assert read.unique().item() == grey
 
 
 def test_a_folder_that_cannot_be_read_is_named(root, monkeypatch):

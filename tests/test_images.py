@@ -331,6 +331,19 @@ def test_a_file_that_is_nowhere_is_one_line_with_the_ways_to_get_it(mirror, name
     assert "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("address", "reason"), [("http://bad host/", "InvalidURL"), ("http://127.0.0.1:9", "Connect")]
+)
+def test_a_mirror_that_does_not_answer_is_no_damaged_file(
+    mirror, monkeypatch, caplog, address, reason
+):
+    monkeypatch.setenv(files.MIRROR, address)
+    with pytest.raises(EBMError, match="is missing"):
+        images()
+    assert f"{files.MIRROR}: " in caplog.text
+    assert reason in caplog.text
+
+
 @pytest.mark.usefixtures("mirror")
 def test_a_cache_that_cannot_be_written_is_not_taken_for_being_offline(tmp_path):
     (tmp_path / "cache").write_text("no folder")

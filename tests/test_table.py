@@ -174,6 +174,15 @@ def test_a_cell_that_cannot_be_used_is_named_by_row_and_column(columns, line):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("scale", ["minmax", "log"])
+def test_numbers_that_differ_by_rounding_are_one_number(scale):
+    """Else the rounding would be a coin of 0 and 1, and a true difference 12 digits long."""
+    frame = pd.DataFrame({"size": [0.3] * 50 + [0.1 + 0.2] * 50, "other": range(100)})
+    transform = fit(frame, [], scale, "it")
+    assert transform.apply(frame)[:, 0].abs().max() < 1e-6
+    assert transform.apply(pd.DataFrame({"size": [0.3001], "other": [1]}))[0, 0] < 1e-3
+
+
 def test_a_frame_that_counts_in_another_way_is_named_in_its_own():
     with pytest.raises(EBMError, match="row 'b', column 'size' is empty"):
         fitted().apply(changed(size=[1.0, NAN, 2.0]).set_index(pd.Index(["a", "b", "c"])))
@@ -344,6 +353,25 @@ def test_an_empty_line_of_a_single_column_is_an_empty_cell(csv, tmp_path):
     for begin in ("\n", " \n"):
         with pytest.raises(EBMError, match=r"mine\.csv: begins with an empty line"):
             csv(begin + text, **alone)
+
+
+def test_a_file_without_a_header_is_told_of(csv, caplog):
+    plain = {"label": None, "normal": [], "categorical": [], "ignore": []}
+    csv("a,2\n" + "1,2\n" * 20, **plain)
+    assert "all numbers" not in caplog.text
+    csv("0.5,-1e3\n" + "1,2\n" * 20, **plain)
+    assert "its first line is taken for names of columns, and is all numbers" in caplog.text
+
+
+def test_a_table_that_no_memory_holds_is_told_before_it_is_made(csv, monkeypatch):
+    rows = pd.DataFrame({"x": range(100), "colour": [f"c{k % 90}" for k in range(100)]})
+    monkeypatch.setattr(table, "_memory", lambda: 50_000)
+    plain = {"label": None, "normal": [], "ignore": [], "categorical": ["colour"]}
+    expected = r"100 rows of \d+ numbers take .* column 'colour' takes \d+ of them"
+    with pytest.raises(EBMError, match=rf"^mine\.csv: {expected}$"):
+        csv(rows, **plain)
+    monkeypatch.setattr(table, "_memory", lambda: 200_000)
+    assert len(csv(rows, **plain).points("test"))
 
 
 @pytest.mark.parametrize("gap", ["", "NaN"])

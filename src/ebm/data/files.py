@@ -4,12 +4,15 @@
 It is asked first. What it lacks is downloaded from the public address into the user's cache.
 """
 
+import logging
 import os
 from pathlib import Path
 
 import pooch
 
 from ebm import EBMError
+
+log = logging.getLogger(__name__)
 
 MIRROR = "EBM_DATA_MIRROR"
 
@@ -100,12 +103,13 @@ def mirrored(name: str) -> Path | None:
     if mirror.startswith(("http://", "https://")):
         try:
             return _retrieve(f"{mirror.rstrip('/')}/{name}", name)
-        except Missing:
+        except Missing as error:
+            log.warning("%s: %s", MIRROR, str(error).partition(";")[0])
             return None
     if not Path(mirror).is_dir():
         raise EBMError(f"{MIRROR} = {mirror}: neither a folder nor an address of http(s)")
     path = Path(mirror, name)
-    if not path.exists():
+    if not path.is_file():
         return None
     algorithm, _, expected = CHECKSUMS[name].partition(":")
     if pooch.file_hash(str(path), algorithm) != expected:
@@ -118,12 +122,12 @@ def _retrieve(url: str, name: str) -> Path:
     folder = Path(pooch.os_cache("ebm"), dataset)
     try:
         return Path(pooch.retrieve(url, CHECKSUMS[name], fname=file, path=folder))
-    except ValueError:
-        raise EBMError(
-            f"{url}: not the published file: its checksum is not {CHECKSUMS[name]}"
-        ) from None
-    except OSError as error:
-        if error.errno is not None:  # none of requests' errors, which are among them
+    except (OSError, ValueError) as error:
+        if type(error) is ValueError:  # pooch's; of an address that is none, a subclass
+            raise EBMError(
+                f"{url}: not the published file: its checksum is not {CHECKSUMS[name]}"
+            ) from None
+        if isinstance(error, OSError) and error.errno is not None:  # none of requests'
             raise EBMError(f"{folder}: cannot be written: {error.strerror}") from None
         reason = type(error).__name__
         raise Missing(

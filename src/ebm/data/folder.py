@@ -147,7 +147,9 @@ def _of_8_bits(image: "Image", mode: str) -> "Image":
     from PIL import Image
 
     if image.mode in OF_16_BITS:
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        levels = np.asarray(image)
+        clear = levels == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(clear, 255, levels >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits, mode {image.mode}")
     if image.has_transparency_data:

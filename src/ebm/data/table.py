@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import lzma
+import os
 import tarfile
 import warnings
 import zipfile
@@ -18,13 +19,25 @@ from torch import Tensor
 from ebm import EBMError
 from ebm.data.made import Made
 from ebm.data.shares import by_class, repeated
-from ebm.data.transform import MISSING, fit, listed, numbers_of, present, short, warn_of_unseen
+from ebm.data.transform import (
+    MISSING,
+    Transform,
+    fit,
+    listed,
+    numbers_of,
+    present,
+    short,
+    warn_of_unseen,
+)
 from ebm.schema import TableData
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 log = logging.getLogger(__name__)
+
+COPIES = 3
+"""Of the points of a table: all rows, the splits, and what is written of them."""
 
 
 def header(path: Path) -> list[str]:
@@ -46,7 +59,17 @@ def header(path: Path) -> list[str]:
         raise EBMError(f"{path}: one column {short(names[0])}; cells are separated by commas")
     if len(names) == 1 and _begins_empty(path, options):
         raise EBMError(f"{path}: begins with an empty line; expected the name of its one column")
+    if all(map(_is_number, names)):
+        log.warning("%s: its first line is taken for names of columns, and is all numbers", path)
     return names
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _begins_empty(path: Path, options: dict[str, Any]) -> bool:
@@ -155,6 +178,7 @@ def prepare(settings: TableData) -> Made:
     train = frame.iloc[index["train"].numpy()]
     categorical, missing = settings.categorical, settings.missing
     transform = fit(train, categorical, settings.scale, str(path), missing, others)
+    _check_room(frame, transform, str(path))
     points, unseen = transform.encode(frame, str(path))
     warn_of_unseen(unseen, str(path))
     rows = torch.from_numpy(frame.index.to_numpy(copy=True))
@@ -166,6 +190,22 @@ def prepare(settings: TableData) -> Made:
         notes |= counts(anomaly, index)
     source = f"{path}, sha256 {_digest(path)}"
     return Made(source, tensors, notes=notes, transform=transform.to_json())
+
+
+def _check_room(frame: "DataFrame", transform: Transform, source: str) -> None:
+    """EBMError if the points, and the copies of them that are made on their way, are more than the
+    memory of this machine."""
+    needed = COPIES * len(frame) * transform.width * 4
+    if needed > (memory := _memory()):
+        widest = max(transform.columns, key=lambda column: column.width)
+        size = f"{len(frame)} rows of {transform.width} numbers take {needed / 1e9:.1f} GB"
+        most = f"column {short(widest.name)} takes {widest.width} of them"
+        raise EBMError(f"{source}: {size}, more than the {memory / 1e9:.1f} GB of memory; {most}")
+
+
+def _memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_names(settings: TableData, names: list[str]) -> None:

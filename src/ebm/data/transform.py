@@ -4,6 +4,7 @@ fitted on training rows and kept with the data and with every model that is trai
     cell                     becomes
     number, scale `minmax`   (x - low) / (high - low), by the bounds of the training rows and not
                              clipped beyond them; x - low (so 0 in training) where they are equal
+                             but for rounding
     number, scale `log`      the same of sign(x) log(1 + |x|): for bytes, counts, sums of money, of
                              which a few large ones leave the others no room between the bounds
     number, scale `none`     itself
@@ -37,6 +38,8 @@ MISSING = ["", "nan", "NaN"]
 MOST_CATEGORIES = 1000
 """A column with more is an identifier or free text, and would be as many columns."""
 ADVICE = "a column of text belongs in categorical or ignore"
+ROUNDING = 8
+"""Bounds so many spacings of doubles apart are one number: 0.3 and 0.1 + 0.2, say."""
 FIRST_ROW = 2
 """The row, as messages count, of what a frame has at index 0."""
 
@@ -73,8 +76,10 @@ class Column:
         """What is taken from its numbers, and what they are divided by."""
         if scale == "none":
             return 0.0, 1.0
-        low, high = _bent(np.array([self.low, self.high]), scale).tolist()
-        return low, (high - low) or 1.0
+        bounds = _bent(np.array([self.low, self.high]), scale)
+        low, high = bounds.tolist()
+        rounding = ROUNDING * np.spacing(np.abs(bounds).max())
+        return low, high - low if high - low > rounding else 1.0
 
 
 def _bent(numbers: np.ndarray, scale: Scale) -> np.ndarray:
@@ -126,11 +131,14 @@ class Transform:
         """Which rows have no empty cell in these columns: bool [N]."""
         return frame[[column.name for column in self.columns]].notna().all(axis=1).to_numpy()
 
-    def encode(self, frame: "DataFrame", source: str) -> tuple[Tensor, dict[str, int]]:
+    def encode(
+        self, frame: "DataFrame", source: str, finite: bool = True
+    ) -> tuple[Tensor, dict[str, int]]:
         """Points float32 [N, D] of the rows of `frame`, and by column how many of its categories
         were not fitted.
 
-        Raises EBMError naming `source`, row and column of a cell that is empty or no number.
+        Raises EBMError naming `source`, row and column of a cell that is empty or no number, or,
+        if they are to be `finite`, beyond float32.
         """
         points = torch.zeros(len(frame), self.width)
         unseen: dict[str, int] = {}
@@ -141,7 +149,8 @@ class Transform:
             if column.kind == "numeric":
                 numbers = numbers_of(values, source, "as the model was fitted to numbers there")
                 block[:, 0] = column.scaled(numbers, self.scale)
-                _finite(block[:, 0], values, source)
+                if finite:
+                    _finite(block[:, 0], values, source)
             elif unknown := _one_hot(column.categories, values, block):
                 unseen[column.name] = unknown
         return points, unseen
