@@ -182,3 +182,44 @@ def test_a_lattice_is_counted_by_the_block():
     meter, lattice = Meter(), Ising()
     kernel = SpinGibbs(meter.watch(lattice.p_up), lattice.blocks)
     assert sample(Contender("", kernel, lattice.start(4)), meter, 50).cost == 2
+
+
+def test_what_a_transition_costs_counts_in_samples_and_times():
+    """Exact draws at five evaluations each are worth 200 in 1000, and five evaluations apart."""
+    torch.manual_seed(2)
+    oracle = Banana()
+    found = row(oracle, replace(exact(oracle), cost=5.0))
+    assert found["ess"] == pytest.approx(200, rel=0.1)
+    assert found["tau"] == pytest.approx(5, rel=0.1)
+
+
+def test_chains_are_trusted_as_far_as_their_worst_expectation():
+    """x_2 is exact, x_1 has a mean of its own in every chain."""
+    torch.manual_seed(3)
+    oracle = Banana()
+    chains = exact(oracle, chains=8)
+    chains.x[..., 0] = oracle.a * (torch.randn(8, 1) + 0.1 * torch.randn(8, 400))
+    found = row(oracle, chains)
+    assert found["r_hat"] > 1.5
+    assert found["ess"] < 50
+
+
+def test_swaps_are_those_of_the_pair_that_swaps_least():
+    torch.manual_seed(4)
+    meter, seen = Meter(), []
+    energy = meter.watch(Banana().energy)
+    ladder = ParallelTempering(
+        lambda beta, x: beta * energy(x),
+        lambda beta: MALA(lambda x: beta * energy(x), 0.1),
+        (0.01, 0.9, 1.0),
+    )
+
+    def step(state):
+        seen.append(ladder.step(state))
+        return seen[-1]
+
+    watched = SimpleNamespace(init=ladder.init, step=step)
+    found = sample(Contender("", watched, torch.randn(50, 2)), meter, 200)
+    rates = torch.stack([s.swap_acceptance for s in seen[2:]]).nanmean((0, 2))
+    assert rates[0] < 0.8 * rates[1]
+    assert found.swaps == pytest.approx(rates[0].item())

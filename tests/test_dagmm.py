@@ -194,3 +194,17 @@ def test_its_state_is_all_there_is_to_it():
     ours.training_step(x)
     other.load_state_dict(ours.state_dict())
     assert torch.equal(other.energy(x), ours.energy(x))
+
+
+def test_a_step_learns_from_memberships_with_dropout_and_keeps_those_without():
+    dagmm, x = model(dropout=0.5, learning_rate=1e-12), blob()
+    dagmm.initialise(x)
+    z, _ = dagmm.features(x)
+    torch.manual_seed(5)
+    mixture = dagmm.mixture(dagmm.moments_of(z, 0.5))
+    expected = -density(mixture).log_prob(z).mean().item()
+    torch.manual_seed(5)
+    logs = dagmm.training_step(x)
+    assert logs["energy_gap"].item() == pytest.approx(expected)
+    exact = -density(dagmm.mixture(dagmm.moments)).log_prob(z).mean().item()
+    assert exact != pytest.approx(expected, rel=1e-3)

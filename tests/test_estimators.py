@@ -140,3 +140,8 @@ def test_a_bound_that_is_none_is_an_error():
         accepted(torch.tensor([0.0, 1.0]), 0.5)
     with pytest.raises(EBMError, match="log weight nan exceeds"):
         accepted(torch.tensor([math.nan, 0.0]), 0.5)
+
+
+def test_the_error_of_two_draws_is_half_their_distance():
+    """The unbiased variance of 0 and 2 is 2, that of their mean 1."""
+    assert monte_carlo(torch.tensor([0.0, 2.0])).error == 1

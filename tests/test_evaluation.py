@@ -388,6 +388,8 @@ def test_an_energy_told_from_noise_is_measured_beside_that_noise(monkeypatch):
     assert ax.get_xlabel() == "ν, noise draws per data point"
     assert ax.get_ylabel() == "RMS error of log Z"
     expected, shown = (line.get_ydata() for line in ax.lines)
+    assert found.metrics["log_partition_error"] == shown[-1]
+    assert theory["value"] == expected[-1]
     for nu, a, b in zip(contrast.RATIOS, shown, expected, strict=True):
         assert nu < 1 or 0.3 < a / b < 2.5  # the theory is one of many points
 
@@ -447,3 +449,71 @@ def test_samples_that_are_no_numbers_are_one_line(digits, measure, name):
     samples[name][[3, 7]] = math.nan
     with pytest.raises(EBMError, match=f"2 of 40 {name} are not finite numbers"):
         measured(Nearest(drawn), samples, digits, measure)
+
+
+class Bounded(Nearest):
+    """The same, with log Z known to lie between 1 and 3."""
+
+    def log_partition(self, data, **settings):
+        return torch.tensor(1.0), torch.tensor(3.0)
+
+
+def test_a_likelihood_is_of_the_test_split_between_its_bounds(digits, measure):
+    """And its baseline knows the pixels' rates in the training split alone."""
+    binary = {k: x.round() if k in data.SPLITS else x for k, x in digits.tensors.items()}
+    train, test = binary["train"], binary["test"]
+    model = Bounded(train[:50])
+    prepared = data.Prepared(binary, digits.manifest)
+    found = measured(model, {"samples": train[:0]}, prepared, measure)
+    mean = {"": -model.energy(test).mean().item(), "_train": -model.energy(train).mean().item()}
+    names = {"": 2, "_lower": 3, "_upper": 1, "_train": 2}
+    for end, log_z in names.items():
+        of = mean["_train" if end == "_train" else ""]
+        assert found.metrics[f"log_likelihood{end}"] == pytest.approx(of - log_z, rel=1e-5)
+    rate = (train.sum(0) + 0.5) / (len(train) + 1)
+    expected = torch.where(test == 1, rate, 1 - rate).log().sum((1, 2)).mean().item()
+    (baseline,) = found.references["log_likelihood"]
+    assert baseline["value"] == pytest.approx(expected, rel=1e-5)
+
+
+class Normalised(Nearest):
+    """The same, as if it were -log p."""
+
+    normalised = True
+
+
+def test_bits_per_dimension_are_of_the_test_split_in_units_of_log_2(digits, measure):
+    model = Normalised(digits.points("train")[:50])
+    found = measured(model, {"samples": torch.empty(0, 8, 8)}, digits, measure)
+    for end, x in (("", digits.points("test")), ("_train", digits.points("train")[:360])):
+        expected = model.energy(x).mean().item() / math.log(2) / 64
+        assert found.metrics[f"bits_per_dim{end}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_are_held_against_the_test_split_and_their_floor_is_of_training_images(
+    digits, measure
+):
+    """Of as many, in the order in which they are."""
+    features = {split: measure.features(digits.points(split)) for split in data.SPLITS}
+    found = measured(
+        Nearest(digits.points("train")), {"samples": digits.points("validation")}, digits, measure
+    )
+    for name in ("frechet_distance", "kernel_distance"):
+        distance = getattr(metrics, name)
+        of_samples = distance(features["validation"], features["test"])
+        of_train = distance(features["train"][:180], features["test"])
+        assert found.metrics[name] == pytest.approx(of_samples, rel=1e-6)
+        assert found.references[name][0]["value"] == pytest.approx(of_train, rel=1e-6)
+
+
+def test_points_are_held_against_the_test_split_and_exact_draws_are_those_of_training():
+    prepared = plane()
+    train, test = prepared.points("train"), prepared.points("test")
+    measure = Reference(reference.Network(), {"kind": "coordinates"}, {}, {})
+    x = train[-500:]
+    found = measured(Oracle(prepared.density), {"samples": x}, prepared, measure, {"grid": 180})
+    entropy = prepared.density.log_prob(test).mean().item()
+    assert found.references["log_likelihood"][0]["value"] == pytest.approx(entropy, rel=1e-5)
+    floor = metrics.frechet_distance(train[:500], test)
+    assert found.references["frechet_distance"][0]["value"] == pytest.approx(floor)
+    assert found.metrics["frechet_distance"] == pytest.approx(metrics.frechet_distance(x, test))

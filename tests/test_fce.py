@@ -371,3 +371,53 @@ def test_images_are_told_from_a_flow_of_images():
         assert torch.equal(drawn[name], (4 * drawn[name]).round() / 4)
         assert drawn[name].shape == (9, 4, 4)
     assert fce.classify(x)["accuracy"].shape == (64,)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_semi_supervised_turn_descends_the_value_the_labels_and_the_roughness():
+    """-V + s cross entropy + l roughness, each by the same draws; the step is its gradient."""
+    fce, x = ready(**SEMI | {"supervision": 3.0, "smoothness": 0.7})
+    moving = [*(p for p in fce.network.parameters() if p.requires_grad), fce.log_z]
+    fce.optimizers["energy"] = torch.optim.SGD(moving, lr=1.0)
+    data = fce.space.enter(x[:50])
+    torch.manual_seed(8)
+    draws, log_q = fce.contrast.from_latents(*fce.contrast.latents(50))
+    points, classes = fce._labelled(50)
+    start = torch.randn_like(data)
+    v = value(fce.log_ratio(data), fce.log_density(draws) - log_q)
+    labels = torch.nn.functional.nll_loss(fce._log_posterior(points), classes)
+    rough = fce.roughness(data, start)
+    expected = torch.autograd.grad(-v + 3.0 * labels + 0.7 * rough, moving)
+    before = [p.detach().clone() for p in moving]
+    torch.manual_seed(8)
+    logs = fce.training_step(x[:50])
+    assert logs["cross_entropy"].item() == pytest.approx(labels.item())
+    assert logs["roughness"].item() == pytest.approx(rough.item())
+    for p, old, slope in zip(moving, before, expected, strict=True):
+        torch.testing.assert_close(p.detach(), old - slope)
+
+
+@pytest.mark.usefixtures("double")
+def test_the_roughness_moves_the_posterior_of_the_point_aside_not_that_of_the_point():
+    """KL(p || q) with p held: on a line there are two directions, and one is found."""
+    fce, _ = ready(**SEMI)
+    w = torch.tensor(1.3, requires_grad=True)
+    fce.unnormalised = lambda v: torch.stack([w * v[:, 0], 0 * v[:, 0]], 1)
+    for point in torch.tensor([[-0.8], [0.1], [1.7]]):
+        v = point[None]
+        found = fce.roughness(v, torch.ones(1, 1))
+        held = fce._log_posterior(v).detach()
+        both = [divergence(held, fce._log_posterior(v + far)) for far in (-0.3, 0.3)]
+        expected = min(both, key=lambda kl: abs(kl.item() - found.item()))
+        slopes = [torch.autograd.grad(kl, w)[0].item() for kl in (found, expected)]
+        assert slopes[0] == pytest.approx(slopes[1])
+
+
+def test_labelled_points_enter_the_space_like_all_others():
+    fce, data = ready(**SEMI)
+    fce.space.initialise(5 + 3 * data)
+    points, classes = fce._labelled(100)
+    everything = fce.space.enter(fce.points)
+    distance, row = torch.cdist(points, everything).min(1)
+    assert distance.max() < 1e-5
+    assert torch.equal(fce.labels[row], classes)

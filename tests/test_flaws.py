@@ -82,3 +82,19 @@ def test_every_stage_draws_from_its_own_seed_and_no_other():
     first, second = run(1), run(2)
     for (_, name, output), a, b in zip(STAGES, first, second, strict=True):
         assert a == b, f"{name}: {output} depends on what was drawn before"
+
+
+@pytest.mark.usefixtures("small")
+def test_another_seed_is_another_beginning_and_other_draws_of_one_model():
+    """Of a model that is not trained, and of the same weights."""
+
+    def with_seed(seed, stage, output):
+        experiment = PARAMS["experiments"]["rbm"] | {"seed": seed}
+        experiment["train"] = experiment["train"] | {"steps": 0}
+        Path("params.yaml").write_text(json.dumps(PARAMS | {"experiments": {"rbm": experiment}}))
+        stage("rbm")
+        return Path("models/rbm", output).read_bytes()
+
+    prepare.prepare("digits")
+    for stage, output in ((train.train, "weights.safetensors"), (sample.sample, "samples.npz")):
+        assert with_seed(0, stage, output) != with_seed(1, stage, output)

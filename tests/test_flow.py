@@ -108,3 +108,17 @@ def test_images_are_measured_by_their_levels():
     assert drawn.shape == (500, 4, 4)
     assert torch.equal(drawn, (4 * drawn).round() / 4)
     assert ((drawn == 0.5) | (drawn == 0.75)).float().mean() > 0.6
+
+
+def test_a_gradient_is_cut_to_its_norm():
+    """Plain descent of rate 1 then moves all weights together by that norm."""
+    flow = model("coupling", clip=1e-3)
+    torch.manual_seed(1)
+    x = data(400)
+    flow.initialise(x)
+    weights = list(flow.parameters())
+    flow.optimizers["flow"] = torch.optim.SGD(weights, lr=1.0)
+    before = [p.detach().clone() for p in weights]
+    assert flow.training_step(x)["gradient_norm"] > 0.01
+    moved = torch.cat([(p - q).flatten() for p, q in zip(weights, before, strict=True)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=0.01)

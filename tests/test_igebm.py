@@ -484,3 +484,101 @@ def test_an_energy_of_images_may_be_of_all_pixels_at_once():
     x, y = images()
     assert model.training_step(x, y)["energy_gap"].isfinite()
     assert model.sample(4, steps=2)["samples"].shape == (4, 8, 8)
+
+
+def test_the_step_descends_the_objective_with_all_its_terms():
+    """E = theta |x|^2 / 2 and x~ = y - eps theta y: every term's derivative by hand."""
+    alpha, kl, entropy, theta = 0.1, 0.4, 0.5, 0.7
+    free = {"bounds": (-2.0, 2.0), "data_noise": 0.0, "gradient_clip": None, "clip": math.inf}
+    model = build(ema=0.0, energy_penalty=alpha, kl=kl, entropy=entropy, **free)
+    model.network, seen = Quadratic(), {}
+    model.optimizers["energy"] = torch.optim.SGD(model.network.parameters(), lr=1.0)
+    for name in ("_langevin", "_draw_batch"):
+        own = getattr(model, name)
+        setattr(model, name, lambda *a, of=own, name=name: seen.setdefault(name, of(*a)))
+    data, before = 2 * torch.rand(16, 4) - 1, model.replay.clone()
+    model.training_step(data)
+    end, batch = seen["_langevin"], seen["_draw_batch"]
+    x, y = end.x.detach(), end.gradient.detach() / theta
+    through = -model.step_size * y  # d x~ / d theta
+    others = before[batch.others]
+    away = x - others[torch.cdist(x, others).argmin(1)]
+
+    def moment(k):
+        return [points.square().sum(1).pow(k).mean() for points in (data, x)]
+
+    (near, far), (near_4, far_4) = moment(1), moment(2)
+    slope = (near - far) / 2 + alpha * theta * (near_4 + far_4) / 2
+    slope += kl * theta * (x * through).sum(1).mean()
+    slope -= entropy * ((away * through).sum(1) / away.square().sum(1)).mean()
+    assert (theta - model.network.theta).item() == pytest.approx(slope.item(), rel=1e-4)
+
+
+def test_the_gradient_is_cut_to_its_norm():
+    model = quadratic(kl=0.0, entropy=0.0)
+    model.clip = 1e-3
+    logs = model.training_step(5 * torch.randn(16, 4))
+    assert logs["gradient_norm"] > 1
+    assert abs(model.network.theta.item() - 0.7) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_step_of_the_chains_is_as_many_langevin_steps_as_asked_for():
+    """Without noise each shrinks a point by 1 - eps theta."""
+    model = quadratic(kl=0.0, entropy=0.0, noise=0.0, fresh=0.0, gradient_clip=None)
+    before = model.replay.clone()
+    model.training_step(torch.zeros(16, 4))
+    moved = model.replay_age > 0
+    shrunk = (1 - model.step_size * 0.7) ** model.langevin_steps * before[moved]
+    torch.testing.assert_close(model.replay[moved], shrunk)
+
+
+def test_noise_on_the_data_is_gaussian_and_stays_within_the_bounds():
+    sigma, n = 0.3, 20000
+    model = quadratic(kl=0.0, entropy=0.0, buffer=n)
+    model.data_noise = sigma
+    logs = model.training_step(torch.zeros(n, 4))
+    noisy = logs["energy_gap"] + 0.35 * model.replay.square().sum(1).mean()
+    expected = 0.35 * 4 * sigma**2
+    assert noisy.item() == pytest.approx(expected, rel=4 * math.sqrt(2 / (4 * n)) + 0.01)
+    model = build((1,), bounds=(0.0, 1.0), data_noise=9.0, kl=0.0, entropy=0.0, ema=0.0)
+    model.network = Slope()
+    model.optimizers["energy"] = torch.optim.SGD(model.network.parameters(), lr=0.0)
+    assert model.training_step(torch.ones(50, 1))["energy_scale"] <= 20
+
+
+def test_a_chain_is_compared_with_rows_of_the_buffer_that_are_not_in_its_batch():
+    batch = build(entropy=0.1)._draw_batch(8)
+    assert len(batch.others) == 52
+    assert not set(batch.rows.tolist()) & set(batch.others.tolist())
+
+
+def test_the_network_sees_points_times_their_scale():
+    x = torch.rand(5, 4)
+    expected = build(input_scale=1.0).energy(3 * x)
+    torch.testing.assert_close(build(input_scale=3.0).energy(x), expected)
+
+
+def test_augmentation_shifts_as_far_to_either_side():
+    """By up to a tenth of the side: the middle of a spot in the middle."""
+    torch.manual_seed(6)
+    line = torch.arange(41.0) - 20
+    spot = (-(line[:, None] ** 2 + line**2) / 8).exp()
+    moved = augmented(spot.expand(2000, 41, 41))
+    total = moved.sum((1, 2))
+    middle = torch.stack([(moved.sum(k) * line).sum(1) / total for k in (1, 2)])
+    assert middle.mean(1).abs().max() < 0.3
+    assert 3 < middle.abs().max() < 41 / 10 * 1.25 * math.sqrt(2)
+
+
+def test_what_is_completed_follows_its_density_given_what_is_known():
+    """E = 10 (x_1 - x_2)^2: without noise what is missing goes all the way to what is known."""
+
+    class Spring(Quadratic):
+        def of_points(self, x, y=None):
+            return 10 * (x[:, 0] - x[:, 1]).square()
+
+    model = build((2,), noise=0.0, step_size=0.02, gradient_clip=None, ema=0.0)
+    model.network = Spring()
+    x = torch.tensor([[0.9, 0.0], [0.2, 0.0]])
+    frames = tasks.complete(model, x, torch.tensor([True, False]), None, steps=60)
+    torch.testing.assert_close(frames[:, -1, 1], x[:, 0], rtol=0, atol=1e-4)

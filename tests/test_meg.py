@@ -247,3 +247,17 @@ def test_the_benchmark_times_bfloat16_where_the_processor_has_it(able, monkeypat
     assert "published update" in lines
     assert ("ours, bfloat16" in lines) == able
     assert "stacked" in lines
+
+
+def test_samples_are_of_the_temperature_asked_for():
+    """Draw by draw those of an energy that is as many times as steep."""
+    one, steep = model(), model()
+    with torch.no_grad():
+        for p in steep.energy_network[-1].parameters():
+            p.mul_(3.0)
+    drawn = []
+    for meg, beta in ((one, 3.0), (steep, 1.0)):
+        torch.manual_seed(4)
+        drawn.append(meg.sample(50, steps=20, step_size=0.1, inverse_temperature=beta))
+    torch.testing.assert_close(drawn[0]["samples"], drawn[1]["samples"])
+    torch.testing.assert_close(drawn[0]["acceptance"], drawn[1]["acceptance"])

@@ -482,3 +482,22 @@ def test_the_average_precision_of_chance_is_the_mean_over_rankings(inliers, outl
 
 def test_the_average_precision_of_chance_is_the_share_of_many():
     assert metrics.chance_auprc(80000, 20000) == pytest.approx(0.2, abs=2e-4)
+
+
+def test_manifolds_reach_to_the_third_neighbour_unless_another_is_asked_for():
+    torch.manual_seed(14)
+    x, y = torch.randn(60, 5), torch.randn(60, 5)
+    by_default = metrics.precision_recall(x, y)
+    assert by_default == metrics.precision_recall(x, y, 3)
+    assert by_default != metrics.precision_recall(x, y, 4)
+
+
+def test_the_covariance_of_few_features_is_without_bias():
+    """Half the mean square of the differences of all pairs of two points, axis by axis."""
+    torch.manual_seed(15)
+    x = torch.randn(5, 2, 3).double()
+    flat = x.flatten(1)
+    differences = torch.stack([flat[i] - flat[j] for i, j in combinations(range(5), 2)])
+    mean, covariance = metrics.moments(x)
+    torch.testing.assert_close(mean, flat.mean(0))
+    torch.testing.assert_close(covariance, differences.T @ differences / len(differences) / 2)

@@ -145,3 +145,16 @@ def test_an_energy_of_images_may_be_of_all_pixels_at_once():
     nce.initialise(x)
     nce.training_step(x)
     assert nce.energy(x).shape == (6,)
+
+
+def test_a_gradient_is_cut_to_its_norm():
+    """Plain descent of rate 1 then moves all weights together by that norm."""
+    nce = model(clip=1e-3)
+    torch.manual_seed(1)
+    nce.initialise(data(400))
+    moving = [*(p for p in nce.network.parameters() if p.requires_grad), nce.log_z]
+    nce.optimizers["energy"] = torch.optim.SGD(moving, lr=1.0)
+    before = [p.detach().clone() for p in moving]
+    assert nce.training_step(data(200))["gradient_norm"] > 0.01
+    moved = torch.cat([(p - q).flatten() for p, q in zip(moving, before, strict=True)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=0.01)

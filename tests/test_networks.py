@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from ebm.networks import FourierFeatures, scalar, scalar_fourier
+from ebm.networks import FourierFeatures, Residual, Scalar, Signed, scalar, scalar_fourier
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -66,3 +67,36 @@ def test_every_output_is_a_network_that_shares_all_but_its_last_row(kind):
         state |= {f"head.{name}": state[f"head.{name}"][k : k + 1] for name in ("weight", "bias")}
         one.load_state_dict(state)
         torch.testing.assert_close(one(x), found[:, k])
+
+
+def test_a_pooled_network_sums_over_the_image():
+    torch.manual_seed(2)
+    network, x = Scalar([], 3, images=True, pool=True), torch.randn(5, 3, 4, 6)
+    torch.testing.assert_close(network(x), network.head(x.sum((2, 3))).squeeze(1))
+
+
+def test_images_enter_an_encoder_from_minus_one_to_one():
+    x = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1)
+    assert Signed()(x).flatten().tolist() == [-1, 0, 1]
+    assert Signed()(x).shape == (3, 1, 1, 1)
+
+
+def test_a_residual_block_begins_as_its_skip_connection():
+    torch.manual_seed(3)
+    x = torch.randn(5, 4, 6, 6)
+    for down, expected in ((False, x), (True, F.avg_pool2d(x, 2))):
+        found = Residual(4, 4, 0, down)(x, None)
+        torch.testing.assert_close(found, F.leaky_relu(expected, 0.2))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "strided", "resnet"])
+def test_a_point_has_the_number_of_its_own_class_whatever_is_beside_it(kind):
+    torch.manual_seed(4)
+    network = scalar(kind, (8, 8), classes=3, width=2, depth=1)
+    with torch.no_grad():
+        for p in network.parameters():
+            p += torch.randn_like(p)
+    x, y = torch.randn(6, 8, 8), torch.tensor([2, 0, 1, 1, 0, 2])
+    alone = torch.cat([network.of_points(x[k : k + 1], y[k : k + 1]) for k in range(6)])
+    torch.testing.assert_close(network.of_points(x, y), alone)
+    assert (network.of_points(x, y) != network.of_points(x, (y + 1) % 3)).all()

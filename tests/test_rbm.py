@@ -158,3 +158,66 @@ def test_persistent_chains_move_and_are_part_of_the_state():
 def test_grey_data_are_refused():
     with pytest.raises(EBMError, match="binarize"):
         RBM((4,), 2, 1, 0, 0.1, 0.0, 0.0).initialise(torch.full((3, 4), 0.5))
+
+
+@pytest.mark.parametrize("chains", [0, 10])
+def test_contrastive_divergence_takes_its_k_gibbs_steps(chains):
+    """From the data, or from where the chains were left; the loss is that at their ends."""
+    torch.manual_seed(3)
+    rbm, data = RBM((6,), 4, 3, chains, 0.1, 0.0, 0.0), torch.eye(6)
+    torch.nn.init.normal_(rbm.weight)
+    rbm.initialise(data)
+    torch.manual_seed(1)
+    end = run(rbm.gibbs(), rbm.chains.clone() if chains else data, 3).x.detach()
+    expected = (rbm.energy(data).mean() - rbm.energy(end).mean()).item()
+    torch.manual_seed(1)
+    logs = rbm.training_step(data)
+    assert logs["energy_gap"].item() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(rbm.chains, end if chains else rbm.chains)
+
+
+def test_weights_decay_and_biases_do_not_and_momentum_carries_all_on():
+    """Steps of gradient 0 but for the first: p' = p - 0.1 v, v' = 0.5 v + g + decay p."""
+    rbm = RBM((6,), 4, 1, 0, 0.1, 0.5, 0.2).double()
+    for parameter, decay in ((rbm.weight, 0.2), (rbm.visible_bias, 0.0), (rbm.hidden_bias, 0.0)):
+        torch.nn.init.normal_(parameter)
+        p, v = parameter.detach().clone(), torch.zeros_like(parameter)
+        for slope in (1.0, 0.0, 0.0):
+            rbm.optimizers["energy"].zero_grad()
+            parameter.grad = torch.full_like(parameter, slope)
+            rbm.optimizers["energy"].step()
+            v = 0.5 * v + slope + decay * p
+            p = p - 0.1 * v
+        torch.testing.assert_close(parameter.detach(), p)
+
+
+def test_it_begins_as_independent_pixels_of_the_data_and_so_do_its_chains():
+    torch.manual_seed(4)
+    data = (torch.rand(400, 6) < torch.linspace(0.1, 0.9, 6)).float()
+    rbm = RBM((6,), 4, 1, 20000, 0.1, 0.0, 0.0)
+    rbm.initialise(data)
+    rate = (data.sum(0) + 0.5) / 401
+    torch.testing.assert_close(rbm.visible_bias.sigmoid(), rate)
+    assert (rbm.chains.mean(0) - rate).abs().max() < 4 * 0.5 / math.sqrt(20000)
+
+
+def test_the_reconstruction_is_that_of_the_data():
+    """A machine that copies every pixel has no error, wherever its chains are."""
+    rbm, data = RBM((6,), 6, 1, 50, 0.0, 0.0, 0.0), torch.eye(6)
+    rbm.initialise(data)
+    with torch.no_grad():
+        rbm.weight.copy_(60 * torch.eye(6))
+        rbm.visible_bias.fill_(-30.0)
+        rbm.hidden_bias.fill_(-30.0)
+        rbm.chains.copy_(torch.ones(50, 6))
+    assert rbm.training_step(data)["reconstruction_error"].item() == pytest.approx(0, abs=1e-9)
+
+
+def test_samples_come_after_the_steps_asked_for():
+    rbm = RBM((6,), 4, 1, 0, 0.1, 0.0, 0.0)
+    rbm.initialise(torch.eye(6))
+    torch.manual_seed(5)
+    drawn = rbm.sample(20, steps=4)
+    torch.manual_seed(5)
+    assert torch.equal(drawn["samples"], run(rbm.gibbs(), rbm._base_rate_draws(20), 4).x)
+    assert drawn["chain_steps"].tolist() == [0, 1, 3, 4]

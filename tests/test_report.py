@@ -277,6 +277,7 @@ def run_with(project, **stages):
         (f"sample@{MEG}", f"experiments.{MEG}.sample", MEG),
         (f"evaluate@{MEG}", f"experiments.{MEG}.evaluate", MEG),
         ("prepare@8gaussians", "datasets.8gaussians", MEG),
+        ("reference@8gaussians", "datasets.8gaussians", MEG),
         (SAMPLERS, SAMPLERS, SAMPLERS),
     ],
 )

@@ -269,3 +269,34 @@ def test_a_single_jump_is_plain_importance_sampling():
         lambda beta, x: (1 + beta) * gaussian(x), lambda b: Langevin(gaussian, 0.1), x, [0, 1]
     )
     torch.testing.assert_close(weights, -gaussian(x))
+
+
+def test_annealing_is_unbiased_however_few_its_rungs():
+    """N(0, I) to precision 4 by way of 2, with kernels that draw anew: the mean weight is the
+    ratio of the normalisers, rung by rung. A kernel of the rung before shifts the second one."""
+
+    class Anew:
+        def __init__(self, beta):
+            self.scale = (1 + beta) ** -0.5
+
+        def init(self, x):
+            return State(x)
+
+        def step(self, state):
+            return State(self.scale * torch.randn_like(state.x))
+
+    torch.manual_seed(9)
+    x = torch.randn(40000, 2)
+    weights = ais(lambda beta, x: (1 + beta) * gaussian(x), Anew, x, [0, 1, 3])
+    assert log_mean_exp(weights) == pytest.approx(-math.log(4), abs=0.03)
+
+
+def test_decoupled_schedules_are_asked_for_the_steps_already_made():
+    asked = {"step": [], "noise": []}
+    kernel = DecoupledLangevin(
+        gaussian,
+        lambda step: asked["step"].append(step) or 0.1,
+        lambda step: asked["noise"].append(step) or 0.1,
+    )
+    run(kernel, torch.zeros(3, 1), 4)
+    assert asked == {"step": [0, 1, 2, 3], "noise": [0, 1, 2, 3]}

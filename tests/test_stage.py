@@ -117,3 +117,12 @@ def test_a_damaged_sample_file_is_one_line(tmp_path, damage):
     path.write_bytes({"empty": b"", "truncated": half, "flipped": raw, "another": b"#"}[damage])
     with pytest.raises(EBMError, match=r"samples\.npz: not a usable sample file .*; sample again"):
         evaluate._samples(path)
+
+
+def test_checkpoints_are_of_one_configuration_one_data_set_and_one_device():
+    def folder(steps=1, sha256="0", device="cpu"):
+        prepared = SimpleNamespace(manifest={"sha256": sha256})
+        return train._checkpoint_folder("toy", {"steps": steps}, prepared, device)
+
+    assert folder() == folder()
+    assert len({folder(), folder(steps=2), folder(sha256="1"), folder(device="cuda")}) == 4

@@ -1,5 +1,6 @@
 """The loop: a function of (seed, step), whole or absent files, divergence noticed and mended."""
 
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from ebm.data import unit
 from ebm.ensemble import histories
 from ebm.seeds import mix, seed
 from ebm.train import Batches, DivergenceError, Watch, fit
-from ebm.variants.base import EBM, descend
+from ebm.variants.base import EBM, descend, update_average
 
 CONTRASTED = {
     "defence": 0.1,
@@ -622,3 +623,62 @@ def test_sigkill_at_random_moments_leaves_a_folder_to_resume_from(tmp_path):
             os.kill(victim, signal.SIGKILL)
             assert int(template.stdout.readline()) == -signal.SIGKILL
             assert Checkpoints(tmp_path / "run").newest() is not None
+
+
+class Watched(EBM):
+    """Logs how often it was called; keeps what it drew and the learning rate of every step."""
+
+    def __init__(self, diverges_at=None, value=math.inf):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+        self.register_buffer("calls", torch.tensor(0.0))
+        self.diverges_at, self.value = diverges_at, value
+        self.drawn, self.rates = [], []
+
+    def configure_optimizers(self):
+        return {"w": torch.optim.SGD([self.w], lr=0.1)}
+
+    def training_step(self, x, y=None):
+        self.calls += 1
+        self.drawn.append((int(self.calls), torch.randn(()).item()))
+        self.rates.append(self.optimizers["w"].param_groups[0]["lr"])
+        value = self.calls.clone()
+        if self.diverges_at == len(self.drawn):
+            value = value + self.value
+        return {"energy_gap": value}
+
+
+def test_the_learning_rate_falls_linearly_over_the_last_share_of_the_steps(tmp_path):
+    model = Watched()
+    train(model, tmp_path, cooldown=0.25)
+    expected = [0.1] * 30 + [0.1 * left / 10 for left in range(10, 0, -1)]
+    assert model.rates == pytest.approx(expected)
+
+
+def test_the_history_is_of_means_over_the_steps_since_the_last_row(tmp_path):
+    rows = train(Watched(), tmp_path, steps=13).history
+    assert [(row["step"], row["energy_gap"]) for row in rows] == [(5, 3), (10, 8), (13, 12)]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e6, -1e6])
+def test_divergence_goes_back_to_the_older_checkpoint_and_on_with_other_noise(tmp_path, value):
+    """At step 33, with checkpoints of the steps 20 and 30."""
+    model = Watched(33, value)
+    progress = train(model, tmp_path, watch=Watch({"energy_gap": 100.0}, 3))
+    assert progress.restarts == 1
+    assert len(model.drawn) == 35 + 20
+    first, again = dict(model.drawn[:35]), dict(model.drawn[35:])
+    assert sorted(again) == list(range(21, 41))
+    assert all(first[step] != again[step] for step in range(21, 36))
+
+
+def test_a_moving_average_follows_weights_slowly_and_buffers_at_once():
+    """An averaged generator normalises by the statistics that the current one has gathered."""
+    average, current = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    torch.nn.init.constant_(current.weight, 3.0)
+    current(2 + torch.randn(50, 3))
+    update_average(average, current, 0.9)
+    assert average.weight.tolist() == pytest.approx([0.9 * 1 + 0.1 * 3] * 3)
+    assert torch.equal(average.running_mean, current.running_mean)
+    assert torch.equal(average.running_var, current.running_var)
+    assert average.num_batches_tracked == 1
