@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from urllib.request import urlopen
 
 import pytest
+from toy_house import free_port
 from tracking_store import (
     MLFLOW_WARNS,
     Lookup,
@@ -54,12 +54,6 @@ def stage(name="toy", rows=100):
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def free_port():
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from made_up_tables import made_up, settings
-from test_courier import answers, free_port
+from test_courier import answers
 from test_served import column, log_model
+from toy_house import free_port
 from tracking_store import MLFLOW_WARNS, deliver, start, wait_until
 
 from ebm import data
