@@ -29,9 +29,9 @@ from uuid import UUID
 from pipelines import ROOT, EBMError, dag, gpu, run, serve, timeline, worker
 from pipelines.dag import Stage
 from pipelines.polling import polling
-from pipelines.run import Result, StageFailed
+from pipelines.run import StageFailed
 from pipelines.supervise import Cancelled, Launcher
-from pipelines.timeline import Rebuild
+from pipelines.timeline import Rebuild, Result
 from pipelines.worker import Made
 
 RESTORED = "Cached"  # Prefect's own name for the state of a task that did not have to run

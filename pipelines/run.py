@@ -17,7 +17,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from ebm import EBMError
 from pipelines import ROOT, dag, gpu, timeline
 from pipelines.dag import Plan, Stage
 from pipelines.supervise import Launcher
+from pipelines.timeline import Result
 
 LAST_LINES = 12
 KEPT_BYTES = str(1 << 30)  # more than any tensor takes here
@@ -40,37 +40,6 @@ class StageFailed(EBMError):
     def __init__(self, reason: str, lines: Sequence[str] = ()) -> None:
         super().__init__(reason)
         self.lines = tuple(lines)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a stage.
-
-    Attributes:
-        seconds: after how many, all its tries together.
-        reason: why it is not done.
-        lines: the last ones that it wrote, if it failed.
-        started: when, in seconds since 1970; 0 if never.
-        worker: the name of the machine on which it ran.
-        restored: DVC had its outputs, and did not run the command.
-    """
-
-    stage: str
-    outcome: Literal["done", "failed", "skipped"]
-    seconds: float = 0.0
-    reason: str = ""
-    lines: tuple[str, ...] = ()
-    started: float = 0.0
-    worker: str = ""
-    restored: bool = False
-
-    def __str__(self) -> str:
-        if self.outcome == "skipped":
-            return f"skipped {self.stage}: {self.reason}"
-        note = "restored, not run" if self.restored else self.reason
-        return f"{self.outcome} {self.stage} after {self.seconds:.1f} s" + (
-            f": {note}" if note else ""
-        )
 
 
 def schedule(
@@ -258,7 +227,7 @@ def begin(stage: Stage) -> Callable[..., Result]:
 
     def end(outcome: Literal["done", "failed"], worker: str = here, **fields: Any) -> Result:
         seconds = time.monotonic() - clock
-        return Result(stage.name, outcome, seconds, started=started, worker=worker, **fields)
+        return Result(stage.name, outcome, started, seconds, worker, **fields)
 
     return end
 

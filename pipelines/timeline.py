@@ -11,16 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
 from pipelines import files
 
 if TYPE_CHECKING:
     from pipelines.dag import Plan
-    from pipelines.run import Result
 
 FOLDER = "reports"
-UP_TO_DATE = "up to date"
+UP_TO_DATE: Final = "up to date"
 WIDTH = 1000  # of the picture, in its own units
 ROW = 30
 LETTER = 6.4  # about the width of one
@@ -32,20 +31,38 @@ WORDS = {
     "skipped": "could not run",
     UP_TO_DATE: UP_TO_DATE,
 }
-"""The kinds of entries, as the page calls them."""
+"""The kinds of results, as the page calls them."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A stage of the plan and what became of it; the fields are those of `run.Result`."""
+class Result:
+    """What became of a stage.
+
+    Attributes:
+        started: when, in seconds since 1970; 0 if never.
+        seconds: after how many, all its tries together.
+        worker: the name of the machine on which it ran.
+        restored: DVC had its outputs, and did not run the command.
+        reason: why it is not done.
+        lines: the last ones that it wrote, if it failed.
+    """
 
     stage: str
-    outcome: str
+    outcome: Literal["done", "failed", "skipped", "up to date"]
     started: float = 0.0
     seconds: float = 0.0
     worker: str = ""
     restored: bool = False
     reason: str = ""
+    lines: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.outcome == "skipped":
+            return f"skipped {self.stage}: {self.reason}"
+        note = "restored, not run" if self.restored else self.reason
+        return f"{self.outcome} {self.stage} after {self.seconds:.1f} s" + (
+            f": {note}" if note else ""
+        )
 
     @property
     def ran(self) -> bool:
@@ -66,20 +83,15 @@ class Rebuild:
     targets: tuple[str, ...]
     started: float
     seconds: float
-    entries: tuple[Entry, ...]
+    entries: tuple[Result, ...]
 
 
 def rebuild(
-    by: str, targets: Sequence[str], plan: "Plan", results: "Sequence[Result]", started: float
+    by: str, targets: Sequence[str], plan: "Plan", results: Sequence[Result], started: float
 ) -> Rebuild:
     """What a run of `plan` by a runner named `by`, from `started` (since 1970) until now, did."""
     done = {result.stage: result for result in results}
-    entries = [
-        Entry(**{name: getattr(done[stage.name], name) for name in Entry.__dataclass_fields__})
-        if stage.name in done
-        else Entry(stage.name, UP_TO_DATE)
-        for stage in plan.stages
-    ]
+    entries = [done.get(stage.name, Result(stage.name, UP_TO_DATE)) for stage in plan.stages]
     entries.sort(key=lambda entry: entry.started if entry.ran else math.inf)
     seconds = max(datetime.now().timestamp() - started, 0.0)
     return Rebuild(by, tuple(targets), started, seconds, tuple(entries))
@@ -89,7 +101,8 @@ def write(last: Rebuild, root: Path) -> None:
     """Replace the files of the DVC repository `root`, each of them whole or not at all."""
     folder = root / FOLDER
     folder.mkdir(exist_ok=True)
-    files.replace(folder / "timeline.json", json.dumps(asdict(last), indent=1))
+    content = asdict(last, dict_factory=lambda pairs: {k: v for k, v in pairs if k != "lines"})
+    files.replace(folder / "timeline.json", json.dumps(content, indent=1))
     files.replace(folder / "timeline.html", render(last))
 
 
@@ -97,7 +110,7 @@ def write(last: Rebuild, root: Path) -> None:
 class Bar:
     """An entry as a bar from x to x + width, in a row of its worker."""
 
-    entry: Entry
+    entry: Result
     x: float
     width: float
     row: int
@@ -138,7 +151,7 @@ def bars(last: Rebuild) -> Iterator[tuple[str, list[Bar]]]:
     """The bars of each worker. Each lies in the first row in which the one before has ended."""
     scale = WIDTH / (last.seconds or 1)
     for worker in sorted({entry.worker for entry in last.entries if entry.ran}):
-        rows: list[list[Entry]] = []
+        rows: list[list[Result]] = []
         for entry in last.entries:
             if entry.ran and entry.worker == worker:
                 _first_free(rows, entry.started).append(entry)
@@ -152,7 +165,7 @@ def bars(last: Rebuild) -> Iterator[tuple[str, list[Bar]]]:
         )
 
 
-def _first_free(rows: list[list[Entry]], moment: float) -> list[Entry]:
+def _first_free(rows: list[list[Result]], moment: float) -> list[Result]:
     for row in rows:
         if row[-1].started + row[-1].seconds <= moment:
             return row

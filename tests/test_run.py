@@ -17,7 +17,7 @@ from toy_house import House, alive, built, wait_for
 
 from pipelines import dag, run
 from pipelines.dag import Stage
-from pipelines.run import Result
+from pipelines.timeline import Result
 
 # DVC's dependency pygtrie warns DVC.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")

@@ -9,7 +9,7 @@ from test_report import MEG, RBM, ROOT, make
 
 from pipelines import summary
 from pipelines.spool import Spool, State
-from pipelines.timeline import UP_TO_DATE, Entry, Rebuild
+from pipelines.timeline import UP_TO_DATE, Rebuild, Result
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,11 @@ def rebuild(*entries):
 
 
 def done(stage, **fields):
-    return Entry(stage, "done", 1_000_000_001.0, 2.5, "here", **fields)
+    return Result(stage, "done", 1_000_000_001.0, 2.5, "here", **fields)
 
 
 def old(stage):
-    return Entry(stage, UP_TO_DATE)
+    return Result(stage, UP_TO_DATE)
 
 
 LAST = rebuild(

@@ -10,8 +10,7 @@ from toy_house import built
 
 from pipelines import dag, run, timeline
 from pipelines.dag import Plan, Stage
-from pipelines.run import Result
-from pipelines.timeline import Entry, Rebuild
+from pipelines.timeline import Rebuild, Result
 
 # DVC's dependency pygtrie warns DVC.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
@@ -29,7 +28,7 @@ def kept(house):
     """(stage, what became of it) of the last rebuild, and the page."""
     folder = house.root / "reports"
     last = json.loads((folder / "timeline.json").read_text())
-    entries = [Entry(**entry) for entry in last["entries"]]
+    entries = [Result(**entry) for entry in last["entries"]]
     return [(entry.stage, entry.kind) for entry in entries], (folder / "timeline.html").read_text()
 
 
@@ -38,7 +37,7 @@ def plan(*names):
 
 
 def busy(stage, started, seconds, worker="here", **fields):
-    return Entry(stage, "done", started, seconds, worker, **fields)
+    return Result(stage, "done", started, seconds, worker, **fields)
 
 
 def last(*entries, seconds=100.0):
@@ -92,9 +91,9 @@ def test_a_name_stands_in_its_bar_only_if_it_fits():
 
 def test_the_entries_are_what_became_of_the_stages_of_the_plan():
     results = [
-        Result("b", "done", 1.0, started=20.0, worker="x"),
-        Result("a", "done", 2.0, started=10.0, worker="y", restored=True),
-        Result("c", "failed", 1.0, "exit code 1", started=30.0, worker="x"),
+        Result("b", "done", 20.0, 1.0, "x"),
+        Result("a", "done", 10.0, 2.0, "y", restored=True),
+        Result("c", "failed", 30.0, 1.0, "x", reason="exit code 1"),
         Result("d", "skipped", reason="c failed"),
     ]
     made = timeline.rebuild("a test", [], plan(*"abcde"), results, time.time())
@@ -109,8 +108,8 @@ def test_the_entries_are_what_became_of_the_stages_of_the_plan():
 
 
 def test_the_page_loads_nothing_and_escapes_what_it_is_told():
-    entry = Entry("c", "failed", 1e9, 1.0, "<b>host", reason="<script>alert()</script>")
-    html = timeline.render(last(entry, Entry("paper/dvc.yaml:train@d", timeline.UP_TO_DATE)))
+    entry = Result("c", "failed", 1e9, 1.0, "<b>host", reason="<script>alert()</script>")
+    html = timeline.render(last(entry, Result("paper/dvc.yaml:train@d", timeline.UP_TO_DATE)))
     assert "<script" not in html
     assert "<b>host" not in html
     addresses = re.findall(r'(?:href|src)="([^"]*)"', html)
