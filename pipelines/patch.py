@@ -6,18 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, SequenceNode
 
 from ebm import EBMError, did_you_mean
-
-
-def value(text: str) -> Any:
-    """What a YAML text says. EBMError if it is none."""
-    try:
-        return YAML(typ="safe").load(text)
-    except (YAMLError, ValueError, KeyError) as error:  # the latter of `!!int x`, `!!bool x`
-        raise EBMError(f"not valid YAML: {' '.join(str(error).split())}") from None
+from ebm.params import value
 
 
 def at(content: Any, key: str) -> Any:

@@ -10,10 +10,8 @@ Numbers of a range are searched to four significant digits, so what is tried, to
 """
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -119,9 +117,7 @@ def validate(text: str) -> None:
     """Raise the schema's complaint if `text` is no valid `params.yaml`."""
     from ebm import params
 
-    with tempfile.TemporaryDirectory() as folder:
-        (path := Path(folder, "params.yaml")).write_text(text, encoding="utf-8")
-        params.load(path)
+    params.parse(text)
 
 
 def _dimension(key: str, values: str, present: object) -> Range | Choice:

@@ -55,16 +55,46 @@ class Params(Section):
 def load(path: Path = Path("params.yaml")) -> Params:
     """The configuration in `path`. Raises ParamsError, one line, for anything that is not
     right."""
-    raw = _read(path)
+    try:
+        return parse(path.read_text(encoding="utf-8"), path.name)
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; run from the root of the project") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path.name}: not valid YAML: {error}") from None
+    except OSError as error:
+        raise ParamsError(f"{path.name}: cannot be read: {error.strerror}") from None
+
+
+def parse(text: str, file: str = "params.yaml") -> Params:
+    """The configuration in the text of a `file`, as `load` does it."""
+    try:
+        raw = value(text)
+    except ParamsError as error:
+        raise ParamsError(f"{file}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{file}: expected a mapping with the keys datasets, experiments")
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
-        raise ParamsError(f"{path.name}: {_explain(error, raw)}") from None
+        raise ParamsError(f"{file}: {_explain(error, raw)}") from None
     for name, dataset in params.datasets.items():
-        _check_dataset(path, name, dataset)
+        _check_dataset(file, name, dataset)
     for name, experiment in params.experiments.items():
-        _check_experiment(path, name, experiment, params)
+        _check_experiment(file, name, experiment, params)
     return params
+
+
+def value(text: str) -> Any:
+    """What a YAML text says. Raises ParamsError if it is none."""
+    try:
+        return YAML(typ="safe").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = " ".join(str(error.problem).split())
+        raise ParamsError(f"{where}not valid YAML: {problem}") from None
+    except (YAMLError, ValueError, KeyError) as error:  # the latter of `!!int x`, `!!bool x`
+        raise ParamsError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def experiment(path: Path, name: str) -> tuple[Experiment, Dataset]:
@@ -84,37 +114,18 @@ def dataset(path: Path, name: str) -> Dataset:
     return known[name]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ParamsError(f"{path}: no such file; run from the root of the project") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = " ".join(str(error.problem).split())
-        raise ParamsError(f"{path.name}:{where}: not valid YAML: {problem}") from None
-    except (YAMLError, ValueError, KeyError) as error:  # the latter of `!!int x`, `!!bool x`
-        raise ParamsError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise ParamsError(f"{path.name}: cannot be read: {error.strerror}") from None
-    if not isinstance(raw, dict):
-        raise ParamsError(f"{path.name}: expected a mapping with the keys datasets, experiments")
-    return raw
-
-
-def _check_dataset(path: Path, name: str, dataset: Dataset) -> None:
+def _check_dataset(file: str, name: str, dataset: Dataset) -> None:
     """That DVC sees a change of a user's own data."""
     if dataset.kind == "table" or dataset.kind == "folder":
         folder, parts = FOLDERS[dataset.kind], PurePosixPath(dataset.path).parts
         if parts[:1] != (folder,) or ".." in parts:
-            where = f"{path.name}: datasets.{name}.path = {dataset.path!r}"
+            where = f"{file}: datasets.{name}.path = {dataset.path!r}"
             raise ParamsError(f"{where}: should lie in {folder}/, where DVC sees it change")
 
 
-def _check_experiment(path: Path, name: str, experiment: Experiment, params: Params) -> None:
+def _check_experiment(file: str, name: str, experiment: Experiment, params: Params) -> None:
     """What relates one key to another."""
-    where = f"{path.name}: experiments.{name}"
+    where = f"{file}: experiments.{name}"
     if name in RESERVED:
         raise ParamsError(f"{where}: the name of {RESERVED[name]}; choose another")
     train = experiment.train
