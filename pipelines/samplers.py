@@ -1,9 +1,7 @@
 """Stage `samplers`: compare the kernels on targets of which everything is known; numbers, a table,
 figures."""
 
-import platform
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +26,7 @@ def main() -> None:
 
     torch.set_num_threads(section.threads)
     settings, begun = section.model_dump(), time.perf_counter()
-    record = {
-        **{key: settings[key] for key in ("seed", "threads")},
-        "device": "cpu",  # a few numbers at a time: no work for a GPU
-        **stage.git_state(),
-        "params_sha256": stage.digest(settings),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    record = stage.provenance(settings) | {"device": "cpu"}  # a few numbers: no work for a GPU
     result = compare(settings)
     _write(result)
     _track(settings, result, record | {"seconds": round(time.perf_counter() - begun, 3)})
@@ -51,8 +41,7 @@ def _write(result: "Comparison") -> None:
 def _track(settings: dict[str, Any], result: "Comparison", record: dict[str, Any]) -> None:
     tags = {
         "dvc.stage": "samplers",
-        "git.commit": record["git_commit"],
-        "git.dirty": str(record["git_dirty"]).lower(),
+        **stage.git_tags(record),
         "params.sha256": record["params_sha256"],
     }
     with tracking.Run.start("samplers", params=settings, tags=tags, dataset=None) as run:

@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +169,26 @@ def git_state() -> dict[str, Any]:
         logging.getLogger(__name__).warning("results are traced to no commit: %s", said)
         return {"git_commit": "none", "git_dirty": True}
     return {"git_commit": commit, "git_dirty": bool(changed or new)}
+
+
+def git_tags(state: dict[str, Any]) -> dict[str, str]:
+    """What `git_state` says, as the tags of a tracked run."""
+    return {"git.commit": state["git_commit"], "git.dirty": str(state["git_dirty"]).lower()}
+
+
+def provenance(settings: dict[str, Any]) -> dict[str, Any]:
+    """Where results that are made of `settings` from now on come from."""
+    import torch
+
+    return {
+        "seed": settings["seed"],
+        "threads": settings["threads"],
+        **git_state(),
+        "params_sha256": digest(settings),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def _git(*arguments: str) -> str:

@@ -289,7 +289,6 @@ def tally(study: "Study") -> str:
 def _tracked(sweep: Sweep, study: "Study") -> tracking.Run:
     """The tracked run of the study, under which those of its trials are shown."""
     recipe = sweep.recipe
-    git = stage.git_state()
     return tracking.Run.start(
         recipe.folder.name,
         key=study.key,
@@ -301,8 +300,7 @@ def _tracked(sweep: Sweep, study: "Study") -> tracking.Run:
         },
         tags={
             "sweep.study": recipe.folder.name,
-            "git.commit": git["git_commit"],
-            "git.dirty": str(git["git_dirty"]).lower(),
+            **stage.git_tags(stage.git_state()),
         },
         dataset=None,
     )

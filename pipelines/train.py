@@ -1,11 +1,9 @@
 """Stage `train@<experiment>`: train one model, resumable at any moment, tracked as one MLflow
 run; in several processes where they are asked for (`pipelines.processes`)."""
 
-import platform
 import re
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -126,17 +124,13 @@ def _provenance(
 
     from ebm import parallel
 
-    return {
+    return stage.provenance(settings) | {
         "experiment": name,
-        **{key: settings[key] for key in ("variant", "dataset", "seed", "threads")},
+        "variant": settings["variant"],
+        "dataset": settings["dataset"],
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "processes": parallel.world(),
-        **stage.git_state(),
-        "params_sha256": stage.digest(settings),
         "data_sha256": prepared.manifest["sha256"],
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
     }
 
 
@@ -150,8 +144,7 @@ def _tracked(
         params=settings,
         tags={
             "dvc.stage": f"train@{name}",
-            "git.commit": record["git_commit"],
-            "git.dirty": str(record["git_dirty"]).lower(),
+            **stage.git_tags(record),
             "ebm.variant": record["variant"],
             "params.sha256": record["params_sha256"],
             "data.sha256": record["data_sha256"],
