@@ -28,7 +28,7 @@ from uuid import UUID
 
 from pipelines import ROOT, EBMError, dag, gpu, run, serve, timeline, worker
 from pipelines.dag import Stage
-from pipelines.polling import polling
+from pipelines.polling import end_with_parent, polling
 from pipelines.run import StageFailed
 from pipelines.supervise import Cancelled, Launcher
 from pipelines.timeline import Rebuild, Result
@@ -115,7 +115,9 @@ def pipeline(
         dask: The address of a Dask scheduler (`tcp://host:8786`) on whose workers the stages run.
     """
     if runtime.deployment.id:
-        end_with_parent()
+        # The worker that started us gives us a session of our own: no signal to its own reaches
+        # us, and Prefect would ask a server that is gone for its consent, for minutes.
+        end_with_parent(POLL_SECONDS)
     started = time.time()
     plan = dag.plan_when_free(targets, made_elsewhere=bool(dask))
     stages = plan.stages if force else plan.stale
@@ -259,7 +261,7 @@ class Tasks:
         return begun("failed", reason=state.message or "not done")
 
     def _final_state(self, stage: Stage, upstream: Sequence[State]) -> State:
-        task = _task(
+        task = new_task(
             stage.name,
             lambda: self._reproduce(stage),
             retries=stage.retries,
@@ -286,7 +288,7 @@ class Tasks:
         def body() -> State:
             return states.Cancelled(name="Skipped", message=result.reason)
 
-        _task(result.stage, body)(return_state=True)
+        new_task(result.stage, body)(return_state=True)
 
 
 class TasksElsewhere(Tasks):
@@ -339,7 +341,7 @@ class TasksElsewhere(Tasks):
     def _submit(self, stage: Stage, upstream: Sequence[State]) -> Any:
         """Dask's future of the final state of a stage's task."""
         entries = dag.entries([stage.name, *stage.upstream], self._root)
-        task = _task(stage.name, elsewhere, retries=stage.retries)
+        task = new_task(stage.name, elsewhere, retries=stage.retries)
         job = {"force": self._force, "commit": self._commit, "entries": entries}
         with self._lock:
             if self.cancelled:
@@ -375,27 +377,11 @@ def _unless_cancelled(launcher: Launcher, work: Callable[[], Any]) -> Any:
         return states.Cancelled(message="cancelled with its flow run")
 
 
-def _task(name: str, body: Callable[..., Any], **options: Any) -> Task[[], Any]:
+def new_task(name: str, body: Callable[..., Any], **options: Any) -> Task[[], Any]:
     """A task that does not keep its result: what a stage makes is in DVC's cache."""
     return Task(
         body, name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, **options
     )
-
-
-def end_with_parent() -> None:
-    """From now on, end when the worker that started this flow dies without a word.
-
-    It gives a flow a session of its own, so that no signal to its own reaches us. Our stages end
-    with us. Without this, Prefect would ask a server that is gone for its consent, for minutes.
-    """
-    worker = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == worker:
-            time.sleep(POLL_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Looking again and again at what may have changed, beside the work."""
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,3 +24,16 @@ def polling(look: Callable[[], object], seconds: float) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def end_with_parent(seconds: float) -> None:
+    """From now on, end this process when its parent is gone, which cannot end it any more; looks
+    every so many `seconds`."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

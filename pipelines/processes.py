@@ -8,13 +8,12 @@ many there are changes no result but for rounding (`ebm.parallel`).
 import logging
 import os
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ebm import EBMError
+from pipelines.polling import end_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +63,7 @@ def joined(device: "torch.device") -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+    end_with_parent(seconds=0.5)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first = dist.get_rank() == 0
     if not first:
@@ -76,10 +75,3 @@ def joined(device: "torch.device") -> Iterator[None]:
             raise
         sys.exit(1)
     dist.destroy_process_group()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone, which cannot end it any more."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)

@@ -13,16 +13,15 @@ from typing import Any
 from uuid import UUID
 
 from pipelines import EBMError, run, serve, sweep
-from pipelines.flows import pipeline, watched  # and with it Prefect's settings, before Prefect
+from pipelines.flows import new_task, pipeline, watched  # and Prefect's settings, before Prefect
 from pipelines.study import Study, Trial
 from pipelines.supervise import Cancelled, Launcher
 from pipelines.sweep import Work
 from pipelines.trial import Outcome, Trials
 
 # isort: split
-from prefect import Task, flow, get_run_logger, runtime, states
+from prefect import flow, get_run_logger, runtime, states
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 
 
@@ -76,10 +75,7 @@ def tasks(trials: Trials, launcher: Launcher) -> Iterator[Work]:
             make = states.Failed if outcome.state == "failed" else states.Completed
             return make(name="Pruned" if outcome.state == "pruned" else None, message=str(outcome))
 
-        name = f"trial-{trial.number}"
-        task = Task(
-            body, name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False
-        )
+        task = new_task(f"trial-{trial.number}", body)
         state = context.copy().run(task, return_state=True)
         if not outcomes and not state.is_cancelled():
             state.result()  # raises what ended it

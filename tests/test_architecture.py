@@ -32,6 +32,7 @@ ROUTING = {
     "ebm/variants/__init__.py": "finds a variant by its name",
     "pipelines/__init__.py": "finds the source tree",
     "pipelines/files.py": "writes whole files",
+    "pipelines/polling.py": "looks beside the work",
     "pipelines/processes.py": "starts others; how many there are changes rounding at most",
     "pipelines/gpu.py": "chooses among cards",
     "pipelines/supervise.py": "starts and ends processes",
