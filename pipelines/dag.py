@@ -32,8 +32,8 @@ from dvc.repo import Repo, lock_repo
 from dvc.scm import map_scm_exception
 from dvc.utils.serialize import dumps_yaml, load_yaml, modify_yaml, parse_yaml
 
-from ebm import EBMError, did_you_mean
-from pipelines import ROOT, files
+from ebm import EBMError, did_you_mean, files
+from pipelines import ROOT
 from pipelines.stage import CODE
 from pipelines.supervise import restart_clock
 
@@ -370,14 +370,14 @@ def _lock_opened(file: Path) -> Iterator[dict[str, Any]]:
     head, *texts = LOCK_ENTRY.split(text)
     whole = head == LOCK_HEAD and text.endswith("\n")  # no full disk has cut it off
     if not whole or list(lock) != ["schema", "stages"] or len(texts) != len(before):
-        files.replace(file, dumps_yaml(lock))
+        files.replace(file, dumps_yaml(lock).encode())
         return
     known = dict(zip(before, texts, strict=True))
     parts = [
         known[key] if entry is before.get(key) else _entry_text(key, entry)
         for key, entry in lock["stages"].items()
     ]
-    files.replace(file, "".join([head, *parts]))
+    files.replace(file, "".join([head, *parts]).encode())
 
 
 def _entry_text(key: str, entry: Entry) -> str:

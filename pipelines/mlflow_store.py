@@ -7,7 +7,6 @@ it has the name, step, time and value; a model is found again by its run and the
 that is packed into it.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -42,6 +41,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from ebm import EBMError
+from ebm.files import locked
 from pipelines.spool import Event, UnfitError, misread, public, root
 
 EXPERIMENT = "ebm"
@@ -218,8 +218,7 @@ def create_database(path: Path) -> None:
         return
     names = ("draft", "ready", "lock")
     draft, ready, lock = (path.with_name(f"{path.name}.{name}") for name in names)
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # others may have come for the same one
+    with locked(lock):  # others may have come for the same one
         if path.exists():
             return
         for old in (draft, ready):

@@ -16,7 +16,6 @@ numbers of a run that was not chosen by them.
 """
 
 import argparse
-import fcntl
 import math
 import os
 import re
@@ -25,7 +24,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from ebm import EBMError, did_you_mean
+from ebm import EBMError, did_you_mean, files
 from pipelines import stage, tracking, words
 from pipelines.courier import SETTINGS
 from pipelines.spool import public, root, tracking_uri
@@ -144,8 +143,7 @@ def _registry() -> "Iterator[Registry]":
 
     folder = root() / ".tracking"
     folder.mkdir(parents=True, exist_ok=True)
-    with plain_errors(tracking_uri()), open(folder / "promote.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with plain_errors(tracking_uri()), files.locked(folder / "promote.lock"):
         yield Registry(tracking_uri())
 
 

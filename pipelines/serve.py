@@ -7,7 +7,6 @@ Where PREFECT_API_URL names a server, that one is used and none is started.
 
 import argparse
 import contextlib
-import fcntl
 import ipaddress
 import json
 import os
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ebm import EBMError
+from ebm import EBMError, files
 from pipelines import ROOT, run
 from pipelines.run import show
 from pipelines.supervise import Ended, Launcher
@@ -111,11 +110,7 @@ def check_prefect() -> None:
 def only_here() -> Iterator[None]:
     """Within this context, nobody else serves this checkout: two workers would meet in it."""
     FOLDER.mkdir(exist_ok=True)
-    with (FOLDER / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EBMError("this checkout is served already; end that one first") from None
+    with files.locked(FOLDER / "lock", "this checkout is served already; end that one first"):
         yield
 
 

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, files
+from ebm import files
+from pipelines import ROOT
 
 Event = dict[str, Any]
 
@@ -104,7 +105,7 @@ class Spool:
 
     def save(self, state: State) -> None:
         """Replace state.json: a reader sees the old one or the new one."""
-        files.replace(self._state, json.dumps(asdict(state)))
+        files.replace(self._state, json.dumps(asdict(state)).encode())
 
     def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
         """The events from `offset` on, each with the offset behind it. A last line without an end

@@ -11,7 +11,6 @@ What a trial tries is drawn from (seed, number) and the trials that were over wh
 one at a time are the same whether the sweep was killed while one ran or not.
 """
 
-import fcntl
 import json
 import os
 import random
@@ -30,7 +29,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from ebm import EBMError
+from ebm import EBMError, files
 from pipelines.space import Range, Space
 
 STARTUP = 5
@@ -155,11 +154,8 @@ def opened(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EBMError(f"study {folder.name}: another sweep is at work on it") from None
+    refusal = f"study {folder.name}: another sweep is at work on it"
+    with files.locked(folder / "lock", refusal):
         study = optuna.create_study(
             storage=_storage(folder / "journal.log"),
             study_name=folder.name,

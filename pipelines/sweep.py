@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebm import EBMError
-from pipelines import ROOT, dag, files, gpu, patch, run, space, stage, tracking
+from ebm import EBMError, files
+from pipelines import ROOT, dag, gpu, patch, run, space, stage, tracking
 from pipelines.promote import add_direction, direction
 from pipelines.space import Space
 from pipelines.supervise import Cancelled, Launcher
@@ -358,7 +358,7 @@ def conclude(sweep: Sweep, study: "Study", apply: bool) -> bool:
     if now == new:
         run.show("params.yaml has these parameters already")
     elif apply:
-        files.replace(path, new)
+        files.replace(path, new.encode())
         run.show("params.yaml has these parameters now")
     else:
         run.show(f"git apply {sweep.file.relative_to(recipe.root)}  # or again with --apply")

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from pipelines import files
+from ebm import files
 
 if TYPE_CHECKING:
     from pipelines.dag import Plan
@@ -102,8 +102,8 @@ def write(last: Rebuild, root: Path) -> None:
     folder = root / FOLDER
     folder.mkdir(exist_ok=True)
     content = asdict(last, dict_factory=lambda pairs: {k: v for k, v in pairs if k != "lines"})
-    files.replace(folder / "timeline.json", json.dumps(content, indent=1))
-    files.replace(folder / "timeline.html", render(last))
+    files.replace(folder / "timeline.json", json.dumps(content, indent=1).encode())
+    files.replace(folder / "timeline.html", render(last).encode())
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ MACHINERY = {
 
 ROUTING = {
     "ebm/__init__.py": "defines the error class",
+    "ebm/files.py": "writes whole files, holds locks",
     "ebm/params.py": "parses; holds no number",
     "ebm/schema.py": "declares; no field has a default (tests/test_params.py)",
     "ebm/variants/__init__.py": "finds a variant by its name",
     "pipelines/__init__.py": "finds the source tree",
-    "pipelines/files.py": "writes whole files",
     "pipelines/polling.py": "looks beside the work",
     "pipelines/processes.py": "starts others; how many there are changes rounding at most",
     "pipelines/gpu.py": "chooses among cards",

@@ -1,6 +1,7 @@
 """The timeline shows what ran when and where, as it was, and a broken disk breaks no rebuild."""
 
 import json
+import os
 import random
 import re
 import time
@@ -161,14 +162,14 @@ def test_a_runner_that_is_killed_leaves_the_page_of_the_last_rebuild_whole(house
 
 
 def test_a_full_disk_breaks_neither_the_old_page_nor_the_rebuild(house, monkeypatch, capsys):
-    before = kept(house)
+    before, planned = kept(house), dag.plan(root=house.root)
 
-    def half(path, text, **_):
-        path.write_bytes(text.encode()[: len(text) // 2])
+    def half(descriptor):
+        os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(timeline.Path, "write_text", half)
-    assert run.nothing_to_do(run.BY, [], dag.plan(root=house.root), time.time(), house.root)
+    monkeypatch.setattr(os, "fsync", half)
+    assert run.nothing_to_do(run.BY, [], planned, time.time(), house.root)
     monkeypatch.undo()
     assert capsys.readouterr().out.startswith("no timeline: [Errno 28]")
     assert kept(house) == before

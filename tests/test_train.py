@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ebm import EBMError, variants
-from ebm.checkpoint import Checkpoints, write_atomically
+from ebm.checkpoint import Checkpoints
 from ebm.data import unit
 from ebm.ensemble import histories
 from ebm.seeds import mix, seed
@@ -387,13 +387,14 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage, caplog)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_loses_nothing(tmp_path):
-    target = tmp_path / "x.ckpt"
-    write_atomically(target, b"old")
-    tmp_path.joinpath("folder.ckpt").mkdir()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, {"step": 10})
+    (blocked := tmp_path / "step-0000000020.ckpt").mkdir()
     with pytest.raises(EBMError, match="cannot be written"):
-        write_atomically(tmp_path / "folder.ckpt", b"new")
-    assert target.read_bytes() == b"old"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.ckpt", "x.ckpt"]
+        checkpoints.save(20, {"step": 20})
+    blocked.rmdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000000010.ckpt"]
+    assert checkpoints.newest() == {"step": 10}
 
 
 def test_what_a_kill_left_half_written_is_gone_when_training_goes_on(tmp_path):

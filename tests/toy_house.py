@@ -112,7 +112,7 @@ class House:
         subprocess.run(["git", "init", "-q", root], check=True)
         ours = shutil.ignore_patterns("__pycache__")
         shutil.copytree(CHECKOUT / "pipelines", root / "pipelines", ignore=ours)
-        for name in ("__init__.py", "schema.py"):
+        for name in ("__init__.py", "files.py", "schema.py"):
             shutil.copy(CHECKOUT / "src" / "ebm" / name, root / "src" / "ebm")
         shutil.copy(CHECKOUT / "prefect.yaml", root)
         house.write("src/ebm/params.py", VALIDATION)

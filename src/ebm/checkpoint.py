@@ -5,11 +5,9 @@ absent; it begins with the SHA-256 of what follows, so damage is noticed. The ne
 Loading never unpickles code (`weights_only`).
 """
 
-import fcntl
 import hashlib
 import io
 import logging
-import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ebm import EBMError
+from ebm import EBMError, files
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +39,8 @@ class Checkpoints:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder against a second training; the lock dies with the process."""
-        with open(self.folder / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise EBMError(f"{self.folder}: another process is training here") from None
+        refusal = f"{self.folder}: another process is training here"
+        with files.locked(self.folder / "lock", refusal):
             for rest in self.folder.glob(".step-*"):  # of one that was killed while it wrote
                 rest.unlink()
             yield
@@ -55,7 +50,11 @@ class Checkpoints:
         buffer = io.BytesIO()
         torch.save(content, buffer)
         payload = buffer.getvalue()
-        write_atomically(self._path(step), hashlib.sha256(payload).digest() + payload)
+        new = self._path(step)
+        try:
+            files.replace(new, hashlib.sha256(payload).digest() + payload)
+        except OSError as error:
+            raise EBMError(f"{new}: cannot be written: {error.strerror}") from None
         for path in self.paths()[:-KEPT]:
             path.unlink()
 
@@ -99,20 +98,6 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:010d}.ckpt"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EBMError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
