@@ -62,11 +62,11 @@ def guarded(run: Callable[[], None]) -> None:
         sys.exit(f"error: {str(error).partition('. ')[0]}; EBM_DEVICE=cpu computes without a GPU")
 
 
-def root() -> Path:
+def scratch() -> Path:
     """What owns the checkpoints: EBM_SCRATCH, as each trial of a sweep has its own, or the
     checkout."""
-    scratch = os.environ.get("EBM_SCRATCH")
-    return Path(scratch).resolve() if scratch else checkout()
+    named = os.environ.get("EBM_SCRATCH")
+    return Path(named).resolve() if named else checkout()
 
 
 def checkout() -> Path:

@@ -114,7 +114,7 @@ def _checkpoint_folder(
     )
     code = [sha256(Path(file).read_bytes()).hexdigest() for file in modules]
     key = stage.digest([settings, prepared.manifest["sha256"], device, code])
-    return stage.root() / ".checkpoints" / name / key[:16]
+    return stage.scratch() / ".checkpoints" / name / key[:16]
 
 
 def _provenance(

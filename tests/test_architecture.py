@@ -17,7 +17,7 @@ from pipelines.train import SECTIONS
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 MACHINERY = {
-    "mlflow": "courier machine mlflow_registry mlflow_store served",
+    "mlflow": "machine mlflow_registry mlflow_store served",
     "prefect": "flows sweep_flow",
     "optuna": "study",
     "prefect_dask": "flows",

@@ -84,7 +84,7 @@ def test_without_folders_there_are_no_classes(root):
 def test_the_same_images_give_the_same_files_and_a_changed_one_others(root, tmp_path):
     def written(name, **changes):
         data.write(prepared(**changes), tmp_path / name)
-        return [(tmp_path / name / file).read_bytes() for file in data.FILES]
+        return [(tmp_path / name / file).read_bytes() for file in (data.TENSORS, data.MANIFEST)]
 
     first = written("a")
     assert written("b") == first

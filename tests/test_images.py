@@ -181,7 +181,7 @@ def test_splits_are_rows_of_the_published_parts():
 def test_the_same_settings_give_the_same_images_and_another_seed_others(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         data.write(images(seed=seed), tmp_path / name)
-    for file in (data.FILES[0], data.OUTLIERS):
+    for file in (data.TENSORS, data.OUTLIERS):
         a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
         assert a == b
         assert (a == c) == (file == data.OUTLIERS)

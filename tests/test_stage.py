@@ -64,13 +64,13 @@ def test_a_stage_by_hand_has_its_checkpoints_in_the_checkout(tmp_path, monkeypat
     (tmp_path / "paper").mkdir()
     monkeypatch.chdir(tmp_path / "paper")
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    assert stage.root() == tmp_path / "paper"
+    assert stage.scratch() == tmp_path / "paper"
     (tmp_path / ".dvc").mkdir()
-    assert stage.root() == stage.checkout() == tmp_path
+    assert stage.scratch() == stage.checkout() == tmp_path
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "paper"))
-    assert stage.root() == tmp_path / "paper"
+    assert stage.scratch() == tmp_path / "paper"
     monkeypatch.setenv("EBM_SCRATCH", str(tmp_path / "trial"))
-    assert stage.root() == tmp_path / "trial"
+    assert stage.scratch() == tmp_path / "trial"
     assert stage.checkout() == tmp_path / "paper"
 
 

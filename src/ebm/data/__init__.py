@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 GREYS = "train_greys"
-FILES = ("splits.safetensors", "manifest.json")
+TENSORS = "splits.safetensors"
+MANIFEST = "manifest.json"
 OUTLIERS = "outliers.safetensors"
 TRANSFORM = "transform.json"
 
@@ -128,15 +129,15 @@ def prepare(settings: Dataset) -> Prepared:
 
 def write(prepared: Prepared, folder: Path) -> None:
     """Write the files into `folder`, the checksums of the tensors into the manifest."""
-    payloads, outliers = {FILES[0]: save(prepared.tensors)}, prepared.outliers()
-    manifest = prepared.manifest | {"sha256": hashlib.sha256(payloads[FILES[0]]).hexdigest()}
+    payloads, outliers = {TENSORS: save(prepared.tensors)}, prepared.outliers()
+    manifest = prepared.manifest | {"sha256": hashlib.sha256(payloads[TENSORS]).hexdigest()}
     if outliers:
         payloads[OUTLIERS] = save(outliers)
         manifest["outliers_sha256"] = hashlib.sha256(payloads[OUTLIERS]).hexdigest()
     if transform := prepared.transform():
         payloads[TRANSFORM] = (json.dumps(transform, indent=2) + "\n").encode()
         manifest["transform_sha256"] = hashlib.sha256(payloads[TRANSFORM]).hexdigest()
-    payloads[FILES[1]] = (json.dumps(manifest, indent=2) + "\n").encode()
+    payloads[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, payload in payloads.items():
@@ -149,15 +150,15 @@ def read(folder: Path) -> Prepared:
     """Read a prepared folder, its outliers and transform when they are asked for; raises EBMError
     if a file is missing, damaged or not the one described."""
     try:
-        manifest = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected, outliers = manifest["sha256"], manifest.get("outliers_sha256")
         transform = manifest.get("transform_sha256")
     except OSError as error:
         raise EBMError(f"{error.filename}: {error.strerror}; {_advice(folder)}") from None
     except (ValueError, KeyError, TypeError):
-        raise EBMError(f"{folder / FILES[1]}: not a manifest; {_advice(folder)}") from None
+        raise EBMError(f"{folder / MANIFEST}: not a manifest; {_advice(folder)}") from None
     return Prepared(
-        _tensors(folder / FILES[0], expected),
+        _tensors(folder / TENSORS, expected),
         manifest,
         partial(_tensors, folder / OUTLIERS, outliers) if outliers else dict,
         lambda: json.loads(_checked(folder / TRANSFORM, transform)) if transform else None,
