@@ -4,8 +4,9 @@ import logging
 import math
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from functools import cache, cached_property
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from ebm import parallel
 from ebm.recorded import CompiledGradient, Objective
 
 log = logging.getLogger(__name__)
+
+N = TypeVar("N", bound=nn.Module)
 
 
 class EBM(nn.Module):
@@ -129,6 +132,17 @@ class EBM(nn.Module):
         return super()._apply(*args, **kwargs)
 
 
+class Generative(EBM):
+    """One that draws as a network G does of z ~ N(0, I)."""
+
+    generator: nn.Module
+    latent: int
+
+    def _prior(self, n: int) -> Tensor:
+        """n latents z [n, latent]."""
+        return standard_normal(self.generator, n, self.latent)
+
+
 def descend(optimizer: Optimizer, loss: Tensor, clip: float = math.inf) -> Tensor:
     """One step of `optimizer` down the gradient of `loss`, averaged over all processes and cut to
     the norm `clip`; returns the norm before the cut. No other parameter gets a gradient."""
@@ -188,11 +202,20 @@ def multiplies_bfloat16(device: str) -> bool:
     return able
 
 
-def update_average(average: nn.Module, current: nn.Module, decay: float) -> None:
-    """Exponential moving average: average <- decay * average + (1 - decay) * current. Buffers are
-    copied, but for those of parametrizations, which belong to the weights they were made of."""
-    with torch.no_grad():
-        torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
-        for (name, kept), buffer in zip(average.named_buffers(), current.buffers(), strict=True):
-            if ".parametrizations." not in name:
-                kept.copy_(buffer)
+def average_of(network: N, decay: float) -> N | None:
+    """Where a moving average of `network` begins: a copy that needs no gradient; None where the
+    `decay` is 0 and there is to be none."""
+    return deepcopy(network).requires_grad_(False) if decay else None
+
+
+@torch.no_grad()
+def update_average(average: nn.Module | None, current: nn.Module, decay: float) -> None:
+    """Exponential moving average, if there is one: average <- decay * average + (1 - decay) *
+    current. Buffers are copied, but for those of parametrizations, which belong to the weights
+    they were made of."""
+    if average is None:
+        return
+    torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
+    for (name, kept), buffer in zip(average.named_buffers(), current.buffers(), strict=True):
+        if ".parametrizations." not in name:
+            kept.copy_(buffer)

@@ -32,7 +32,6 @@ by chance); `gradient_norm` of D's step and `generator_gradient_norm` of G's and
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +39,10 @@ from torch.nn.functional import softplus
 from torch.optim import Adam, Optimizer
 
 from ebm import networks
-from ebm.variants.base import EBM, descend, parameters_of, standard_normal, update_average
+from ebm.variants.base import Generative, average_of, descend, parameters_of, update_average
 
 
-class BiGAN(EBM):
+class BiGAN(Generative):
     """BiGAN over points of `shape`; settings as in `bigan_config.Model`."""
 
     def __init__(
@@ -65,7 +64,7 @@ class BiGAN(EBM):
         self.encoder = networks.encoder(network, shape, encoder, latent)
         self.generator = networks.decoder(network, latent, shape, generator)
         self.discriminator = networks.Joint(network, shape, latent, discriminator)
-        self.average = deepcopy(self._current()).requires_grad_(False) if ema else None
+        self.average = average_of(self._current(), ema)
         self.to(memory_format=torch.channels_last)
         self.discriminator_learning_rate, self.betas = discriminator_learning_rate, betas
         self.generator_learning_rate = generator_learning_rate
@@ -91,8 +90,7 @@ class BiGAN(EBM):
         code, fake = self.encoder(x), self.generator(z)
         logs = self._discriminator_step(x, code.detach(), fake.detach(), z)
         logs |= self._generator_step(x, code, fake, z)
-        if self.average is not None:
-            update_average(self.average, self._current(), self.ema)
+        update_average(self.average, self._current(), self.ema)
         return logs
 
     def _discriminator_step(
@@ -128,9 +126,6 @@ class BiGAN(EBM):
     def _current(self) -> nn.ModuleList:
         """Encoder, generator and discriminator as they are trained."""
         return nn.ModuleList([self.encoder, self.generator, self.discriminator])
-
-    def _prior(self, n: int) -> Tensor:
-        return standard_normal(self.generator, n, self.latent)
 
 
 def cross_entropy(ones: Tensor, zeros: Tensor) -> Tensor:

@@ -47,7 +47,6 @@ chains of the batch have lived; `reset_share`, the share of them that was starte
 
 import math
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -74,7 +73,7 @@ from ebm.samplers import (
     trace,
     value_and_gradient,
 )
-from ebm.variants.base import EBM, autocast, descend, update_average
+from ebm.variants.base import EBM, autocast, average_of, descend, update_average
 
 NEIGHBOURS = 100
 """So many points of the buffer stand in for the model where its entropy is estimated."""
@@ -137,7 +136,7 @@ class IGEBM(EBM):
             raise EBMError("model.augment: only images can be augmented; set it to 0")
         if spectral_norm:
             normalise_spectrally(self.network)
-        self.average = deepcopy(self.network).requires_grad_(False) if ema else None
+        self.average = average_of(self.network, ema)
         self.register_buffer("replay", torch.zeros(buffer, *shape))
         self.register_buffer("replay_label", torch.zeros(buffer, dtype=torch.long))
         self.register_buffer("replay_age", torch.zeros(buffer, dtype=torch.long))

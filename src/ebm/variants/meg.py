@@ -28,7 +28,6 @@ mean |grad E|^2 at data; `information`, the bound I_JSD (at most 0; -2 log 2 = n
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
 from functools import partial
 
 import torch
@@ -40,19 +39,13 @@ from ebm.networks import Joint, Network, decoder, encoder
 from ebm.parallel import parts, shuffled
 from ebm.recorded import Loss
 from ebm.samplers import MALA, State, run
-from ebm.variants.base import (
-    EBM,
-    autocast,
-    parameters_of,
-    standard_normal,
-    update_average,
-)
+from ebm.variants.base import Generative, autocast, average_of, parameters_of, update_average
 
 SLICE = 4096
 """So many points are generated at once."""
 
 
-class MEG(EBM):
+class MEG(Generative):
     """MEG over points of `shape`; settings as in `meg_config.Model`."""
 
     def __init__(
@@ -82,10 +75,8 @@ class MEG(EBM):
         self.energy_network = encoder(network, shape, energy, 1)
         self.generator = decoder(network, latent, shape, generator)
         self.statistics = Joint(network, shape, latent, statistics)
-        self.average = deepcopy(self.generator).requires_grad_(False) if ema else None
-        self.energy_average = (
-            deepcopy(self.energy_network).requires_grad_(False) if energy_ema else None
-        )
+        self.average = average_of(self.generator, ema)
+        self.energy_average = average_of(self.energy_network, energy_ema)
         self.energy_learning_rate, self.betas = energy_learning_rate, betas
         self.generator_learning_rate = generator_learning_rate
 
@@ -109,8 +100,7 @@ class MEG(EBM):
     def _energy_step(self, data: Tensor) -> dict[str, Tensor]:
         z = self._prior(len(data))
         norm, logs = self.minimise("energy", self._energy_loss, data, z)
-        if self.energy_average is not None:
-            update_average(self.energy_average, self.energy_network, self.energy_ema)
+        update_average(self.energy_average, self.energy_network, self.energy_ema)
         return logs | {"gradient_norm": norm}
 
     def _energy_loss(self, data: Tensor, z: Tensor) -> Loss:
@@ -129,8 +119,7 @@ class MEG(EBM):
     def _generator_step(self, n: int) -> dict[str, Tensor]:
         z = self._prior(n)
         norm, logs = self.minimise("generator", self._generator_loss, z, shuffled(z))
-        if self.average is not None:
-            update_average(self.average, self.generator, self.ema)
+        update_average(self.average, self.generator, self.ema)
         return logs | {"generator_gradient_norm": norm}
 
     def _generator_loss(self, z: Tensor, other: Tensor) -> Loss:
@@ -179,6 +168,3 @@ class MEG(EBM):
     def _generated(self, z: Tensor) -> Tensor:
         """G(z), a slice of z at a time."""
         return torch.cat([self.generate(part) for part in z.split(SLICE)])
-
-    def _prior(self, n: int) -> Tensor:
-        return standard_normal(self.generator, n, self.latent)

@@ -31,7 +31,6 @@ the mean |grad E| at x^, and `penalty`, the mean (|grad E| - 1)^2 there; `gradie
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
 from functools import partial
 
 import torch
@@ -42,10 +41,10 @@ from ebm.networks import Network, decoder, encoder
 from ebm.parallel import parts
 from ebm.recorded import Loss
 from ebm.samplers import by_row
-from ebm.variants.base import EBM, autocast, standard_normal, update_average
+from ebm.variants.base import Generative, autocast, average_of, update_average
 
 
-class WGANGP(EBM):
+class WGANGP(Generative):
     """WGAN-GP over points of `shape`; settings as in `wgan_gp_config.Model`."""
 
     def __init__(
@@ -70,7 +69,7 @@ class WGANGP(EBM):
         self.gradient_penalty, self.precision = gradient_penalty, getattr(torch, precision)
         self.energy_network = encoder(network, shape, energy, 1)
         self.generator = decoder(network, latent, shape, generator)
-        self.average = deepcopy(self.generator).requires_grad_(False) if ema else None
+        self.average = average_of(self.generator, ema)
         self.to(memory_format=torch.channels_last)
         self.energy_learning_rate, self.betas = energy_learning_rate, betas
         self.generator_learning_rate = generator_learning_rate
@@ -119,8 +118,7 @@ class WGANGP(EBM):
 
     def _generator_step(self, n: int) -> dict[str, Tensor]:
         norm, logs = self.minimise("generator", self._generator_loss, self._prior(n))
-        if self.average is not None:
-            update_average(self.average, self.generator, self.ema)
+        update_average(self.average, self.generator, self.ema)
         return logs | {"generator_gradient_norm": norm}
 
     def _generator_loss(self, z: Tensor) -> Loss:
@@ -133,9 +131,6 @@ class WGANGP(EBM):
     def sample(self, n: int) -> dict[str, Tensor]:
         """`samples` G(z) [n, *]."""
         return {"samples": (self.average or self.generator)(self._prior(n))}
-
-    def _prior(self, n: int) -> Tensor:
-        return standard_normal(self.generator, n, self.latent)
 
 
 def between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
