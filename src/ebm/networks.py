@@ -121,7 +121,7 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Channels, height and breadth of [H, W] or [C, H, W]; EBMError for what is no image."""
     if len(shape) not in (2, 3):
         raise EBMError(f"network 'conv' does not fit points of shape {shape}; use 'mlp'")
-    channels, height, breadth = (1, *shape) if len(shape) == 2 else shape
+    channels, height, breadth = (1, *shape)[-3:]
     return channels, height, breadth
 
 
@@ -239,9 +239,8 @@ def scalar(
     depth = sizes["depth"]
     if len(shape) < 2 or min(shape[-2:]) >> depth == 0:
         raise EBMError(f"network {kind!r} of depth {depth} does not fit points of shape {shape}")
-    channels, height, breadth = (1, *shape) if len(shape) == 2 else shape
     make = {"conv": scalar_conv, "strided": scalar_strided, "resnet": scalar_resnet}[kind]
-    return make((channels, height, breadth), classes=classes, outputs=outputs, **sizes)
+    return make(image_shape(shape), classes=classes, outputs=outputs, **sizes)
 
 
 def scalar_mlp(dimensions: int, width: int, depth: int, classes: int, outputs: int = 1) -> Scalar:

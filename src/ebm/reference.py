@@ -63,10 +63,10 @@ class Classifier(Network):
 
     def __init__(self, shape: tuple[int, ...], classes: int, width: int) -> None:
         super().__init__()
-        *colours, height, side = shape
+        channels, height, side = (1, *shape)[-3:]
         last = 4 * width * -(-height // 4) * -(-side // 4)
         self.body = nn.Sequential(
-            *_convolution(colours[0] if colours else 1, width, 1),
+            *_convolution(channels, width, 1),
             *_convolution(width, 2 * width, 2),
             *_convolution(2 * width, 4 * width, 2),
             nn.Flatten(),
