@@ -26,8 +26,8 @@ from torch.optim import Adam, Optimizer
 
 from benchmarks.timing import Chain, Machine, bfloat16, explain, measure, race
 from ebm.ensemble import Ensemble
-from ebm.networks import Network
-from ebm.variants.base import descend, parameters_of
+from ebm.networks import Kind
+from ebm.variants.base import descend, moved_by, parameters_of
 from ebm.variants.meg import MEG
 
 RATE, BETAS = 1e-4, (0.5, 0.9)  # Kumar et al. (2019)
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
     title: str
     shape: tuple[int, ...]
-    network: Network
+    network: Kind
     energy: list[int]
     generator: list[int]
     statistics: list[int]
@@ -341,8 +341,7 @@ def observed(
     gradients: list[Tensor] = []
 
     def note(optimizer: Optimizer, *_: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients.extend(p.grad.flatten().clone() for p in parameters)
+        gradients.extend(p.grad.flatten().clone() for p in moved_by(optimizer))
 
     hooks = [optimizer.register_step_pre_hook(note) for optimizer in optimizers]
     torch.manual_seed(1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebm import EBMError, data
-from ebm.data import redrawn
+from ebm.samplers import draw
 from ebm.schema import CoordinatesReference, DensityData, DigitsData
 
 AS_THEY_ARE = CoordinatesReference(kind="coordinates")
@@ -56,7 +56,7 @@ def test_bits_that_are_drawn_anew_are_those_of_the_greys_and_only_for_training()
 
 def test_bits_drawn_anew_are_on_as_often_as_they_are_bright():
     rows = digits(binarize="none").tensors["train"]
-    draws = torch.stack([redrawn(rows) for _ in range(100)])
+    draws = torch.stack([draw(rows) for _ in range(100)])
     assert draws.unique().tolist() == [0, 1]
     assert not torch.equal(draws[0], draws[1])
     deviation = (draws.mean(0) - rows) / (rows * (1 - rows) / 100).sqrt().clamp(min=1e-9)

@@ -14,7 +14,7 @@ from torch import nn
 from ebm import EBMError, recorded, variants
 from ebm.densities import DENSITIES
 from ebm.networks import normalise_spectrally, scalar
-from ebm.recorded import CompiledGradient, trace
+from ebm.recorded import CompiledGradient, graph_of
 from ebm.samplers import HMC, MALA, Langevin, Recorded, run, value_and_gradient
 from tests.test_train import MODELS
 
@@ -150,7 +150,7 @@ def test_a_replay_leaves_points_and_parameters_alone():
 
 
 def test_nothing_but_arithmetic_is_left_in_the_graph():
-    module, constants = trace(scalar("mlp", (2,), 0, width=8, depth=1), torch.randn(4, 2))
+    module, constants = graph_of(scalar("mlp", (2,), 0, width=8, depth=1), torch.randn(4, 2))
     names = {str(node.target) for node in module.graph.nodes if node.op == "call_function"}
     assert not names & {"aten.detach.default", "aten.alias.default", "aten.t.default"}
     assert not any(node.op == "get_attr" for node in module.graph.nodes)

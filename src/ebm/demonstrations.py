@@ -31,7 +31,7 @@ def demonstrate(
     caption = "The upper half is given, the rest begins as noise and follows p(rest | given)."
     draw("completion", "Completion", caption, _strips(x, frames, steps))
     noisy = (x + NOISE * torch.randn_like(x)).clamp(*model.bounds)
-    frames = tasks.denoise(model, noisy, y, steps)
+    frames = tasks.relax(model, noisy, y, steps)
     caption = f"Test images with Gaussian noise of standard deviation {NOISE}, then their chains."
     draw("denoising", "Denoising", caption, _strips(x, frames, steps))
     if y is not None:
@@ -44,7 +44,7 @@ def _demonstrate_classes(
     target = (y + 1) % model.classes
     words = ", ".join(f"{a} to {b}" for a, b in zip(y.tolist(), target.tolist(), strict=True))
     caption = f"Chains that start at a test image of one class and follow the next one's: {words}."
-    frames = tasks.transfer(model, x, target, steps)
+    frames = tasks.relax(model, x, target, steps)
     draw("transfer", "From class to class", caption, _strips(x, frames, steps))
     words = ", ".join(f"{a} and {b}" for a, b in zip(y.tolist(), target.tolist(), strict=True))
     caption = f"From noise down the sum of the energies of two classes, row by row: {words}."

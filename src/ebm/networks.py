@@ -24,11 +24,11 @@ def mlp(sizes: Sequence[int], activation: nn.Module) -> nn.Sequential:
 KERNEL, STRIDE, PADDING = 5, 2, 2
 """Of every convolution in an `encoder` and a `decoder`."""
 
-Network = Literal["mlp", "conv"]
+Kind = Literal["mlp", "conv"]
 
 
 def encoder(
-    kind: Network, shape: tuple[int, ...], widths: Sequence[int], outputs: int
+    kind: Kind, shape: tuple[int, ...], widths: Sequence[int], outputs: int
 ) -> nn.Sequential:
     """Points [B, *shape] to [B, outputs]: hidden layers of `widths`, or convolutions of stride 2
     with so many channels; leaky rectifiers; images ([H, W] or [C, H, W] in [0, 1]) are mapped to
@@ -51,7 +51,7 @@ def _rectified(layers: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def decoder(
-    kind: Network, latent: int, shape: tuple[int, ...], widths: Sequence[int]
+    kind: Kind, latent: int, shape: tuple[int, ...], widths: Sequence[int]
 ) -> nn.Sequential:
     """Latents [B, latent] to points [B, *shape]: hidden layers of `widths`, or transposed
     convolutions of stride 2 from so many channels, each normalised over the batch; rectifiers;
@@ -97,7 +97,7 @@ class Joint(nn.Module):
     """
 
     def __init__(
-        self, kind: Network, shape: tuple[int, ...], latent: int, widths: Sequence[int]
+        self, kind: Kind, shape: tuple[int, ...], latent: int, widths: Sequence[int]
     ) -> None:
         super().__init__()
         conv = kind == "conv"

@@ -50,7 +50,7 @@ def record(
     not its own, as dropout and spectral normalisation do in training, or exchanges something with
     other processes; and at the first call, where TorchInductor cannot compile it.
     """
-    module, constants = trace(function, *inputs, writes=writes)
+    module, constants = graph_of(function, *inputs, writes=writes)
     return partial(_compiled(module) if compile else module.forward, *constants)
 
 
@@ -114,7 +114,7 @@ def _compiled(module: fx.GraphModule) -> Callable[..., Any]:
     return call
 
 
-def trace(
+def graph_of(
     function: Callable[..., Any], *inputs: Tensor, writes: bool = False
 ) -> tuple[fx.GraphModule, list[Tensor]]:
     """A function of constants and inputs that does what `function` does with the inputs, and those

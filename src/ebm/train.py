@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ebm import EBMError, parallel, seeds
 from ebm.checkpoint import Checkpoints
-from ebm.data import redrawn, unit
+from ebm.data import unit
+from ebm.samplers import draw
 from ebm.variants.base import EBM
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def fit(
             rows = parallel.mine(batches(progress.step, progress.restarts))
             y = None if labels is None else labels[rows]
             with parallel.same_draws():
-                x = unit(data[rows]) if greys is None else redrawn(greys[rows])
+                x = unit(data[rows]) if greys is None else draw(unit(greys[rows]))
                 window.append(model.training_step(x, y))
             if len(window) == 1:
                 watch.check(window[0])

@@ -77,12 +77,6 @@ def unit(x: Tensor) -> Tensor:
     return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
-def redrawn(x: Tensor) -> Tensor:
-    """Bits that are on with the probability that is the stored grey value, drawn anew."""
-    p = unit(x)
-    return (torch.rand_like(p) < p).to(p.dtype)
-
-
 def first_grey(x: Tensor) -> int | None:
     """The first of the points [N, *] that has values other than 0 and 1, if one has."""
     grey = ((x != 0) & (x != 1)).flatten(1).any(1)

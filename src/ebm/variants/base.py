@@ -38,8 +38,8 @@ class EBM(nn.Module):
 
     @property
     def fused(self) -> bool | None:
-        """Of optimisers: all parameters in one operation where training is compiled, else what
-        PyTorch prefers."""
+        """Of optimisers, those of flows and of energies told from noise aside, which always do so:
+        all parameters in one operation where training is compiled, else what PyTorch prefers."""
         return self.compiled or None
 
     sharded: tuple[str, ...] = ()

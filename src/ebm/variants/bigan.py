@@ -48,7 +48,7 @@ class BiGAN(Generative):
     def __init__(
         self,
         shape: tuple[int, ...],
-        network: networks.Network,
+        network: networks.Kind,
         encoder: Sequence[int],
         generator: Sequence[int],
         discriminator: Sequence[int],

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.optim import Adam, Optimizer
 
-from ebm.networks import Joint, Network, decoder, encoder
+from ebm.networks import Joint, Kind, decoder, encoder
 from ebm.parallel import parts, shuffled
 from ebm.recorded import Loss
 from ebm.samplers import MALA, State, run
@@ -51,7 +51,7 @@ class MEG(Generative):
     def __init__(
         self,
         shape: tuple[int, ...],
-        network: Network,
+        network: Kind,
         energy: Sequence[int],
         generator: Sequence[int],
         statistics: Sequence[int],

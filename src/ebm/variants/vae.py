@@ -47,7 +47,7 @@ class VAE(EBM):
     def __init__(
         self,
         shape: tuple[int, ...],
-        network: networks.Network,
+        network: networks.Kind,
         encoder: Sequence[int],
         decoder: Sequence[int],
         latent: int,

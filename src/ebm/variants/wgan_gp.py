@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from ebm.networks import Network, decoder, encoder
+from ebm.networks import Kind, decoder, encoder
 from ebm.parallel import parts
 from ebm.recorded import Loss
 from ebm.samplers import by_row
@@ -50,7 +50,7 @@ class WGANGP(Generative):
     def __init__(
         self,
         shape: tuple[int, ...],
-        network: Network,
+        network: Kind,
         energy: Sequence[int],
         generator: Sequence[int],
         latent: int,
