@@ -58,7 +58,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ebm import EBMError, metrics
@@ -66,7 +65,7 @@ from ebm.data import Prepared
 from ebm.evaluation.density import evaluate_density
 from ebm.evaluation.images import evaluate_images
 from ebm.evaluation.novelty import evaluate_novelty
-from ebm.evaluation.result import Evaluation
+from ebm.evaluation.result import Case, Evaluation
 from ebm.evaluation.scores import energies
 from ebm.evaluation.stacked import evaluate_stacked
 from ebm.evaluation.tables import evaluate_table
@@ -75,7 +74,7 @@ from ebm.variants.base import EBM
 
 __all__ = ["Evaluation", "evaluate"]
 
-EVALUATORS: dict[str, Callable[..., Evaluation]] = {
+EVALUATORS: dict[str, Callable[[Case], Evaluation]] = {
     "density": evaluate_density,
     "digits": evaluate_images,
     "folder": evaluate_images,
@@ -101,13 +100,13 @@ def evaluate(
 ) -> Evaluation:
     """All that can be said of `model` and its `samples`, on the device where they lie, as does the
     network of `reference`."""
-    evaluator = EVALUATORS[prepared.manifest["settings"]["kind"]]
-    if evaluator is not evaluate_table:
-        _check_finite(samples)
-    result = evaluator(model, samples, prepared, reference, settings)
-    if evaluator is not evaluate_table:
-        share = settings.get("flagged") or FLAGGED
-        _set_usual_threshold(result, model, prepared, share, samples["samples"].device)
+    case = Case(model, samples, prepared, reference, settings)
+    evaluator = EVALUATORS[case.about["kind"]]
+    if evaluator is evaluate_table:
+        return evaluate_table(case)
+    _check_finite(samples)
+    result = evaluator(case)
+    _set_usual_threshold(result, case)
     return result
 
 
@@ -122,11 +121,9 @@ def _check_finite(samples: dict[str, Tensor]) -> None:
                 raise EBMError(f"{where}; lower the step size of their chains, or train anew")
 
 
-def _set_usual_threshold(
-    result: Evaluation, model: EBM, prepared: Prepared, share: float, device: torch.device
-) -> None:
-    """The energy from which on a point is unusual, as this `share` of the validation split is."""
-    usual = energies(model, prepared.tensors["validation"].to(device))
-    threshold = metrics.share_threshold(usual, share)
+def _set_usual_threshold(result: Evaluation, case: Case) -> None:
+    """The energy from which on a point is unusual, as a share of the validation split is."""
+    usual = energies(case.model, case.prepared.tensors["validation"].to(case.device))
+    threshold = metrics.share_threshold(usual, case.settings.get("flagged") or FLAGGED)
     if math.isfinite(threshold):
         result.thresholds["energy"] = threshold

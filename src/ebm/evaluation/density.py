@@ -8,13 +8,11 @@ from torch import Tensor
 
 from ebm import EBMError, figures, metrics
 from ebm.contrastive import Contrasted
-from ebm.data import Prepared
 from ebm.densities import EXTENT, GaussianMixture
 from ebm.evaluation.contrast import measure_classes, measure_contrast
-from ebm.evaluation.result import Evaluation
+from ebm.evaluation.result import Case, Evaluation
 from ebm.evaluation.scores import variant
 from ebm.flows import Density
-from ebm.reference import Reference
 from ebm.variants.base import EBM
 
 RADIUS = 4.0
@@ -28,31 +26,24 @@ BEFORE = {
 it is draws of a generator."""
 
 
-def evaluate_density(
-    model: EBM,
-    samples: dict[str, Tensor],
-    prepared: Prepared,
-    reference: Reference,
-    settings: dict[str, Any],
-) -> Evaluation:
+def evaluate_density(case: Case) -> Evaluation:
     """Coverage, quality and distance of the samples; the learned density on a grid."""
     result = Evaluation()
-    test = prepared.points("test").to(samples["samples"].device)
-    if prepared.density is None:
+    test = case.points("test")
+    if case.prepared.density is None:
         raise EBMError("datasets.density: missing; expected the name of a density")
-    density = prepared.density.to(test.device)
-    drawn = samples["samples"]
-    result.metrics |= sample_scores(drawn, test, density)
-    if "generator" in samples:
-        before = sample_scores(samples["generator"], test, density)
+    density = case.prepared.density.to(case.device)
+    result.metrics |= sample_scores(case.drawn, test, density)
+    if "generator" in case.samples:
+        before = sample_scores(case.samples["generator"], test, density)
         before.pop("modes_total", None)
-        result.metrics |= {f"{name}_generator": value for name, value in before.items()}
-    if isinstance(model, Contrasted):
-        measure_classes(result, model, prepared)
-    if len(samples.get("acceptance", ())):
-        result.metrics["acceptance"] = samples["acceptance"].mean().item()
-    _refer_to_true_draws(result, prepared, density, len(drawn))
-    _grid_scores(result, model, samples, test, density, settings["grid"])
+        result.add(before, "_generator")
+    if isinstance(case.model, Contrasted):
+        measure_classes(result, case.model, case.prepared)
+    if len(case.samples.get("acceptance", ())):
+        result.metrics["acceptance"] = case.samples["acceptance"].mean().item()
+    _refer_to_true_draws(result, case, test, density)
+    _grid_scores(result, case, test, density)
     return result
 
 
@@ -74,27 +65,21 @@ def sample_scores(x: Tensor, test: Tensor, density: GaussianMixture) -> dict[str
 
 
 def _refer_to_true_draws(
-    result: Evaluation, prepared: Prepared, density: GaussianMixture, n: int
+    result: Evaluation, case: Case, test: Tensor, density: GaussianMixture
 ) -> None:
     """The same scores of as many points of the training split: what exact sampling gets."""
-    exact = prepared.points("train")[:n].to(density.means.device)
-    scores = sample_scores(exact, prepared.points("test").to(density.means.device), density)
+    exact = case.points("train", len(case.drawn))
+    scores = sample_scores(exact, test, density)
     source = f"{len(exact)} exact draws of the density, scored alike"
     for name in sorted(scores.keys() - {"modes_total"}):
         kind = "floor" if name in ("mode_kl", "frechet_distance") else "ceiling"
         result.refer(name, scores[name], kind, source)
 
 
-def _grid_scores(
-    result: Evaluation,
-    model: EBM,
-    samples: dict[str, Tensor],
-    test: Tensor,
-    density: GaussianMixture,
-    cells: int,
-) -> None:
+def _grid_scores(result: Evaluation, case: Case, test: Tensor, density: GaussianMixture) -> None:
     """Integrate exp(-E) over the square: the learned density as a density, beside the true one."""
-    grid = metrics.cell_centres(*EXTENT, cells).to(test.device)
+    model = case.model
+    grid = metrics.cell_centres(*EXTENT, case.settings["grid"]).to(case.device)
     true = metrics.in_batches(density.log_prob, grid, 4096)
     true_test = metrics.in_batches(density.log_prob, test.double(), 4096)
     scores, learned = density_scores(model, grid, test, true, true_test)
@@ -106,20 +91,18 @@ def _grid_scores(
     if isinstance(model, Contrasted):
         result.refer("log_partition", 0.0, "exact", "the model's own constant is right")
         scores, of_noise = density_scores(model.noise, grid, test, true, true_test)
-        result.metrics |= {f"{name}_generator": value for name, value in scores.items()}
+        result.add(scores, "_generator")
         measure_contrast(result, model, density, _square(of_noise), grid)
-    _draw_panels(result, model, samples, _square(true), _square(learned))
+    _draw_panels(result, case, _square(true), _square(learned))
 
 
-def _draw_panels(
-    result: Evaluation, model: EBM, samples: dict[str, Tensor], true: Any, learned: Any
-) -> None:
+def _draw_panels(result: Evaluation, case: Case, true: Any, learned: Any) -> None:
     """Both densities beside the samples, and beside what their chains began with."""
-    points = {"Samples": samples["samples"]}
+    model, points = case.model, {"Samples": case.drawn}
     shown = "and samples."
-    if "generator" in samples:
+    if "generator" in case.samples:
         title, draws = BEFORE.get(variant(model), ("Generator, before MCMC", "the generator"))
-        points = {title: samples["generator"], "After MCMC": samples["samples"]}
+        points = {title: case.samples["generator"], "After MCMC": case.drawn}
         shown = f"draws of {draws}, and samples: Markov chains that began with such draws."
     if isinstance(model, Contrasted) and model.defence:
         shown += f" {model.defence:.0%} of what chains start at is of a broad Gaussian instead."

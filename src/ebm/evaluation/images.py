@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ebm import EBMError, figures, metrics
 from ebm.contrastive import Contrasted
-from ebm.data import Prepared
 from ebm.demonstrations import animate, demonstrate
 from ebm.evaluation.contrast import measure_classes, measure_constant
 from ebm.evaluation.published import MNIST_BINARY, refer_to_published
-from ebm.evaluation.result import Evaluation
+from ebm.evaluation.result import Case, Evaluation
 from ebm.outliers import outlier_sets
 from ebm.reference import KEPT, Reference
 from ebm.schema import FEWEST_DRAWN
@@ -26,67 +25,77 @@ ENERGIES = 2000
 whole: the published test images are not in random order."""
 
 
-def evaluate_images(
-    model: EBM,
-    samples: dict[str, Tensor],
-    prepared: Prepared,
-    reference: Reference,
-    settings: dict[str, Any],
-) -> Evaluation:
+def evaluate_images(case: Case) -> Evaluation:
     """Likelihood where log Z can be estimated, distances of the samples where the model draws any,
     anomalies and pictures."""
     result = Evaluation()
-    drawn = samples["samples"]
-    draws, measured = len(drawn) > 0, samples
-    asked, known = samples.get("labels"), prepared.labels("test")
-    if asked is not None and known is not None:
-        known = known.to(drawn.device)
-        measured = samples | {"samples": drawn[in_shares(asked, known)]}
-    if draws:
-        enough(measured["samples"], " in the shares of the classes" if "labels" in samples else "")
-    train, test = (prepared.points(split).to(drawn.device) for split in ("train", "test"))
-    _likelihood(result, model, train, test, settings)
-    about = prepared.manifest["settings"]
-    if about.get("name") == "mnist" and about.get("binarize") in ("sample", "dynamic"):
-        refer_to_published(result, model, MNIST_BINARY)
-    _bits(result, model, train, test)
-    if isinstance(model, Contrasted):
-        _bits(result, model.noise, train, test, "_generator")
-        measure_classes(result, model, prepared)
-        measure_constant(result, model)
-    sets = {"train": train[:ENERGIES], "test": test}
-    if draws:
-        measure_samples(result, measured, train, test, reference)
-        sets["samples"] = measured["samples"][:ENERGIES]
-    if asked is not None and known is not None:
-        _conditional_accuracy(result, drawn, asked, test, known, reference)
-    outliers = outlier_sets(prepared, ENERGIES, about["seed"])
-    sets |= {name: images.to(drawn.device) for name, images in outliers.items()}
-    energies = {k: metrics.in_batches(model.energy, x, 256) for k, x in sets.items()}
-    _anomalies(result, energies["test"], {name: energies[name] for name in outliers})
-    if draws:
-        _draw_samples(result, samples)
-    caption = "What the samples should look like." if draws else "What is held for usual."
-    result.draw("data", "Test images", caption, _grid(test[:64], 16))
-    _draw_chains(result, model, samples)
-    steps = settings.get("steps")
-    if steps and isinstance(model, Chained):
-        classes = prepared.labels("test") if model.classes else None
-        demonstrate(model, test, classes, steps, result.draw)
-    picture = figures.energy_histogram({k: e.cpu().numpy() for k, e in energies.items()})
-    caption = (
-        "The lower, the more likely. What lies beyond the frame counts in its outermost bins."
-    )
-    result.draw("energies", "Energies", caption, picture)
+    train, test = case.points("train"), case.points("test")
+    energies = _measure(result, case, train, test)
+    _draw(result, case, test)
+    draw_energies(result, energies)
     return result
 
 
-def _likelihood(
-    result: Evaluation, model: EBM, train: Tensor, test: Tensor, settings: dict[str, Any]
-) -> None:
+def _measure(result: Evaluation, case: Case, train: Tensor, test: Tensor) -> dict[str, Tensor]:
+    """All numbers; by name the energies [N] of the sets of images that they tell of."""
+    model, samples = case.model, _in_shares_of_test(case)
+    drawn = samples["samples"]
+    if draws := len(case.drawn) > 0:
+        enough(drawn, " in the shares of the classes" if "labels" in samples else "")
+    _likelihood(result, case, train, test)
+    _bits(result, model, train, test)
+    if isinstance(model, Contrasted):
+        _bits(result, model.noise, train, test, "_generator")
+        measure_classes(result, model, case.prepared)
+        measure_constant(result, model)
+    sets = {"train": train[:ENERGIES], "test": test}
+    if draws:
+        measure_samples(result, samples, train, test, case.reference)
+        sets["samples"] = drawn[:ENERGIES]
+        _conditional_accuracy(result, case, test)
+    outliers = outlier_sets(case.prepared, ENERGIES, case.about["seed"])
+    sets |= {name: images.to(case.device) for name, images in outliers.items()}
+    energies = {k: metrics.in_batches(model.energy, x, 256) for k, x in sets.items()}
+    _anomalies(result, energies["test"], {name: energies[name] for name in outliers})
+    return energies
+
+
+def _in_shares_of_test(case: Case) -> dict[str, Tensor]:
+    """The samples; where classes were asked for, each is as frequent as in the test split."""
+    asked, known = case.samples.get("labels"), case.labels("test")
+    if asked is None or known is None:
+        return case.samples
+    return case.samples | {"samples": case.drawn[in_shares(asked, known)]}
+
+
+def _draw(result: Evaluation, case: Case, test: Tensor) -> None:
+    """Pictures of samples, data and chains, and of what else the model can do."""
+    model, draws = case.model, len(case.drawn) > 0
+    if draws:
+        _draw_samples(result, case.samples)
+    caption = "What the samples should look like." if draws else "What is held for usual."
+    result.draw("data", "Test images", caption, _grid(test[:64], 16))
+    _draw_chains(result, model, case.samples)
+    steps = case.settings.get("steps")
+    if steps and isinstance(model, Chained):
+        classes = case.prepared.labels("test") if model.classes else None
+        demonstrate(model, test, classes, steps, result.draw)
+
+
+def draw_energies(result: Evaluation, energies: dict[str, Tensor]) -> None:
+    """Histograms of the energies [N] of several sets, by name."""
+    caption = (
+        "The lower, the more likely. What lies beyond the frame counts in its outermost bins."
+    )
+    picture = figures.energy_histogram({k: e.cpu().numpy() for k, e in energies.items()})
+    result.draw("energies", "Energies", caption, picture)
+
+
+def _likelihood(result: Evaluation, case: Case, train: Tensor, test: Tensor) -> None:
     """log p = -E - log Z, log Z in the middle of the model's own two estimates, if it has any: one
     that tends to err low, one that tends to err high."""
-    estimates = model.log_partition(train, **settings)
+    model, about = case.model, case.about
+    estimates = model.log_partition(train, **case.settings)
     if estimates is None:
         return
     low, high = (estimate.item() for estimate in estimates)
@@ -104,6 +113,8 @@ def _likelihood(
     independent = torch.distributions.Bernoulli(rate).log_prob(test).flatten(1).sum(1)
     source = "independent pixels, each with its rate in the training split"
     result.refer("log_likelihood", independent.mean().item(), "baseline", source)
+    if about.get("name") == "mnist" and about.get("binarize") in ("sample", "dynamic"):
+        refer_to_published(result, model, MNIST_BINARY)
 
 
 def _bits(result: Evaluation, model: EBM, train: Tensor, test: Tensor, suffix: str = "") -> None:
@@ -148,7 +159,7 @@ def measure_samples(
     if "generator" in samples:
         before = samples["generator"]
         scores = image_scores(before, reference) | class_scores(before, reference)
-        result.metrics |= {f"{name}_generator": value for name, value in scores.items()}
+        result.add(scores, "_generator")
 
 
 def class_scores(x: Tensor, reference: Reference) -> dict[str, float]:
@@ -205,17 +216,13 @@ def in_shares(labels: Tensor, wanted: Tensor) -> Tensor:
     return torch.cat(kept).sort().values
 
 
-def _conditional_accuracy(
-    result: Evaluation,
-    drawn: Tensor,
-    labels: Tensor,
-    test: Tensor,
-    classes: Tensor,
-    reference: Reference,
-) -> None:
+def _conditional_accuracy(result: Evaluation, case: Case, test: Tensor) -> None:
     """Share of the samples in which the classifier sees the class that was asked for, beside that
     of test images of the same classes."""
-    found, real = reference.classify(drawn), reference.classify(test)
+    labels, classes = case.samples.get("labels"), case.labels("test")
+    if labels is None or classes is None:
+        return
+    found, real = case.reference.classify(case.drawn), case.reference.classify(test)
     if found is None or real is None:
         return
     result.metrics["conditional_accuracy"] = (found == labels).double().mean().item()

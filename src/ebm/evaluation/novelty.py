@@ -4,16 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ebm import EBMError, figures, metrics
-from ebm.data import SPLITS, Prepared
+from ebm.data import SPLITS
 from ebm.ensemble import histories
 from ebm.evaluation.published import MNIST_NOVELTY, refer_to_published
-from ebm.evaluation.result import Evaluation
+from ebm.evaluation.result import Case, Evaluation
 from ebm.evaluation.scores import (
     SUFFIXES,
     TITLES,
@@ -22,7 +21,6 @@ from ebm.evaluation.scores import (
     scores,
     summarised,
 )
-from ebm.reference import Reference
 from ebm.variants.base import EBM
 
 TENTH = 0.1
@@ -52,13 +50,7 @@ PROTOCOLS: dict[str, tuple[str, Callable[[Tensor, Tensor], float]]] = {
 precision-recall curve, by protocol."""
 
 
-def evaluate_novelty(
-    model: EBM,
-    samples: dict[str, Tensor],
-    prepared: Prepared,
-    reference: Reference,
-    settings: dict[str, Any],
-) -> Evaluation:
+def evaluate_novelty(case: Case) -> Evaluation:
     """Every class as the anomaly, found by the members that never saw it.
 
     All images of the class are anomalies. Normal are, for `strict`, the test images of the other
@@ -66,11 +58,11 @@ def evaluate_novelty(
     were trained on; `tenth` is `strict` with the anomalies counted as a tenth of all.
     """
     result = Evaluation()
-    without = left_out(model)
+    without = left_out(case.model)
     if not without:
         raise EBMError("ensemble.without: missing; expected for each member a class to leave out")
-    pool = _pool(prepared, samples["samples"].device)
-    members = list(zip(histories(model), without, strict=True))
+    pool = _pool(case)
+    members = list(zip(histories(case.model), without, strict=True))
     digits = sorted(set(without))
     for digit in digits:
         own = [snapshots for snapshots, left in members if left == digit]
@@ -78,20 +70,20 @@ def evaluate_novelty(
         result.metrics |= summarised(found)
         _refer_to_shares(result, pool, digit)
     _means(result, digits)
-    if prepared.manifest["settings"].get("name") == "mnist":
-        refer_to_published(result, model, MNIST_NOVELTY)
+    if case.about.get("name") == "mnist":
+        refer_to_published(result, case.model, MNIST_NOVELTY)
     _draw_digits(result, digits)
     return result
 
 
-def _pool(prepared: Prepared, device: torch.device) -> Pool:
+def _pool(case: Case) -> Pool:
+    stored, device = case.prepared.tensors, case.device
     images, labels = (
-        torch.cat([prepared.tensors[split + end] for split in SPLITS]).to(device)
-        for end in ("", "_labels")
+        torch.cat([stored[split + end] for split in SPLITS]).to(device) for end in ("", "_labels")
     )
     strict, released = torch.zeros(2, len(labels), dtype=torch.bool, device=device)
-    strict[-len(prepared.tensors["test"]) :] = True
-    released[prepared.tensors["released_index"].to(device)] = True
+    strict[-len(stored["test"]) :] = True
+    released[stored["released_index"].to(device)] = True
     return Pool(images, labels, {"released": released, "strict": strict})
 
 

@@ -1,9 +1,51 @@
-"""What an evaluation finds: numbers, what to hold them against, and pictures."""
+"""What an evaluation is of, and what it finds: numbers, what to hold them against, pictures."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ebm.data import Prepared
 from ebm.figures import Drawing
+from ebm.reference import Reference
+from ebm.variants.base import EBM
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trained model and its samples by name, on one device with the network of `reference`; the
+    data, and the settings of the evaluation."""
+
+    model: EBM
+    samples: dict[str, Tensor]
+    prepared: Prepared
+    reference: Reference
+    settings: dict[str, Any]
+
+    @property
+    def drawn(self) -> Tensor:
+        """The samples proper [n, *]."""
+        return self.samples["samples"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples lie."""
+        return self.drawn.device
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The settings that the data were made by."""
+        return self.prepared.manifest["settings"]
+
+    def points(self, split: str, most: int | None = None) -> Tensor:
+        """The points of a split [N, *], or the first of them; on the device."""
+        return self.prepared.points(split, most).to(self.device)
+
+    def labels(self, split: str) -> Tensor | None:
+        """The classes of the points of a split [N], where there are any; on the device."""
+        labels = self.prepared.labels(split)
+        return None if labels is None else labels.to(self.device)
 
 
 @dataclass
@@ -15,6 +57,10 @@ class Evaluation:
     references: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     figures: list[tuple[str, str, str, Drawing]] = field(default_factory=list)
     thresholds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, numbers: dict[str, float], suffix: str) -> None:
+        """Add `numbers` under their names with a `suffix`."""
+        self.metrics |= {name + suffix: value for name, value in numbers.items()}
 
     def refer(self, metric: str, value: float, kind: str, source: str) -> None:
         """Hold `metric` against `value`."""

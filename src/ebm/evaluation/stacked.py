@@ -1,42 +1,31 @@
 """Stacks of images: which of the modes, the tuples of their parts' classes, the samples reach."""
 
-from typing import Any
-
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ebm import EBMError, figures, metrics
-from ebm.data import Prepared
-from ebm.evaluation.images import ENERGIES, described, enough, measure_samples
+from ebm.evaluation.images import ENERGIES, described, draw_energies, enough, measure_samples
 from ebm.evaluation.published import MNIST_STACKED, refer_to_published
-from ebm.evaluation.result import Evaluation
+from ebm.evaluation.result import Case, Evaluation
 from ebm.evaluation.scores import Numbers, energies, evaluating
 from ebm.reference import Reference
-from ebm.variants.base import EBM
 
 SHOWN, COLUMNS = 50, 5
 """Stacks in a picture, and in one of its rows."""
 
 
-def evaluate_stacked(
-    model: EBM,
-    samples: dict[str, Tensor],
-    prepared: Prepared,
-    reference: Reference,
-    settings: dict[str, Any],
-) -> Evaluation:
+def evaluate_stacked(case: Case) -> Evaluation:
     """Modes that the samples reach by the classifier of `reference`, which looks at single parts
     and in eval mode: one that draws its units at random would find modes that are not there."""
     result = Evaluation()
-    drawn = samples["samples"]
+    model, samples, drawn = case.model, case.samples, case.drawn
     enough(drawn)
-    train = prepared.points("train", max(len(drawn), ENERGIES)).to(drawn.device)
-    test = prepared.points("test").to(drawn.device)
-    with evaluating(reference.network):
-        _modes(result, samples, train, reference)
-        measure_samples(result, samples, train, test, reference)
-    if prepared.manifest["settings"].get("base") == "mnist":
+    train, test = case.points("train", max(len(drawn), ENERGIES)), case.points("test")
+    with evaluating(case.reference.network):
+        _modes(result, samples, train, case.reference)
+        measure_samples(result, samples, train, test, case.reference)
+    if case.about.get("base") == "mnist":
         stacks = MNIST_STACKED.get(train.shape[1], {})
         refer_to_published(result, model, stacks)
     if len(samples.get("acceptance", ())):
@@ -45,11 +34,7 @@ def evaluate_stacked(
     sets = {"train": train, "test": test, "samples": drawn}
     if "generator" in samples:
         sets["generator"] = samples["generator"]
-    found = {name: energies(model, x[:ENERGIES]).cpu().numpy() for name, x in sets.items()}
-    caption = (
-        "The lower, the more likely. What lies beyond the frame counts in its outermost bins."
-    )
-    result.draw("energies", "Energies", caption, figures.energy_histogram(found))
+    draw_energies(result, {name: energies(model, x[:ENERGIES]) for name, x in sets.items()})
     return result
 
 
@@ -71,8 +56,7 @@ def _modes(
     result.metrics |= _coverage(counts["samples"]) | {"modes_total": modes}
     if "generator" in samples:
         counts["generator"] = mode_counts(samples["generator"], reference)
-        before = _coverage(counts["generator"])
-        result.metrics |= {f"{name}_generator": value for name, value in before.items()}
+        result.add(_coverage(counts["generator"]), "_generator")
     real = counts["training stacks"] = mode_counts(train[:n], reference)
     source = f"{int(real.sum())} training stacks, counted by {described(reference)}"
     for name, value in _coverage(real).items():

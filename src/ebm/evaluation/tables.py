@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from ebm import EBMError, figures, metrics
-from ebm.data import Prepared
 from ebm.ensemble import histories
 from ebm.evaluation.published import KDDCUP99, refer_to_published
-from ebm.evaluation.result import Evaluation
+from ebm.evaluation.result import Case, Evaluation
 from ebm.evaluation.scores import SUFFIXES, TITLES, Numbers, scores, summarised
-from ebm.reference import Reference
 from ebm.variants.base import EBM
 
 log = logging.getLogger(__name__)
@@ -50,13 +48,7 @@ class Scored:
     test: dict[str, Tensor]
 
 
-def evaluate_table(
-    model: EBM,
-    samples: dict[str, Tensor],
-    prepared: Prepared,
-    reference: Reference,
-    settings: dict[str, Any],
-) -> Evaluation:
+def evaluate_table(case: Case) -> Evaluation:
     """Every snapshot of every member as a detector of the anomalies among the test rows, and the
     threshold of the whole model; of a table without labels that threshold and the scores.
 
@@ -64,24 +56,22 @@ def evaluate_table(
     on the validation rows.
     """
     result = Evaluation()
-    device = samples["samples"].device
-    test, validation = (prepared.points(split).to(device) for split in ("test", "validation"))
-    truth, labels = (prepared.labels(split) for split in ("test", "validation"))
-    paper = prepared.manifest["settings"].get("protocol") == "paper"
-    flagged = settings.get("flagged")
+    test, truth = case.points("test"), case.labels("test")
+    paper = case.about.get("protocol") == "paper"
+    flagged = case.settings.get("flagged")
     if paper:
         rule = Rule(test, None, flagged)
     else:
-        rule = Rule(validation, None if labels is None else labels.to(device), flagged)
+        rule = Rule(case.points("validation"), case.labels("validation"), flagged)
     if truth is None:
-        _flag(result, _scored(model, rule, test), rule)
+        _flag(result, _scored(case.model, rule, test), rule)
         return result
     if truth.unique().numel() != 2:
         raise EBMError("test_labels: all rows are of one kind; expected normal and anomalous ones")
-    _detect(result, model, rule, test, truth.to(device) == 1)
+    _detect(result, case.model, rule, test, truth == 1)
     _refer_to_rankings(result, truth == 1, flagged if paper else None)
     if paper:
-        refer_to_published(result, model, KDDCUP99)
+        refer_to_published(result, case.model, KDDCUP99)
     return result
 
 
@@ -137,7 +127,7 @@ def _detect(result: Evaluation, model: EBM, rule: Rule, test: Tensor, truth: Ten
     _set_threshold(result, whole, rule)
     if len(members) > 1:
         found = _detected(whole, rule, truth)
-        result.metrics |= {f"{name}_ensemble": found[name] for name in ("f1", "auprc")}
+        result.add({name: found[name] for name in ("f1", "auprc")}, "_ensemble")
     kinds = {"normal": ~truth, "anomalous": truth}
     _draw_scores(result, shown, rule, kinds, "Test rows, by a snapshot of the first training")
     curves = {
