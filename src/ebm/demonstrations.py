@@ -24,14 +24,14 @@ def demonstrate(
 ) -> None:
     """Complete and denoise images [N, *] of the test split with `steps` Langevin steps; with a
     conditional model also carry them from class to class and compose classes."""
-    x, y = (test[:ROWS], None) if labels is None else _one_of_each(test, labels.to(test.device))
+    x, y = (test[:ROWS], None) if labels is None else _one_of_each(test, labels)
     known = torch.zeros(x.shape[-2:], dtype=torch.bool, device=x.device)
     known[: x.shape[-2] // 2] = True
     frames = tasks.complete(model, x, known, y, steps)
     caption = "The upper half is given, the rest begins as noise and follows p(rest | given)."
     draw("completion", "Completion", caption, _strips(x, frames, steps))
     noisy = (x + NOISE * torch.randn_like(x)).clamp(*model.bounds)
-    frames = tasks.relax(model, noisy, y, steps)
+    frames = tasks.denoise(model, noisy, y, steps)
     caption = f"Test images with Gaussian noise of standard deviation {NOISE}, then their chains."
     draw("denoising", "Denoising", caption, _strips(x, frames, steps))
     if y is not None:
@@ -44,7 +44,7 @@ def _demonstrate_classes(
     target = (y + 1) % model.classes
     words = ", ".join(f"{a} to {b}" for a, b in zip(y.tolist(), target.tolist(), strict=True))
     caption = f"Chains that start at a test image of one class and follow the next one's: {words}."
-    frames = tasks.relax(model, x, target, steps)
+    frames = tasks.transfer(model, x, target, steps)
     draw("transfer", "From class to class", caption, _strips(x, frames, steps))
     words = ", ".join(f"{a} and {b}" for a, b in zip(y.tolist(), target.tolist(), strict=True))
     caption = f"From noise down the sum of the energies of two classes, row by row: {words}."

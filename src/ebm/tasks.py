@@ -37,9 +37,8 @@ class Chained(Protocol):
         """The same for n points."""
 
 
-def relax(model: Chained, x: Tensor, y: Tensor | None, steps: int) -> Tensor:
-    """Points on their way to lower energy, that of classes y [n], or None: of any. Corrupted ones
-    are denoised, those of other classes become ones of y: implicit sampling across classes."""
+def denoise(model: Chained, x: Tensor, y: Tensor | None, steps: int) -> Tensor:
+    """Corrupted points on their way to lower energy; of classes y [n], or None: of any."""
     return _chain(model, _energy(model, y), x, steps)
 
 
@@ -51,6 +50,11 @@ def complete(model: Chained, x: Tensor, known: Tensor, y: Tensor | None, steps: 
     frames = _chain(model, lambda z: energy(torch.where(known, x, z)), start, steps)
     held = known.expand_as(x).unsqueeze(1)
     return torch.where(held, x.unsqueeze(1), frames)
+
+
+def transfer(model: Chained, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    """Points of one class on their way to the class y [n]: implicit sampling across classes."""
+    return denoise(model, x, y, steps)
 
 
 def compose(model: Chained, classes: Sequence[Tensor], steps: int) -> Tensor:

@@ -78,7 +78,7 @@ def _draw(result: Evaluation, case: Case, test: Tensor) -> None:
     _draw_chains(result, model, case.samples)
     steps = case.settings.get("steps")
     if steps and isinstance(model, Chained):
-        classes = case.prepared.labels("test") if model.classes else None
+        classes = case.labels("test") if model.classes else None
         demonstrate(model, test, classes, steps, result.draw)
 
 
