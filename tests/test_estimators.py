@@ -1,13 +1,29 @@
-"""Laws of the estimators: unbiased by enumeration, errors that cover, known effective sizes."""
+"""Laws of the estimators: unbiased by enumeration, errors that cover, known effective sizes; and
+the log Z that draws of two densities determine, and how well."""
 
 import itertools
 import math
 
 import pytest
 import torch
+from test_contrastive import RATIOS, ratios
+from torch.distributions import MultivariateNormal, Normal
 
 from ebm import EBMError
-from ebm.estimators import accept_reject, accepted, importance, kish, monte_carlo, self_normalised
+from ebm.contrastive import value
+from ebm.densities import DENSITIES
+from ebm.estimators import (
+    accept_reject,
+    accepted,
+    importance,
+    kish,
+    log_partition,
+    log_partition_variance,
+    monte_carlo,
+    self_normalised,
+)
+from ebm.flows import Gaussian
+from ebm.metrics import cell_centres
 
 pytestmark = pytest.mark.usefixtures("double")
 P = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
@@ -145,3 +161,97 @@ def test_a_bound_that_is_none_is_an_error():
 def test_the_error_of_two_draws_is_half_their_distance():
     """The unbiased variance of 0 and 2 is 2, that of their mean 1."""
     assert monte_carlo(torch.tensor([0.0, 2.0])).error == 1
+
+
+@pytest.mark.parametrize("nu", [0.5, 1.0, 10.0])
+def test_the_constant_is_where_the_value_is_highest(nu):
+    data, noise = torch.randn(30) * 3, torch.randn(round(30 * nu)) * 3
+    c = log_partition(data, noise, nu)
+    v = [value(data - c - s, noise - c - s, nu).item() for s in (-0.01, 0.0, 0.01)]
+    assert v[1] > max(v[0], v[2])
+    assert log_partition(data + 5, noise + 5, nu) == pytest.approx(c + 5)
+    assert log_partition(*ratios(nu=nu, n=8000), nu) == pytest.approx(0, abs=1e-3)
+
+
+GAUSSIAN = MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
+EIGHT, GRID = DENSITIES["8gaussians"](), DENSITIES["25gaussians"]()
+KNOWN = {
+    "unit Gaussian": (GAUSSIAN.log_prob, lambda n: GAUSSIAN.sample((n,))),
+    "8gaussians": (EIGHT.log_prob, EIGHT.sample),
+    "25gaussians": (GRID.log_prob, GRID.sample),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_log_z_is_found_within_a_twentieth(name):
+    """From 10,000 points and 100 draws of a Gaussian with the data's moments for each."""
+    log_prob, sample = KNOWN[name]
+    torch.manual_seed(0)
+    noise, data = Gaussian(2), sample(10_000)
+    noise.initialise(data)
+    draws, log_q = noise.draw_with_log_prob(1_000_000)
+    log_p = torch.cat([log_prob(part) for part in draws.split(100_000)])
+    log_z = math.log(2 * math.pi)
+    r = log_prob(data) + log_z - noise.log_prob(data)
+    found = log_partition(r, log_p + log_z - log_q, 100.0)
+    assert found == pytest.approx(log_z, abs=0.05)
+    grid = cell_centres(-4, 4, 800)
+    variance = log_partition_variance(log_prob(grid), noise.log_prob(grid), 100.0, 1e-4)
+    assert abs(found - log_z) < 4 * math.sqrt(variance / 10_000)
+
+
+UNIT, WIDE = (Normal(*torch.tensor(pair).double()) for pair in [(0.0, 1.0), (0.5, 1.5)])
+
+
+def theory(nu, p=UNIT, q=WIDE):
+    line = -12 + 24 * (torch.arange(4000) + 0.5) / 4000
+    return log_partition_variance(p.log_prob(line), q.log_prob(line), nu, 24 / 4000)
+
+
+@pytest.mark.parametrize("nu", [0.5, 4.0])
+def test_the_variance_is_that_of_many_trials(nu):
+    torch.manual_seed(1)
+    n, trials = 400, 250
+
+    def trial():
+        draws = UNIT.sample((n,)), WIDE.sample((round(nu * n),))
+        return log_partition(*(UNIT.log_prob(x) - WIDE.log_prob(x) for x in draws), nu)
+
+    errors = torch.tensor([trial() for _ in range(trials)])
+    measured = n * errors.square().mean().item()
+    assert measured == pytest.approx(theory(nu), rel=4 * math.sqrt(2 / trials))
+    assert errors.mean().abs() < 4 * math.sqrt(theory(nu) / n / trials) + 2 / n
+
+
+def test_the_variance_falls_with_nu_to_that_of_importance_sampling():
+    """1 / nu of it, which is chi^2 of p and q: in closed form for Gaussians."""
+    values = [theory(nu) for nu in (0.1, 1.0, 10.0, 100.0, 1e4)]
+    assert values == sorted(values, reverse=True)
+    precision = 2 - 1 / 1.5**2
+    a = -0.5 / 1.5**2
+    exponent = (a**2 / precision + 0.5**2 / 1.5**2) / 2
+    chi = 1.5 / math.sqrt(precision) * math.exp(exponent) - 1
+    assert 1e6 * theory(1e6) == pytest.approx(chi, rel=1e-3)
+    assert all(0 <= theory(nu, WIDE, WIDE) < 1e-9 for nu in RATIOS)
+
+
+@pytest.mark.parametrize(
+    ("data", "noise"), [(1.0, -math.inf), (math.inf, -1.0), (math.inf, -math.inf)]
+)
+def test_noise_that_never_meets_the_data_is_one_line(data, noise):
+    with pytest.raises(EBMError, match="does not meet the data"):
+        log_partition(torch.full((5,), data), torch.full((10,), noise), 2.0)
+
+
+@pytest.mark.parametrize("gap", [50, 300, 2000])
+def test_noise_that_is_a_chasm_away_from_the_data_is_one_line(gap):
+    """V has a maximum there, or is flat for as far as numbers tell, and no draw knows where."""
+    data = gap + torch.rand(100, dtype=torch.float64)
+    for at in (0.0, 7.0):
+        with pytest.raises(EBMError, match="does not meet the data"):
+            log_partition(at + data, at - data, 1.0)
+
+
+def test_ratios_that_are_no_numbers_are_refused():
+    with pytest.raises(EBMError, match="does not meet the data"):
+        log_partition(torch.tensor([0.0, math.nan]), torch.zeros(4), 2.0)

@@ -12,7 +12,7 @@ point of data, has its optimum where p is the density of the data, normalised (G
     nu                      | ratio
     G(u; theta), r          | log_ratio = log p - log q
     h(u; theta)             | sigmoid(log_ratio - log nu): that u is data
-    c                       | -log_partition
+    c                       | -log_z
     J_T                     | value
 """
 
@@ -51,58 +51,6 @@ def accuracy(data: Tensor, noise: Tensor, ratio: float = 1.0) -> Tensor:
     are, of which a tie is neither: 1/2 where nothing is left to tell; a scalar."""
     shift = math.log(ratio)
     return ((data > shift).float().mean() + (noise < shift).float().mean()) / 2
-
-
-BISECTIONS = 40
-"""Of an interval of some hundred nats: to 1e-9."""
-
-
-def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
-    """log Z of an unnormalised density p, of which only that is unknown, from the log ratios
-    log p - log q at its own draws [N] and at those of the noise [ratio N], both float64: the
-    log Z that maximises V(log p - log Z). There the derivative of V is 0; `excess` is -N times it
-    and rises.
-
-    Raises EBMError where the noise does not meet the data: V has no maximum, or at it not a
-    millionth of a draw is expected to be taken for the other kind, and log Z may be anything.
-    """
-    shift = math.log(ratio)
-
-    def missed(log_z: float) -> Tensor:
-        return torch.sigmoid(shift + log_z - data).sum()
-
-    def excess(log_z: float) -> Tensor:
-        return missed(log_z) - torch.sigmoid(noise - shift - log_z).sum()
-
-    low, high = _bracket(data, noise)
-    apart = EBMError("contrastive estimation: the noise does not meet the data")
-    if not excess(low) < 0 < excess(high):
-        raise apart
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
-    if missed(high) < 1e-6:
-        raise apart
-    return (low + high) / 2
-
-
-def _bracket(data: Tensor, noise: Tensor) -> tuple[float, float]:
-    everywhere = torch.cat([data, noise]).clamp(-1e6, 1e6)
-    return everywhere.min().item() - 50, everywhere.max().item() + 50
-
-
-def log_partition_variance(log_p: Tensor, log_q: Tensor, ratio: float, cell: float) -> float:
-    """N times the asymptotic variance of `log_partition` from N points of data (Gutmann &
-    Hyvarinen 2012, theorem 3, for the one parameter c):
-
-        1 / I - (1 + 1 / nu),   I = integral of p(u) P(u) du,   P = nu q / (p + nu q)
-
-    by the midpoint rule, from log p and log q [cells], both normalised, and the size of a `cell`;
-    where that makes it negative, 0.
-    """
-    share = torch.sigmoid(math.log(ratio) + log_q - log_p)
-    information = (log_p.exp() * share).sum() * cell
-    return max(0.0, (1 / information - (1 + 1 / ratio)).item())
 
 
 def importance_log_partition(energy: Tensor, log_q: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """Estimates of an expectation from independent draws, each with its standard error and the number
-of exact draws that it is worth.
+of exact draws that it is worth; and of log Z from draws of both densities (`ebm.contrastive`).
 
     paper | here
     ------|----------------------------------------------------------------------------------
@@ -7,8 +7,10 @@ of exact draws that it is worth.
     p, q  | the density asked about, the density drawn from
     w     | exp(log_weight), p(x) / q(x)
     M     | exp(log_bound), at least the largest p(x) / q(x)
+    nu    | ratio, draws of q for each of p
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -68,3 +70,45 @@ def kish(log_weight: Tensor) -> Tensor:
     """Effective sample size of weighted draws, (sum w)^2 / sum w^2 (Kish 1965): N for equal
     weights, 1 where one draw has all."""
     return (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp()
+
+
+def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
+    """log Z of an unnormalised density p, of which only that is unknown, from the log ratios
+    log p - log q at its own draws [N] and at those of the noise [ratio N], both float64: the
+    log Z that maximises V(log p - log Z). There the derivative of V is 0; `excess` is -N times it
+    and rises.
+
+    Raises EBMError where the noise does not meet the data: V has no maximum, or at it not a
+    millionth of a draw is expected to be taken for the other kind, and log Z may be anything.
+    """
+    from scipy.optimize import brentq  # slow to import, and seldom asked for
+
+    shift = math.log(ratio)
+
+    def missed(log_z: float) -> float:
+        return torch.sigmoid(shift + log_z - data).sum().item()
+
+    def excess(log_z: float) -> float:
+        return missed(log_z) - torch.sigmoid(noise - shift - log_z).sum().item()
+
+    everywhere = torch.cat([data, noise]).clamp(-1e6, 1e6)
+    low, high = everywhere.min().item() - 50, everywhere.max().item() + 50
+    if excess(low) < 0 < excess(high):
+        log_z = brentq(excess, low, high)
+        if missed(log_z) >= 1e-6:
+            return log_z
+    raise EBMError("contrastive estimation: the noise does not meet the data")
+
+
+def log_partition_variance(log_p: Tensor, log_q: Tensor, ratio: float, cell: float) -> float:
+    """N times the asymptotic variance of `log_partition` from N points of data (Gutmann &
+    Hyvarinen 2012, theorem 3, for the one parameter c):
+
+        1 / I - (1 + 1 / nu),   I = integral of p(u) P(u) du,   P = nu q / (p + nu q)
+
+    by the midpoint rule, from log p and log q [cells], both normalised, and the size of a `cell`;
+    where that makes it negative, 0.
+    """
+    share = torch.sigmoid(math.log(ratio) + log_q - log_p)
+    information = (log_p.exp() * share).sum() * cell
+    return max(0.0, (1 / information - (1 + 1 / ratio)).item())

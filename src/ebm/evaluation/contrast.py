@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 
 from ebm import figures, metrics
-from ebm.contrastive import (
-    Contrasted,
-    importance_log_partition,
-    log_partition,
-    log_partition_variance,
-)
+from ebm.contrastive import Contrasted, importance_log_partition
 from ebm.data import Prepared
 from ebm.densities import EXTENT, GaussianMixture
-from ebm.estimators import kish
+from ebm.estimators import kish, log_partition, log_partition_variance
 from ebm.evaluation.result import Evaluation
 from ebm.flows import Gaussian
 
