@@ -19,7 +19,7 @@ point of data, has its optimum where p is the density of the data, normalised (G
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class Contrasted(EBM):
             nn.init.zeros_(self.network.head.weight)
         self.log_z = nn.Parameter(torch.zeros(outputs))
         self.noise = Density(shape, noise, levels, margin)
-        self.base = frozen(self.flow) if tilted else None
+        self.base = deepcopy(self.flow).requires_grad_(False) if tilted else None
         self.defence = defence
         self.broad = Gaussian(*shape) if defence else None
         self.register_buffer("steps", torch.tensor(0))
@@ -211,7 +211,7 @@ class Contrasted(EBM):
     def _take_up_flow(self) -> None:
         """The base of a tilted energy is the flow as it is now."""
         if self.base is not None:
-            cast(nn.Module, self.base).load_state_dict(cast(nn.Module, self.flow).state_dict())
+            self.base.load_state_dict(self.flow.state_dict())
 
     @torch.no_grad()
     def start_constants(self) -> None:
@@ -250,10 +250,3 @@ class Contrasted(EBM):
             "generator": leave(drawn),
             "acceptance": torch.stack(rates) if rates else torch.ones(0),
         }
-
-
-def frozen(flow: Flow) -> Flow:
-    """A copy that is not trained."""
-    copy = deepcopy(flow)
-    cast(nn.Module, copy).requires_grad_(False)
-    return copy

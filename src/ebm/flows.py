@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,32 +36,32 @@ Latents = tuple[Tensor, ...]
 """All that is random in draws."""
 
 
-class Noise(Protocol):
+class Noise:
     """A density of points [B, *] that is known and can be drawn from."""
 
     def log_prob(self, v: Tensor) -> Tensor:
         """log density [B] of points [B, *]."""
-        ...
+        raise NotImplementedError
 
     def latents(self, n: int) -> Latents:
         """What n draws are made of."""
-        ...
+        raise NotImplementedError
 
     def from_latents(self, *latents: Tensor) -> tuple[Tensor, Tensor]:
         """The draws [n, *] that are made of it and their log density [n]."""
-        ...
+        raise NotImplementedError
 
     def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
         """Draws [n, *] and their log density [n]."""
         return self.from_latents(*self.latents(n))
 
 
-class Flow(Noise, Protocol):
+class Flow(nn.Module, Noise):
     """A module that is such a density; points and densities are differentiable in its
     parameters."""
 
     def initialise(self, v: Tensor) -> None:
-        """Set what depends on data [N, *] once, before the first step."""
+        """Set what depends on data [N, *], if anything does, once, before the first step."""
 
 
 OFF_A_LEVEL = 1e-3
@@ -69,7 +69,7 @@ OFF_A_LEVEL = 1e-3
 
 
 def make(shape: tuple[int, ...], kind: str, **settings: Any) -> Flow:
-    """The flow of a `kind` over points of `shape`, a module; settings as in `schema.Flow`."""
+    """The flow of a `kind` over points of `shape`; settings as in `schema.Flow`."""
     if kind == "glow":
         from ebm.glow import Glow
 
@@ -79,7 +79,7 @@ def make(shape: tuple[int, ...], kind: str, **settings: Any) -> Flow:
     return {"gaussian": Gaussian, "spline": Spline, "coupling": Coupling}[kind](*shape, **settings)
 
 
-class Gaussian(nn.Module, Noise):
+class Gaussian(Flow):
     """N(mean, covariance) of the data: what is known of it at no cost. Nothing is trained."""
 
     mean: Tensor
@@ -160,15 +160,12 @@ class Defended(Noise):
         return v, self.log_prob(v)
 
 
-class _Zuko(nn.Module, Noise):
+class _Zuko(Flow):
     """A flow of the library zuko over vectors."""
 
     def __init__(self, lazy: nn.Module) -> None:
         super().__init__()
         self.lazy = lazy
-
-    def initialise(self, v: Tensor) -> None:
-        """Nothing here depends on data."""
 
     def log_prob(self, v: Tensor) -> Tensor:
         return self.lazy().log_prob(v)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm import EBMError
-from ebm.flows import Latents, Noise
+from ebm.flows import Flow, Latents
 from ebm.variants.base import standard_normal
 
 BOUND = 1.0
@@ -49,7 +49,7 @@ SLICE = 4096
 """So many images pass a coupling at once where all do before training: it is wider than they."""
 
 
-class Glow(nn.Module, Noise):
+class Glow(Flow):
     """Flow over images `shape`, [H, W] or [C, H, W], whose values may be any real numbers.
 
     `levels`: how often the sides are halved; `depth`: steps of flow at each; `width`: channels
