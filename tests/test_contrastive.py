@@ -121,9 +121,6 @@ def test_a_density_carries_over_to_the_data_with_its_scale():
     assert isinstance(model.contrast, Defended)
     expected = 0.8 * model.flow.log_prob(v).exp() + 0.2 * model.broad.log_prob(v).exp()
     torch.testing.assert_close(model.noise_log_prob(data), expected.log() - scale)
-    torch.testing.assert_close(
-        model.log_ratio(v), -model.energy(data) - model.noise_log_prob(data)
-    )
 
 
 def test_samples_are_of_the_density_and_the_generator_of_the_noise():

@@ -56,7 +56,8 @@ def flow_turn_value(fce, data, seed):
     torch.manual_seed(seed)
     draws, log_q = fce.contrast.draw_with_log_prob(len(data))
     v = fce.space.enter(data)
-    return value(fce.log_ratio(v), fce.log_density(draws) - log_q)
+    r, r_draws = fce.log_density(v) - fce.contrast.log_prob(v), fce.log_density(draws) - log_q
+    return value(r, r_draws)
 
 
 @pytest.mark.usefixtures("double")

@@ -45,7 +45,7 @@ def test_a_step_ascends_the_value_that_it_logs(ratio):
         torch.manual_seed(1)
         v = nce.space.enter(x)
         noise, log_q = nce.contrast.draw_with_log_prob(round(ratio * 300))
-        r, r_noise = nce.log_ratio(v), nce.log_density(noise) - log_q
+        r, r_noise = nce.log_density(v) - nce.contrast.log_prob(v), nce.log_density(noise) - log_q
         right = (r > math.log(ratio)).float().mean() + (r_noise < math.log(ratio)).float().mean()
         return value(r, r_noise, ratio).item(), right.item() / 2
 

@@ -10,8 +10,8 @@ point of data, has its optimum where p is the density of the data, normalised (G
     paper                   | here
     ------------------------|----------------------------------------------------------
     nu                      | ratio
-    G(u; theta), r          | log_ratio = log p - log q
-    h(u; theta)             | sigmoid(log_ratio - log nu): that u is data
+    G(u; theta)             | r = log p - log q
+    h(u; theta)             | sigmoid(r - log nu): that u is data
     c                       | -log_z
     J_T                     | value
 """
@@ -149,10 +149,6 @@ class Contrasted(Normalised):
         """log p(v), of the mixture of all outputs, normalised as far as log Z is right: [B]."""
         log_p = self.log_densities(v)
         return log_p.logsumexp(1) - math.log(log_p.shape[1])
-
-    def log_ratio(self, v: Tensor) -> Tensor:
-        """log p(v) - log q(v): [B]."""
-        return self.log_density(v) - self.contrast.log_prob(v)
 
     def noise_log_prob(self, x: Tensor) -> Tensor:
         """log q(x) of what the energy is told from, defence and all: [B]."""
