@@ -191,7 +191,7 @@ def keys_below(content, path):
 def test_any_key_that_is_missing_misspelt_or_holds_nonsense_is_named(monkeypatch, file):
     """Every key below every experiment, one after another."""
     content = YAML(typ="safe").load(ROOT / file)
-    monkeypatch.setattr(params, "_read", lambda path: content)
+    monkeypatch.setattr(params, "value", lambda text: content)
     paths = [p for p in keys_below(content["experiments"], ("experiments",)) if len(p) > 2]
     for path in paths:
         holder, key = at(content, ".".join(path))
@@ -202,7 +202,7 @@ def test_any_key_that_is_missing_misspelt_or_holds_nonsense_is_named(monkeypatch
         for name, held in changes:
             holder |= held
             with pytest.raises(ParamsError) as caught:
-                params.load(Path(file))
+                params.parse("")
             line, named = str(caught.value), ".".join([*path[:-1], name])
             assert "\n" not in line
             assert line.startswith(f"params.yaml: {named}")
@@ -365,10 +365,10 @@ def test_a_typo_gets_a_suggestion(tmp_path, path, value, hint):
 @pytest.mark.parametrize("value", ["auto", {"a": 1}, [1], None])
 def test_a_value_that_is_none_of_several_things_hears_of_all_of_them(monkeypatch, value):
     content = YAML(typ="safe").load(ROOT / "paper" / "params.yaml")
-    monkeypatch.setattr(params, "_read", lambda path: content)
+    monkeypatch.setattr(params, "value", lambda text: content)
     content["experiments"]["one-class-svm-kdd99-strict"]["model"]["gamma"] = value
     with pytest.raises(ParamsError) as caught:
-        params.load(Path("params.yaml"))
+        params.parse("")
     end = f".model.gamma = {value!r}: should be a valid number or 'scale'"
     assert str(caught.value).endswith(end)
 
