@@ -19,7 +19,6 @@ point of data, has its optimum where p is the density of the data, normalised (G
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,10 +27,11 @@ from torch.nn.functional import logsigmoid
 from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
-from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Normalised, Space, adam
+from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Space, adam
 from ebm.networks import scalar
 from ebm.recorded import Loss
 from ebm.samplers import Independence, State, by_row, run
+from ebm.variants.base import EBM
 
 
 def value(data: Tensor, noise: Tensor, ratio: float = 1.0) -> Tensor:
@@ -66,7 +66,7 @@ STARTING = 4096
 LOGGED = ("value", "accuracy", "log_z", "noise_loss", "energy_gap", "gradient_norm")
 
 
-class Contrasted(Normalised):
+class Contrasted(EBM):
     """An energy f over the space of a density q, the `noise`, and constants log Z that are
     learned: log p(v) = -f(v) - log Z. Of several `outputs` f_k, log Z_k the density is the mixture
     of equal parts; they share all layers but the last.
@@ -104,7 +104,7 @@ class Contrasted(Normalised):
         self.betas, self.weight_decay, self.clip = betas, weight_decay, clip or math.inf
         if defence and len(shape) > 1:
             raise EBMError(f"model.defence = {defence}: expected 0 for images")
-        self.shape, self.outputs = shape, outputs
+        self.normalised, self.shape, self.outputs = True, shape, outputs
         self.network = scalar(shape=shape, outputs=outputs, **network)
         nn.init.zeros_(self.network.head.bias).requires_grad_(False)  # the constant is `log_z`
         if tilted:
@@ -123,7 +123,7 @@ class Contrasted(Normalised):
             self.broad.initialise(self.space.enter(data))
         self.start_constants()
 
-    @cached_property
+    @property
     def space(self) -> Space:
         return self.noise.space
 
@@ -146,9 +146,21 @@ class Contrasted(Normalised):
         return tilt if self.base is None else tilt + self.base.log_prob(v).unsqueeze(1)
 
     def log_density(self, v: Tensor) -> Tensor:
-        """log p(v), of the mixture of all outputs, normalised as far as log Z is right: [B]."""
+        """log p(v), of the mixture of all outputs: [B]."""
         log_p = self.log_densities(v)
         return log_p.logsumexp(1) - math.log(log_p.shape[1])
+
+    def energy(self, x: Tensor) -> Tensor:
+        """-log p(x), of images that of their grey levels, normalised as far as log Z is right:
+        [B]."""
+        return -self._log_prob(self.space.centre(x))
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """log p(x), of greys the bound by one draw of the noise within their levels: [B]."""
+        return self._log_prob(self.space.enter(x))
+
+    def _log_prob(self, v: Tensor) -> Tensor:
+        return self.log_density(v) + self.space.log_det(v)
 
     def noise_log_prob(self, x: Tensor) -> Tensor:
         """log q(x) of what the energy is told from, defence and all: [B]."""

@@ -293,34 +293,11 @@ class Space(nn.Module):
         return slope + self.dimensions * math.log((1 - 2 * self.margin) / self.levels)
 
 
-class Normalised(EBM):
-    """An energy that is -log p(x) of data [B, *], normalised, by a density of the points of a
-    space."""
+class Density(EBM):
+    """A flow over data [B, *] of a shape; `flow` are the settings of `schema.Flow`, the others
+    those of the `Space`. Its energy is -log p(x), of images that of their grey levels."""
 
     normalised = True
-    space: Space
-
-    def log_density(self, v: Tensor) -> Tensor:
-        """log p(v) for points v [B, *] of the space: [B]."""
-        raise NotImplementedError
-
-    def energy(self, x: Tensor) -> Tensor:
-        """-log p(x) for x [B, *], of images that of their grey levels, at the middle of these:
-        [B], in nats."""
-        return -self._log_prob(self.space.centre(x))
-
-    def log_likelihood(self, x: Tensor) -> Tensor:
-        """log p(x) for x [B, *], of greys the bound by one draw of the noise within their levels:
-        [B], in nats."""
-        return self._log_prob(self.space.enter(x))
-
-    def _log_prob(self, v: Tensor) -> Tensor:
-        return self.log_density(v) + self.space.log_det(v)
-
-
-class Density(Normalised):
-    """A flow over data [B, *] of a shape; `flow` are the settings of `schema.Flow`, the others
-    those of the `Space`."""
 
     def __init__(
         self, shape: tuple[int, ...], flow: Mapping[str, Any], levels: int, margin: float
@@ -333,8 +310,16 @@ class Density(Normalised):
         self.space.initialise(data)
         self.flow.initialise(self.space.enter(data))
 
-    def log_density(self, v: Tensor) -> Tensor:
-        return self.flow.log_prob(v)
+    def energy(self, x: Tensor) -> Tensor:
+        """-log p(x) for x [B, *], greys at the middle of their levels: [B], in nats."""
+        return -self._log_prob(self.space.centre(x))
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """log p(x) for x [B, *], of greys the bound by one draw of the noise: [B], in nats."""
+        return self._log_prob(self.space.enter(x))
+
+    def _log_prob(self, v: Tensor) -> Tensor:
+        return self.flow.log_prob(v) + self.space.log_det(v)
 
     @torch.no_grad()
     def sample(self, n: int) -> dict[str, Tensor]:
