@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+import ebm.params
 from ebm import EBMError
 from pipelines import patch
 
@@ -99,7 +100,7 @@ def parse(arguments: Sequence[str], params: str, experiment: str) -> Space:
         raise EBMError("--search: nothing to search")
     for dimension in space.values():
         for text in dimension.extremes:
-            validate(patched(params, experiment, {dimension.key: text}))
+            ebm.params.parse(patched(params, experiment, {dimension.key: text}))
     try:  # one key may lie in another
         patched(params, experiment, {d.key: d.extremes[0] for d in space.values()})
     except EBMError as error:
@@ -111,13 +112,6 @@ def patched(params: str, experiment: str, texts: Mapping[str, str]) -> str:
     """The text of `params.yaml` with other values of an experiment."""
     changes = {f"experiments.{experiment}.{key}": text for key, text in texts.items()}
     return patch.replaced(params, changes)
-
-
-def validate(text: str) -> None:
-    """Raise the schema's complaint if `text` is no valid `params.yaml`."""
-    from ebm import params
-
-    params.parse(text)
 
 
 def _dimension(key: str, values: str, present: object) -> Range | Choice:

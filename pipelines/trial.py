@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ebm import EBMError
+from ebm import EBMError, params
 from pipelines import patch, space, stage, tracking
 from pipelines.polling import polling
 from pipelines.run import LAST_LINES
@@ -180,7 +180,7 @@ class Attempt:
         """Make the folder look like the root."""
         recipe = self._recipe
         text = space.patched(recipe.params, recipe.experiment, self._trial.texts)
-        space.validate(text)
+        params.parse(text)
         for path in map(Path, recipe.linked):
             link = self._folder / path
             link.parent.mkdir(parents=True, exist_ok=True)
