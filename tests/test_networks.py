@@ -4,9 +4,18 @@ import math
 
 import pytest
 import torch
+from torch.nn import Conv2d
 from torch.nn import functional as F
 
-from ebm.networks import FourierFeatures, Residual, Scalar, Signed, scalar, scalar_fourier
+from ebm.networks import (
+    FourierFeatures,
+    Residual,
+    Scalar,
+    Signed,
+    encoder,
+    scalar,
+    scalar_fourier,
+)
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -100,3 +109,25 @@ def test_a_point_has_the_number_of_its_own_class_whatever_is_beside_it(kind):
     alone = torch.cat([network.of_points(x[k : k + 1], y[k : k + 1]) for k in range(6)])
     torch.testing.assert_close(network.of_points(x, y), alone)
     assert (network.of_points(x, y) != network.of_points(x, (y + 1) % 3)).all()
+
+
+def test_below_zero_a_unit_of_an_encoder_leaks_a_fifth():
+    network = encoder("mlp", (1,), [1], 1)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.fill_(float(p.dim() > 1))  # weights 1, biases 0
+    assert network(torch.tensor([[-3.0], [2.0]])).flatten().tolist() == pytest.approx([-0.6, 2])
+
+
+def test_networks_of_images_have_the_channels_that_they_are_said_to_have():
+    """Those of IGEBM's code for MNIST and CIFAR-10, but for the width."""
+
+    def channels(kind):
+        modules = scalar(kind, (3, 16, 16), width=4, depth=3).blocks.modules()
+        return [(m.in_channels, m.out_channels) for m in modules if isinstance(m, Conv2d)]
+
+    assert channels("conv") == [(3, 4), (4, 4), (4, 8), (8, 16)]
+    assert channels("strided") == [(3, 4), (4, 8), (8, 16)]
+    block = [(4, 4)] * 4
+    widened = [(4, 8), (8, 8), (4, 8), (8, 8), (8, 8)]  # the third is beside the first two
+    assert channels("resnet") == [(3, 4), *block, *widened, *[(8, 8)] * 4]
