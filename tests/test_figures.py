@@ -462,3 +462,43 @@ def test_energies_that_are_no_numbers_are_left_out_of_a_histogram():
     assert all(np.isfinite(ax.get_xlim()).all() for ax in figure.axes)
     with pytest.raises(EBMError, match="energies of other: none of them is a number"):
         figures.energy_histogram({"data": normal, "other": odd[2:3]})
+
+
+def test_a_line_marks_the_median_of_energies_and_not_their_mean():
+    sets = {"data": np.array([0.0, 1.0, 9.0]), "other": np.array([2.0, 3.0, 3.0, 8.0])}
+    figure = figures.energy_histogram(sets)
+    assert [ax.lines[0].get_xdata()[0] for ax in figure.axes] == [1, 3]
+
+
+def test_the_scale_of_filters_ends_where_one_in_two_hundred_is_beyond():
+    weights = np.linspace(-0.5, 1, 3001).reshape(-1, 1, 1)
+    figure = figures.filters(np.abs(weights) * np.sign(weights), 60)
+    share = (np.abs(weights) > figure.axes[0].images[0].norm.vmax).mean()
+    assert share == pytest.approx(0.005, abs=4e-4)
+
+
+def test_the_legend_has_each_line_of_a_class_in_its_own_form():
+    kinds = {"strict": ([0.3], [0.1])}
+    lines = {"chance": {"strict": [0.2]}, "floor": {"strict": [0.1]}}
+    figure = figures.by_class({"energy": kinds}, lines, ["4"], "AUPRC")
+    (ax,) = figure.axes
+    patterns = {c.get_segments()[0][0, 1]: c.get_linestyle()[0][1] for c in ax.collections[-2:]}
+    handles, names = ax.get_legend_handles_labels()
+    forms = dict(zip(names, handles, strict=True))
+    for name, values in lines.items():
+        dash, gap = patterns[values["strict"][0]]
+        assert (dash > gap) == (forms[name].get_linestyle() == "--"), name
+
+
+def test_an_animation_shows_its_frames_in_turn_and_rests_at_the_last():
+    greys = [0.0, 0.5, 1.0]
+    frames = [figures.image_grid(np.full((1, 4, 4), grey), 1) for grey in greys]
+    file = Image.open(io.BytesIO(figures.png(frames)))
+    shown, times = [], []
+    for k in range(file.n_frames):
+        file.seek(k)
+        shown.append(np.asarray(file.convert("L"))[20, 20])
+        times.append(file.info["duration"])
+    assert times == [250, 250, 1000]
+    assert shown[0] > shown[1] > shown[2]
+    assert file.info["loop"] == 0
