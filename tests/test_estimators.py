@@ -255,3 +255,9 @@ def test_noise_that_is_a_chasm_away_from_the_data_is_one_line(gap):
 def test_ratios_that_are_no_numbers_are_refused():
     with pytest.raises(EBMError, match="does not meet the data"):
         log_partition(torch.tensor([0.0, math.nan]), torch.zeros(4), 2.0)
+
+
+def test_a_grid_that_holds_too_much_mass_leaves_no_variance_below_nothing():
+    """p = q of mass 1.1: 1 / I is less than 1 + 1 / nu."""
+    log_p = torch.full((4,), math.log(1.1 / 4), dtype=torch.float64)
+    assert log_partition_variance(log_p, log_p, 2.0, 1.0) == 0

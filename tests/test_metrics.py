@@ -501,3 +501,67 @@ def test_the_covariance_of_few_features_is_without_bias():
     mean, covariance = metrics.moments(x)
     torch.testing.assert_close(mean, flat.mean(0))
     torch.testing.assert_close(covariance, differences.T @ differences / len(differences) / 2)
+
+
+def test_toy_densities_have_the_scales_that_they_are_known_for():
+    """Those of MEG's code where it has them: rings of Gaussians and rolls in units of 2."""
+    ring, grid, roll, rings, spirals = (DENSITIES[name]() for name in DENSITIES)
+    radius = ring.means.norm(dim=1)
+    torch.testing.assert_close(radius, torch.full_like(radius, math.sqrt(2)), rtol=0, atol=1e-3)
+    assert ring.sigma == pytest.approx(0.02 / math.sqrt(2), rel=1e-3)
+    sides = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64) / math.sqrt(2)
+    torch.testing.assert_close(grid.means[:5, 1], sides, rtol=1e-3, atol=0)
+    torch.testing.assert_close(grid.means[::5, 0], sides, rtol=1e-3, atol=0)
+    assert grid.sigma == pytest.approx(0.05 / math.sqrt(8), rel=1e-3)
+    ends = torch.tensor([0.2, 0.6], dtype=torch.float64) * math.pi
+    torch.testing.assert_close(roll.means[[0, -1]].norm(dim=1), ends, rtol=1e-3, atol=0)
+    assert roll.sigma == pytest.approx(1 / 30)
+    radii = rings.means.norm(dim=1).view(4, -1)
+    exact = torch.tensor([[0.4], [0.8], [1.2], [1.6]], dtype=torch.float64).expand_as(radii)
+    torch.testing.assert_close(radii, exact)
+    half = len(spirals.means) // 2
+    outer = torch.tensor([math.pi / 2, 0], dtype=torch.float64)
+    torch.testing.assert_close(spirals.means[half - 1], outer, rtol=0, atol=0.01)
+    torch.testing.assert_close(spirals.means[half:], -spirals.means[:half])
+    assert rings.sigma == spirals.sigma == 0.03
+
+
+def test_extrapolation_is_the_line_through_three_sizes_of_parts_in_the_order_that_is_given():
+    """Least squares through d_1, d_2, d_3 at 1, 2, 3 has the value (4 d_1 + d_2 - 2 d_3) / 3 at
+    0."""
+    torch.manual_seed(16)
+    x = torch.randn(90, 3).double().sort(0).values  # rows side by side are alike
+    mean, covariance = torch.zeros(3).double(), torch.eye(3).double()
+    order = torch.randperm(90)
+
+    def distance(pieces):
+        fits = [metrics.moments(part) for part in x[order].tensor_split(pieces)]
+        return statistics.fmean(
+            metrics.gaussian_frechet_distance(*fit, mean, covariance) for fit in fits
+        )
+
+    expected = (4 * distance(1) + distance(2) - 2 * distance(3)) / 3
+    found = metrics.extrapolated_frechet_distance(x, mean, covariance, order)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_manifolds_in_slices_are_those_at_once(monkeypatch):
+    torch.manual_seed(17)
+    x, y = torch.randn(50, 3), torch.randn(40, 3) + 0.7
+    at_once = metrics.precision_recall(x, y)
+    assert 0 < min(at_once) < max(at_once) < 1
+    monkeypatch.setattr(metrics, "SLICE", 16)
+    assert metrics.precision_recall(x, y) == at_once
+
+
+def test_moments_of_features_in_single_precision_are_exact():
+    mean, covariance = metrics.moments(torch.tensor([[2.0**24], [2.0**24 + 2]]))
+    assert mean.item() == 2**24 + 1  # between two numbers of float32
+    assert covariance.item() == 2
+
+
+def test_a_constant_of_the_energy_leaves_log_z_by_itself_to_the_last_digits():
+    energy = metrics.cell_centres(-2.0, 2.0, 20).square().sum(1)
+    log_z = metrics.grid_log_partition(energy, -2.0, 2.0).item()
+    found = metrics.grid_log_partition(energy + 1e6, -2.0, 2.0).item()
+    assert found + 1e6 == pytest.approx(log_z, abs=1e-8)
