@@ -89,3 +89,15 @@ def test_arviz_is_imported_when_it_is_asked():
     code = "import sys, pipelines, ebm.diagnostics; print({'arviz_stats'} & {*sys.modules})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout == "set()\n", result.stderr
+
+
+def test_tails_are_worth_what_the_worse_of_their_two_quantiles_is():
+    trace = autoregression(0.95)
+
+    def worth(q):
+        beyond = (trace <= trace.flatten().quantile(q)).double()
+        return trace.numel() / autocorrelation_time(beyond)
+
+    tails, quartiles = (min(worth(q), worth(1 - q)) for q in (0.05, 0.25))
+    assert diagnose(trace).ess_tail == pytest.approx(tails, rel=0.02)
+    assert tails > 1.2 * quartiles

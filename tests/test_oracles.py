@@ -114,3 +114,10 @@ def test_all_states_are_there_once_and_blocks_cover_the_lattice_without_touching
 def test_a_lattice_that_cannot_be_used_is_refused(side):
     with pytest.raises(EBMError, match=f"side = {side}"):
         Ising(side)
+
+
+def test_chains_on_a_lattice_begin_all_up_or_all_down():
+    torch.manual_seed(3)
+    start = ORACLES["ising"]().start(100)
+    assert start.shape == (100, 4, 4)
+    assert set(start.sum((1, 2)).tolist()) == {-16, 16}

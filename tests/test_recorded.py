@@ -311,3 +311,13 @@ def test_the_benchmark_runs(capsys):
     lines = capsys.readouterr().out
     assert "torchebm" in lines
     assert "published loop" in lines
+
+
+def test_an_energy_that_is_given_something_else_leaves_the_first_as_it_was():
+    x, y, other = torch.randn(6, 2), torch.arange(6.0), torch.ones(6)
+    first = Recorded(lambda x, y: y * x.square().sum(1), x, y)
+    second = first.given(other)
+    for energy, of in ((first, y), (second, other)):
+        value, gradient = energy.value_and_gradient(x)
+        torch.testing.assert_close(value, of * x.square().sum(1))
+        torch.testing.assert_close(gradient, 2 * of[:, None] * x)

@@ -13,8 +13,10 @@ from ebm.samplers import (
     State,
     ais,
     log_mean_exp,
+    milestones,
     polynomial_decay,
     run,
+    trace,
 )
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -300,3 +302,51 @@ def test_decoupled_schedules_are_asked_for_the_steps_already_made():
     )
     run(kernel, torch.zeros(3, 1), 4)
     assert asked == {"step": [0, 1, 2, 3], "noise": [0, 1, 2, 3]}
+
+
+def test_a_trace_shows_the_first_chains_at_its_milestones():
+    """Of a kernel that counts."""
+
+    class Count:
+        def init(self, x):
+            return State(x)
+
+        def step(self, state):
+            return State(state.x + 1)
+
+    x = torch.tensor([[0.0], [100.0], [200.0]])
+    state, frames, steps = trace(Count(), x, 45, chains=2)
+    assert steps == [0, 1, 3, 10, 30, 45]
+    assert frames[..., 0].tolist() == [[0, 1, 3, 10, 30, 45], [100, 101, 103, 110, 130, 145]]
+    assert state.x.flatten().tolist() == [45, 145, 245]
+
+
+def test_the_first_and_the_last_step_are_milestones_once():
+    for steps, marks in [(0, [0]), (1, [0, 1]), (30, [0, 1, 3, 10, 30]), (4, [0, 1, 3, 4])]:
+        assert milestones(steps) == marks
+
+
+def test_with_the_noise_last_a_step_may_end_beyond_the_bounds_and_the_next_begins_within():
+    """And its gradient is that at the place where it begins, before the cut."""
+    kernel = DecoupledLangevin(gaussian, 0.1, 0.5, clip=0.2, bounds=(0.0, 1.0), noise_last=True)
+    x = torch.rand(500, 2)
+    torch.manual_seed(15)
+    after = kernel.step(kernel.init(x))
+    torch.manual_seed(15)
+    torch.testing.assert_close(after.x, x - 0.1 * x.clamp(max=0.2) + 0.5 * torch.randn_like(x))
+    assert after.x.min() < 0
+    assert after.x.max() > 1
+    torch.testing.assert_close(after.gradient, x)
+    torch.testing.assert_close(kernel.step(after).gradient, after.x.clamp(0, 1))
+
+
+def test_annealing_weighs_small_differences_of_large_energies():
+    """A constant along the whole path is no part of a weight."""
+    x = torch.randn(50, 2)
+    weights = ais(
+        lambda beta, x: 1e6 + (1 + beta) * gaussian(x),
+        lambda beta: Langevin(gaussian, 0.1),
+        x,
+        [0, 1],
+    )
+    torch.testing.assert_close(weights, -gaussian(x), rtol=0, atol=1e-8)

@@ -272,3 +272,23 @@ def test_a_swap_of_two_states_that_cannot_be_is_refused_and_counted():
     state = run(ladder, torch.full((10, 2), 3.0), 1)
     assert torch.equal(state.swap_acceptance[0], torch.zeros(10))
     assert swap_rates(state.swap_acceptance[None])[0] == 0
+
+
+def test_a_swap_leaves_the_acceptance_of_a_rung_where_it_is():
+    """It is that of the last proposal there, whoever made it."""
+
+    class Told:
+        def __init__(self, beta):
+            self.beta = beta
+
+        def init(self, x):
+            return State(x)
+
+        def step(self, state):
+            acceptance = torch.full((len(state.x),), self.beta)
+            return State(state.x, acceptance=acceptance, steps=state.steps + 1)
+
+    betas = (0.25, 0.5, 1.0)
+    state = run(ParallelTempering(lambda beta, x: 0 * x[:, 0], Told, betas), torch.zeros(2, 1), 4)
+    assert [rung.acceptance.tolist() for rung in state.rungs] == [[beta] * 2 for beta in betas]
+    assert state.acceptance.tolist() == [1, 1]
