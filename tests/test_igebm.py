@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_train import MODELS, train
 
-from ebm import EBMError, metrics, tasks
+from ebm import EBMError, figures, metrics, tasks
+from ebm.demonstrations import demonstrate
 from ebm.samplers import value_and_gradient
 from ebm.seeds import seed
 from ebm.train import DivergenceError, Watch
@@ -582,3 +583,65 @@ def test_what_is_completed_follows_its_density_given_what_is_known():
     x = torch.tensor([[0.9, 0.0], [0.2, 0.0]])
     frames = tasks.complete(model, x, torch.tensor([True, False]), None, steps=60)
     torch.testing.assert_close(frames[:, -1, 1], x[:, 0], rtol=0, atol=1e-4)
+
+
+def demonstrated(x, labels, monkeypatch):
+    """The images, and what is written over them, of each picture of E(x, y) = 10 |x - y / 2|^2,
+    without noise: chains end at the grey of their class, of two classes between the two."""
+
+    class Levels(torch.nn.Module):
+        def of_points(self, x, y=None):
+            level = 0.5 if y is None else y[:, None, None] / 2
+            return 10 * (x - level).square().flatten(1).sum(1)
+
+    free = {"noise": 0.0, "step_size": 0.02, "gradient_clip": None, "ema": 0.0}
+    model = build((4, 4), IMAGES, **free, classes=0 if labels is None else 3)
+    model.network = Levels()
+    for name in ("strips", "chain_strip"):
+        monkeypatch.setattr(figures, name, lambda images, titles: (torch.tensor(images), titles))
+    shown, captions = {}, {}
+
+    def draw(name, title, caption, drawing):
+        shown[name], captions[name] = drawing, caption
+
+    torch.manual_seed(6)
+    demonstrate(model, x, labels, 45, draw)
+    return shown, captions
+
+
+def test_demonstrations_show_what_their_captions_say(monkeypatch):
+    torch.manual_seed(7)
+    x, y = torch.rand(9, 4, 4), torch.tensor([0, 0, 2, 1, 0, 1, 2, 1, 0])
+    shown, captions = demonstrated(x, y, monkeypatch)
+    first = x[[0, 3, 2]]  # of each class
+    grey = torch.tensor([0.0, 0.5, 1.0])
+
+    def ends_at(images, greys):
+        expected = greys[:, None, None].expand_as(images[:, -1])
+        torch.testing.assert_close(images[:, -1], expected, rtol=0, atol=1e-6)
+
+    composed, steps = shown.pop("composition")
+    assert steps == [0, 1, 3, 10, 30, 45]
+    ends_at(composed, torch.tensor([0.25, 0.75, 0.5]))
+    assert captions["composition"].endswith("row by row: 0 and 1, 1 and 2, 2 and 0.")
+    for images, titles in shown.values():
+        assert titles == ["test", "step 0", "1", "3", "10", "30", "45"]
+        assert torch.equal(images[:, 0], first)
+    completed, noisy, carried = (images for images, _ in shown.values())
+    assert list(shown) == ["completion", "denoising", "transfer"]
+    assert torch.equal(completed[:, :, :2], first[:, None, :2].expand(-1, 7, -1, -1))
+    ends_at(completed[:, :, 2:], grey)
+    assert ((completed[:, 1] - first).abs()[:, 2:] > 0).all()
+    assert (noisy[:, 1] - first).abs().mean() == pytest.approx(0.2, abs=0.05)
+    assert (noisy.min(), noisy.max()) == (0, 1)
+    ends_at(noisy, grey)
+    assert torch.equal(carried[:, 1], first)
+    ends_at(carried, grey[[1, 2, 0]])
+    assert captions["transfer"].endswith("follow the next one's: 0 to 1, 1 to 2, 2 to 0.")
+
+
+def test_without_classes_the_first_images_are_completed_and_denoised(monkeypatch):
+    x = torch.rand(9, 4, 4)
+    shown, _ = demonstrated(x, None, monkeypatch)
+    assert list(shown) == ["completion", "denoising"]
+    assert all(torch.equal(images[:, 0], x[:8]) for images, _ in shown.values())
