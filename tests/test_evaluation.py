@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_train import MODELS
 
-from ebm import EBMError, data, metrics, reference, seeds, variants
+from ebm import EBMError, data, figures, metrics, reference, seeds, variants
 from ebm.evaluation import EVALUATORS, Evaluation, contrast, evaluate, images
 from ebm.outliers import outlier_sets
 from ebm.reference import Reference
@@ -517,3 +517,89 @@ def test_points_are_held_against_the_test_split_and_exact_draws_are_those_of_tra
     floor = metrics.frechet_distance(train[:500], test)
     assert found.references["frechet_distance"][0]["value"] == pytest.approx(floor)
     assert found.metrics["frechet_distance"] == pytest.approx(metrics.frechet_distance(x, test))
+
+
+def mosaic(result, k):
+    """The ink of a picture whose tiles are 4 x 4 pixels, magnified 12 times."""
+    return result.figures[k][-1].axes[0].images[0].get_array()
+
+
+def test_samples_of_each_class_stand_in_a_column_and_each_chain_in_a_row():
+    labels, result = torch.arange(24) % 3, Evaluation()
+    grey = (labels / 2).view(-1, 1, 1).expand(-1, 4, 4)
+    images._draw_samples(result, {"samples": grey, "labels": labels})
+    ink = mosaic(result, 0)
+    assert ink.shape == (6 * 48 + 5 * 4, 3 * 48 + 2 * 4)
+    for k in range(3):
+        assert set(ink[:, 52 * k : 52 * k + 48].compressed()) == {k / 2}
+    chain = (torch.arange(10) / 10).view(-1, 1, 1, 1).expand(-1, 2, 4, 4)
+    steps = torch.tensor([0, 1])
+    images._draw_chains(result, EBM(), {"chain": chain, "chain_steps": steps})
+    ink = mosaic(result, 1)
+    assert ink.shape == (8 * 48 + 7 * 8, 2 * 48 + 4)
+    for k in range(8):
+        (shown,) = set(ink[56 * k : 56 * k + 48].compressed())
+        assert shown == pytest.approx(k / 10)
+
+
+def told_from_noise(**changes):
+    """A contrastive energy of the plane, its noise a Gaussian fitted to the data."""
+    seeds.seed("model", 0)
+    plain = {"defence": 0.0, "noise": {"kind": "gaussian"}}
+    model = variants.build("nce", (2,), MODELS["nce"] | plain | changes)
+    model.initialise(plane().points("train"))
+    return model.eval()
+
+
+def test_what_is_left_of_a_constant_is_the_mean_weight_of_draws_of_the_noise():
+    model, found = told_from_noise(), Evaluation()
+    torch.nn.init.normal_(model.network.head.weight, std=2.0)
+    torch.manual_seed(4)
+    contrast.measure_constant(found, model)
+    torch.manual_seed(4)
+    draws = [model.contrast.draw_with_log_prob(contrast.SLICE) for _ in range(contrast.SLICES)]
+    with torch.no_grad():
+        weight = torch.cat([model.log_density(v).double() - q.double() for v, q in draws]).exp()
+    assert found.metrics["log_partition"] == pytest.approx(weight.mean().log().item())
+    worth = weight.sum().square() / weight.square().sum()
+    assert found.metrics["log_partition_ess"] == pytest.approx(worth.item())
+    assert worth < 0.9 * len(weight)
+
+
+def test_an_estimate_that_is_off_by_the_same_every_time_has_an_error(monkeypatch):
+    monkeypatch.setattr(contrast, "_errors", lambda model, density, nu: torch.full((4,), -nu))
+    found, density = Evaluation(), plane().density
+    contrast._theory(found, told_from_noise(), density, metrics.cell_centres(-2.0, 2.0, 20))
+    assert found.metrics["log_partition_error"] == 100  # of the last of RATIOS
+
+
+def test_densities_are_drawn_under_their_own_names():
+    prepared, model = plane("swissroll"), told_from_noise()
+    torch.nn.init.normal_(model.network.head.weight, std=2.0)
+    samples = {"samples": prepared.points("test")[:40]}
+    measure = Reference(reference.Network(), {"kind": "coordinates"}, {}, {})
+    found = measured(model, samples, prepared, measure, {"grid": 20})
+    drawn = {name: picture for name, _, _, picture in found.figures}
+    grid = metrics.cell_centres(-2.0, 2.0, 20)
+    with torch.no_grad():
+        learned = -model.energy(grid.float()) - found.metrics["log_partition"]
+        noise = -model.noise.energy(grid.float())
+    panels = {ax.get_title(): ax for ax in (*drawn["noise"].axes, *drawn["density"].axes)}
+    truth = prepared.density.log_prob(grid)
+    named = {"Noise": noise, "True density": truth, "Learned density": learned}
+    for title, log_p in named.items():
+        shown = torch.tensor(panels[title].images[0].get_array())
+        torch.testing.assert_close(shown.flatten().to(log_p), log_p, rtol=1e-4, atol=1e-4)
+    (points,) = panels["Samples"].collections[-1:]
+    assert len(points.get_offsets()) == 40
+
+
+def test_the_images_that_are_shown_are_those_of_the_samples_and_of_the_test_split(digits, real):
+    labels = digits.labels("validation")
+    columns = int(labels.max()) + 1
+    expected = [(digits.points("validation")[: 6 * columns], columns)]
+    expected.append((digits.points("test")[:64], 16))
+    for k, (x, columns) in enumerate(expected):
+        (ax,) = figures.image_grid(x.numpy(), columns).axes
+        ink = ax.images[0].get_array()
+        assert mosaic(real, k).filled(-1).tolist() == ink.filled(-1).tolist()

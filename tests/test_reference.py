@@ -221,3 +221,9 @@ def test_the_stage_imports_no_torch_for_coordinates(tmp_path):
     assert run.returncode == 0
     config = tmp_path / "models/reference/8gaussians/config.json"
     assert json.loads(config.read_text()) == {"kind": "coordinates"}
+
+
+def test_its_floors_are_the_distances_of_its_own_splits(digits):
+    train, test = digits.statistics["train"], digits.statistics["test"]
+    for name in ("frechet_distance", "kernel_distance"):
+        assert digits.metrics[name] == pytest.approx(getattr(metrics, name)(train, test))
