@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_train import MODELS
 
+from ebm import seeds
 from pipelines import evaluate, prepare, reference, sample, train
 
 PLANE = {"kind": "density", "density": "8gaussians", "train": 200, "validation": 50, "test": 50}
@@ -98,3 +99,11 @@ def test_another_seed_is_another_beginning_and_other_draws_of_one_model():
     prepare.prepare("digits")
     for stage, output in ((train.train, "weights.safetensors"), (sample.sample, "samples.npz")):
         assert with_seed(0, stage, output) != with_seed(1, stage, output)
+
+
+def test_a_seed_knows_where_one_part_ends_and_of_what_type_it_is():
+    names = [("ab", "c"), ("a", "bc"), ("abc",), (1, 23), (12, 3), ("1", 23), (1, 23, "")]
+    found = {seeds.mix(*parts) for parts in names}
+    assert len(found) == len(names)
+    assert all(0 <= seed < 2**63 for seed in found)
+    assert seeds.mix("train", 0) == seeds.mix("train", 0)

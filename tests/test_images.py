@@ -475,3 +475,15 @@ def test_the_real_mnist_is_what_everybody_knows():
     assert train.mean().item() == pytest.approx(0.1307, abs=1e-4)
     assert train.std().item() == pytest.approx(0.3081, abs=1e-4)
     assert tensors["test_labels"][:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+
+
+def test_stored_outliers_are_from_the_whole_of_their_set_and_once_each():
+    """Files are sorted by class."""
+    stored = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1).expand(-1, 4, 4)
+    test = torch.randint(256, (30, 4, 4), dtype=torch.uint8)
+    splits = {"train": test, "test": test}
+    prepared = data.Prepared(splits, {"settings": {}}, lambda: {"other": stored})
+    found = (255 * outlier_sets(prepared, 50, seed=0)["other"][:, 0, 0]).round().long()
+    counts = found.bincount(minlength=200)
+    assert counts.max() == 1
+    assert (counts.view(4, 50).sum(1) > 4).all()  # of 12.5

@@ -87,6 +87,13 @@ def test_decoded_points_are_the_rows_that_they_were(scale):
         assert after == ([str(v) for v in before] if exact else pytest.approx(before, rel=1e-6))
 
 
+def test_a_drawn_point_is_of_the_category_whose_column_is_the_largest():
+    points = torch.tensor([[0.0, 0.2, 0.7, 0.0, -0.3, -0.1], [0.0, 1.4, 0.9, 0.0, 0.1, 0.0]])
+    rows = fitted().decode(points)
+    assert rows["colour"].tolist() == ["red", "blue"]
+    assert rows["port"].tolist() == ["80", "443"]
+
+
 def test_beyond_the_bounds_of_training_nothing_is_clipped():
     points = fitted().apply(changed(size=[-6.0, 18.0, 2.0], always=[7, 9, 6.5]))
     assert points[:, 0].tolist() == [-1, 2, 0]
