@@ -10,9 +10,9 @@ command after a kill finishes those that ran and then does the rest, and with a 
 some. The best parameters become `.sweeps/<study>/best.patch`, for `git apply`.
 
 `--prune-by SCALAR:higher` (or `:lower`, whichever is better) ends a training whose scalar, one
-that is logged while it trains, is worse than the median of the others at the same step. Metrics
-are mostly those of the test split, so the best of many trials looks better than it is: search on
-one seed, quote another.
+that is logged while it trains, was never as good as the median of the others now is, at the same
+step. Metrics are mostly those of the test split, so the best of many trials looks better than it
+is: search on one seed, quote another.
 """
 
 import argparse
