@@ -15,7 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 from toy_house import House, alive, built, wait_for
 
-from pipelines import dag, run
+from pipelines import dag, gpu, run
 from pipelines.dag import Stage
 from pipelines.timeline import Result
 
@@ -179,6 +179,8 @@ def test_a_failure_ends_what_depends_on_it_and_the_next_run_mends_it(house):
     house.tell("train@a")
     assert run.run(root=house.root)
     assert house.ran() == ["train@a", "evaluate@a", "report"]
+    kept = (house.root / ".checkpoints/logs/train@a.log").read_text()
+    assert kept.count("ValueError: the dog ate it") == 1
 
 
 def test_only_what_the_targets_need_runs_but_forced_even_if_up_to_date(house):
@@ -381,6 +383,44 @@ def test_a_mistake_is_told_in_one_line(house, arguments, edit, told):
     if edit:
         house.edit(*edit)
     assert house.run(*arguments) == (1, told)
+
+
+def test_a_disk_that_is_full_ends_a_command_in_one_line(capsys):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    assert run.command(full) == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+def test_what_a_user_has_set_counts_for_stages_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Launcher", lambda target, root, environment: environment)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    environment = run.start_launcher(tmp_path, EBM_FLOW_RUN_ID="flow")
+    assert environment["MALLOC_TRIM_THRESHOLD_"] == "1"
+    assert environment["MALLOC_MMAP_THRESHOLD_"] == run.KEPT_BYTES
+    assert environment["EBM_FLOW_RUN_ID"] == "flow"
+    assert environment["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
+
+
+def test_a_job_that_may_use_one_core_runs_one_stage_at_a_time():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert run.cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_no_more_stages_use_a_gpu_than_the_machine_has(house, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "schedule", lambda *arguments: asked.append(arguments) or [])
+    monkeypatch.setattr(gpu, "count", lambda: 3)
+    run.run(["train"], jobs=2, keep_going=False, root=house.root)
+    [(stages, _, _, *limits)] = asked
+    assert [stage.name for stage in stages] == ["train@a", "train@b"]
+    assert limits == [2, False, 3]
 
 
 def test_no_number_of_jobs_below_one_is_taken(house):

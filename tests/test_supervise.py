@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import psutil
 import pytest
 from toy_house import alive, wait_for
 
+from pipelines.polling import polling
 from pipelines.supervise import Cancelled, Ended, Launcher
 
 HERE = Path(__file__).parent
@@ -268,3 +270,19 @@ def test_the_template_of_dvc_forks_from_a_single_thread(tmp_path):
         assert ended == Ended(0), lines
         assert "it runs" in lines
         assert len(os.listdir(f"/proc/{launcher._template.pid}/task")) == 1
+
+
+def test_nobody_looks_any_more_when_the_context_is_left():
+    begun, ended = threading.Event(), []
+
+    def look():
+        begun.set()
+        time.sleep(0.1)
+        ended.append(True)
+
+    with polling(look, 0.01):
+        begun.wait()
+    assert ended
+    looks = len(ended)
+    time.sleep(0.2)
+    assert len(ended) == looks
