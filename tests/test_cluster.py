@@ -302,7 +302,10 @@ def test_a_house_that_no_clone_could_work_for_is_told(home):
     home.edit("stage.py", "import json", "import  json")
     with pytest.raises(EBMError, match=r"^stage\.py is changed and not committed"):
         dag.commit(home.root)
-    home.git("checkout", "-q", "stage.py")
+    home.git("add", "stage.py")
+    with pytest.raises(EBMError, match=r"^stage\.py is changed and not committed"):
+        dag.commit(home.root)
+    home.git("reset", "-q", "--hard")
     (home.root / "src").mkdir(exist_ok=True)
     home.write("notes.txt", "of no stage")
     home.write("src/forgotten.py", "")
@@ -353,6 +356,13 @@ def test_what_the_lock_and_the_sources_say_makes_stale(clone):
     assert (clone.root / "dvc.lock").read_text() == text
 
 
+@pytest.mark.parametrize("always", ["always_changed: true", "outs: [never]"])
+def test_what_has_to_run_every_time_or_has_never_run_is_stale(clone, always):
+    graph = (clone.root / "dvc.yaml").read_text()
+    clone.write("dvc.yaml", f"{graph}  fetch:\n    cmd: echo > never\n    {always}\n")
+    assert stale(clone) == ["fetch"]
+
+
 def test_what_holds_outputs_is_judged_by_what_lies_here(clone):
     """A folder of outputs has a checksum in no entry but that of its reader."""
     graph = (clone.root / "dvc.yaml").read_text()
@@ -364,6 +374,7 @@ def test_what_holds_outputs_is_judged_by_what_lies_here(clone):
 def test_only_what_dvc_caches_is_portable_and_what_reads_nothing_else(home):
     graph = (home.root / "dvc.yaml").read_text()
     reader = "  page:\n    cmd: echo > page\n    deps: [out/report]\n    outs: [page]\n"
-    home.write("dvc.yaml", f"{graph}{reader}")
+    sender = "  send:\n    cmd: echo\n    deps: [out/prepare]\n"  # makes nothing to carry
+    home.write("dvc.yaml", f"{graph}{reader}{sender}")
     stages = dag.plan(root=home.root).stages
-    assert [s.name for s in stages if not s.portable] == ["report", "page"]
+    assert {s.name for s in stages if not s.portable} == {"report", "page", "send"}
