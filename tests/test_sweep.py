@@ -5,14 +5,16 @@ import csv
 import errno
 import itertools
 import json
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -21,7 +23,9 @@ from toy_house import CHECKOUT, alive, wait_for
 from tracking_store import MLFLOW_WARNS, Lookup
 
 from ebm import EBMError, params
-from pipelines import dag, gpu, patch, space, study, sweep, trial
+from pipelines import dag, gpu, patch, run, space, study, sweep, trial
+from pipelines.spool import Spool
+from pipelines.supervise import Cancelled
 
 slow = pytest.mark.slow
 PARAMS = (CHECKOUT / "params.yaml").read_text(encoding="utf-8")
@@ -48,6 +52,7 @@ def test_the_grammar_has_ranges_of_the_type_in_params_and_choices():
         ("model.hiden=1..2", "model.hiden: no such key; did you mean 'hidden'?"),
         ("model.hidden", "expected KEY=LOW..HIGH, KEY=LOW..HIGH:log or KEY=A,B,C"),
         ("model.hidden=9..1", "9 is not below 1"),
+        ("model.hidden=9..9", "9 is not below 9"),
         ("model.hidden=1..x", "'x' is not a number"),
         ("model.hidden=1..9:lin", "after the colon only 'log' may stand"),
         ("model.momentum=0..1:log", "a logarithm needs a lower end above 0"),
@@ -159,7 +164,9 @@ def test_a_trial_is_what_depends_on_the_searched():
     assert names("experiments.e.modelling") == []
 
 
-@pytest.mark.parametrize(("cards", "uses", "trials"), [(0, True, 8), (2, True, 2), (2, False, 8)])
+@pytest.mark.parametrize(
+    ("cards", "uses", "trials"), [(0, True, 8), (2, True, 2), (2, False, 8), (9, True, 8)]
+)
 def test_no_more_trials_than_cards_run_where_a_stage_uses_one(monkeypatch, cards, uses, trials):
     monkeypatch.setattr(gpu, "count", lambda: cards)
     stages = [stage("train"), replace(stage("sample"), gpu=uses)]
@@ -340,6 +347,17 @@ def test_a_trial_worse_than_the_median_is_pruned_after_the_warm_up(tmp_path):
     assert asked[6] == [False, False] + [True] * 8
 
 
+def test_a_trial_that_was_once_as_good_as_the_median_is_spared(tmp_path):
+    with opened(tmp_path) as begun:
+        for _ in range(study.STARTUP):
+            number = begun.next(9).number
+            begun.report(number, 50, 1.0)
+            begun.finish(number, "done", 1.0, "")
+        number = begun.next(9).number
+        assert not begun.report(number, 10, 1.0)
+        assert not begun.report(number, 50, 0.0)
+
+
 def test_steps_that_were_reported_are_remembered(tmp_path):
     def work(tried):
         begun.report(tried.number, 10, 0.5)
@@ -350,6 +368,237 @@ def test_steps_that_were_reported_are_remembered(tmp_path):
         conduct(begun, work, 1)
     with opened(tmp_path) as begun:
         assert begun.reported(begun.next(1).number) == 20
+
+
+@pytest.fixture(scope="module")
+def shells(tmp_path_factory):
+    """What starts the stages of trials."""
+    with run.start_launcher(tmp_path_factory.mktemp("shells"), trial.SHELL) as launcher:
+        yield launcher
+
+
+EXPERIMENT = "rbm-digits"
+MEASURE = 'mkdir -p models/{0}/evaluation; echo "{{{1}}}" > models/{0}/evaluation/metrics.json'
+
+
+def measure(metrics):
+    """The command of a stage that finds `metrics`, a text of JSON without its braces."""
+    return MEASURE.format(EXPERIMENT, metrics.replace('"', '\\"'))
+
+
+def trials(begun, launcher, prune_by=None, **commands):
+    """What runs trials of stages by their commands; the root holds `data`."""
+    root = Path(os.environ["DVC_ROOT"])
+    (root / "data").mkdir(exist_ok=True)
+    stages = [dag.Stage(f"{name}@{EXPERIMENT}", cmd, (), True) for name, cmd in commands.items()]
+    recipe = trial.Recipe(
+        root, root / ".sweeps/s", PARAMS, EXPERIMENT, "m", prune_by, stages, ["data"]
+    )
+    return trial.Trials(recipe, begun, launcher)
+
+
+def test_a_trial_runs_its_stages_in_a_folder_that_looks_like_the_root(
+    fresh_root, no_courier, shells
+):
+    told = []
+    with opened(fresh_root) as begun:
+        tried = begun.next(1)
+        outcome = trials(
+            begun,
+            shells,
+            train='test -L data; echo "$DVC_STAGE $EBM_RUN $EBM_SCRATCH $DVC_ROOT"',
+            evaluate=measure('"m": 0.5'),
+        ).run(tried, told.append)
+    folder = fresh_root / ".sweeps/s/trial-0"
+    assert (outcome.state, outcome.value, outcome.lines) == ("done", 0.5, ())
+    assert told == [f"train@{EXPERIMENT} {begun.key}-0 {folder} {fresh_root}"]
+    assert (folder / "log.txt").read_text().splitlines() == told
+    written = patch.value((folder / "params.yaml").read_text())["experiments"][EXPERIMENT]
+    for key, text in tried.texts.items():
+        assert patch.at(written, key) == patch.value(text)
+
+
+def test_a_trial_goes_on_after_the_last_stage_that_was_done(fresh_root, no_courier, shells):
+    with opened(fresh_root) as begun:
+        tried, told = begun.next(1), []
+        commands = {"train": "echo trained", "sample": "echo sampled"}
+        broken = trials(begun, shells, **commands, evaluate="exit 3").run(tried, told.append)
+        whole = trials(begun, shells, **commands, evaluate=measure('"m": 1'))
+        assert whole.run(tried, told.append).value == 1.0
+    assert (broken.state, broken.reason) == ("failed", f"evaluate@{EXPERIMENT}: exit code 3")
+    assert broken.lines == ("trained", "sampled")
+    assert told == ["trained", "sampled"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_a_metric_that_is_no_number_fails_its_trial(fresh_root, no_courier, shells, value):
+    with opened(fresh_root) as begun:
+        work = trials(begun, shells, evaluate=measure(f'"m": {value}'))
+        outcome = work.run(begun.next(1), print)
+    assert (outcome.state, outcome.value) == ("failed", None)
+    assert outcome.reason == f"m is {float(value)}"
+
+
+def test_a_metric_that_nobody_measures_ends_the_sweep(fresh_root, no_courier, shells):
+    with opened(fresh_root) as begun:
+        work = trials(begun, shells, evaluate=measure('"modes": 1'))
+        with pytest.raises(EBMError, match=r"^there is no metric m; there are: modes$"):
+            work.run(begun.next(1), print)
+
+
+def test_parameters_that_are_wrong_together_fail_their_trial_before_it_runs(
+    fresh_root, no_courier, shells
+):
+    spanned, told = (space.Choice("train.steps", ("no number",)),), []
+    with opened(fresh_root, spanned) as begun:
+        outcome = trials(begun, shells, train="echo ran").run(begun.next(1), told.append)
+    assert (outcome.state, told) == ("failed", [])
+    assert "train.steps" in outcome.reason
+
+
+def test_a_trial_that_is_ended_from_outside_has_not_failed(fresh_root, no_courier, shells):
+    with opened(fresh_root) as begun:
+        work = trials(begun, shells, train="kill -TERM $EBM_SUPERVISOR; sleep 9")
+        with pytest.raises(Cancelled):
+            work.run(begun.next(1), print)
+        assert begun.finished() == 0
+
+
+ROW = '{{"op": "row", "step": {0}, "restarts": 0, "values": {{"loss": {1}}}}}'
+
+
+def logging_loss(step, loss, then):
+    """What a training does that logs a loss at a step."""
+    row = ROW.format(step, loss)
+    return f"echo '{row}' >> $DVC_ROOT/.tracking/$EBM_RUN/events.jsonl; {then}"
+
+
+def test_a_training_whose_scalar_is_bad_is_ended_and_its_trial_pruned(
+    fresh_root, no_courier, shells, monkeypatch
+):
+    monkeypatch.setattr(trial, "LOOK_EVERY", 0.02)
+    scalar = trial.Scalar("loss", -1)
+    with opened(fresh_root) as begun:
+        for _ in range(study.STARTUP):
+            number = begun.next(9).number
+            begun.report(number, 50, -1.0)
+            begun.finish(number, "done", 0.0, "")
+        tried = begun.next(9)
+        command = logging_loss(10, 1.5, "sleep 0.3; ") + logging_loss(50, 2.5, "sleep 9")
+        outcome = trials(begun, shells, scalar, train=command).run(tried, print)
+        assert (outcome.state, outcome.value) == ("pruned", None)
+        assert outcome.reason == "loss = 2.5 at step 50"
+        assert begun.reported(tried.number) == 50
+
+
+SMALL = """\
+datasets:
+  digits: {kind: digits}
+experiments:
+  rbm-digits:
+    dataset: digits
+    model: {learning_rate: 0.1, hidden: 60, k: 1}
+    sample: {steps: 3}
+    train: {steps: 100}
+"""
+
+
+def planned(root, params=SMALL, trials=5, **changes):
+    """A sweep over SPACE, whose root has prepared its data."""
+    recipe = trial.Recipe(root, root / ".sweeps/s", params, EXPERIMENT, "m", None, (), ())
+    needed = (dag.Stage("prepare@digits", "true", (), False),)
+    return replace(sweep.Sweep(recipe, SPACE, needed, 1, trials, 0), **changes)
+
+
+def prepared(root, md5):
+    """The root, in which data of that checksum were prepared."""
+    entry = {"cmd": "true", "outs": [{"path": "data/digits", "md5": md5}]}
+    (root / "dvc.lock").write_text(
+        json.dumps({"schema": "2.0", "stages": {"prepare@digits": entry}})
+    )
+    return root
+
+
+@pytest.mark.parametrize(
+    ("changed", "md5", "better", "refused"),
+    [
+        ({"model.hidden": "60"}, "a", 1, None),
+        ({"sample.steps": "7"}, "a", 1, "value of what is not searched"),
+        ({}, "b", 1, "content of what its trials read"),
+        ({}, "a", -1, "metric"),
+    ],
+)
+def test_trials_that_cannot_be_compared_are_no_study(tmp_path, changed, md5, better, refused):
+    with sweep.begun(planned(prepared(tmp_path, "a"))):
+        pass
+    params = space.patched(SMALL, EXPERIMENT, changed)
+    other = planned(prepared(tmp_path, md5), params, better=better)
+    if refused is None:
+        with sweep.begun(other):
+            return
+    with pytest.raises(EBMError, match=f"began with another {refused};"), sweep.begun(other):
+        pass
+
+
+def test_what_is_in_params_of_a_searched_key_is_no_part_of_what_is_compared(tmp_path):
+    searched = (space.Choice("sample", ("{steps: 3}", "{steps: 9}")),)
+    for steps in ("3", "7"):
+        params = space.patched(SMALL, EXPERIMENT, {"sample.steps": steps})
+        with sweep.begun(planned(prepared(tmp_path, "a"), params, space=searched)):
+            pass
+
+
+def test_the_best_parameters_are_a_patch_or_with_apply_those_of_the_file(tmp_path, capsys):
+    path, one = tmp_path / "params.yaml", planned(prepared(tmp_path, "a"))
+    path.write_text(SMALL)
+    with sweep.begun(one) as begun:
+        assert not sweep.conclude(one, begun, apply=True)
+        conduct(begun, outcome_of, 4)
+        new = space.patched(SMALL, EXPERIMENT, begun.best().trial.texts)
+        assert sweep.conclude(one, begun, apply=False)
+        assert path.read_text() == SMALL
+        assert one.file.read_text() == patch.diff(SMALL, new, "params.yaml")
+        assert "git apply .sweeps/s/best.patch" in capsys.readouterr().out
+        assert sweep.conclude(one, begun, apply=True)
+        assert path.read_text() == new
+        assert sweep.conclude(one, begun, apply=False)
+        assert capsys.readouterr().out.endswith("params.yaml has these parameters already\n")
+
+
+def test_a_sweep_tells_as_its_trials_end_and_leaves_a_table(fresh_root, no_courier, capsys):
+    @contextmanager
+    def worker(trials, launcher):
+        yield outcome_of
+
+    one = planned(prepared(fresh_root, "a"), trials=8)
+    with sweep.begun(one) as begun:
+        sweep.conduct(one, begun, 1, worker)
+        sweep.conduct(one, begun, 1, pytest.fail)  # nothing is left to do
+        values = [record.value for record in begun.records()]
+        events = [event for event, _ in Spool(begun.key).read()]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "study s: 0 of 8 trials have ended"
+    assert lines[1].startswith("[1/8] done trial 0 after ")
+    assert lines[-2].startswith("6 done, 1 pruned, 1 failed in ")
+    assert lines[-1] == "study s: 8 of 8 trials have ended"
+    best = [max(v for v in values[:ended] if v is not None) for ended in range(1, 9)]
+    told = [(e["step"], e["values"]) for e in events if e["op"] == "row"]
+    assert told == [(ended, {"best": value}) for ended, value in enumerate(best, start=1)]
+    with open(one.recipe.folder / "trials.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["value"]) if row["value"] else None for row in rows] == values
+    assert (rows[4]["state"], rows[4]["reason"]) == ("pruned", "hopeless")
+
+
+def test_the_scalar_to_prune_by_is_turned_the_way_of_the_metric():
+    own = [stage("train@e")]
+    signs = {(way, better): sweep._scalar(f"loss:{way}", better, own).sign
+             for way in ("higher", "lower") for better in (1, -1)}  # fmt: skip
+    assert signs == {("higher", 1): 1, ("higher", -1): -1, ("lower", 1): -1, ("lower", -1): 1}
+    with pytest.raises(EBMError, match=r"--prune-by loss: expected loss:higher or loss:lower"):
+        sweep._scalar("loss", 1, own)
+    with pytest.raises(EBMError, match="nothing is searched on which the training depends"):
+        sweep._scalar("loss:lower", 1, [stage("evaluate@e")])
 
 
 @pytest.fixture
