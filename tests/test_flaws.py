@@ -8,7 +8,8 @@ import torch
 from test_train import MODELS
 
 from ebm import seeds
-from pipelines import evaluate, prepare, reference, sample, train
+from pipelines import evaluate, prepare, reference, sample, tracking, train
+from pipelines.spool import Spool
 
 PLANE = {"kind": "density", "density": "8gaussians", "train": 200, "validation": 50, "test": 50}
 DIGITS = {"kind": "digits", "binarize": "sample", "validation": 180, "test": 360}
@@ -45,6 +46,12 @@ PARAMS = {
             "evaluate": {"chains": 10, "temperatures": 5, "burn_in": 5},
         }
     },
+}
+PARAMS["experiments"]["nce"] = PARAMS["experiments"]["rbm"] | {
+    "dataset": "plane",
+    "variant": "nce",
+    "model": MODELS["nce"],
+    "evaluate": {"grid": 20, "flagged": None},
 }
 STAGES = [
     (prepare.prepare, "plane", "data/plane/splits.safetensors"),
@@ -107,3 +114,26 @@ def test_a_seed_knows_where_one_part_ends_and_of_what_type_it_is():
     assert len(found) == len(names)
     assert all(0 <= seed < 2**63 for seed in found)
     assert seeds.mix("train", 0) == seeds.mix("train", 0)
+
+
+@pytest.mark.usefixtures("small", "no_courier")
+def test_an_experiment_is_one_run_with_all_that_came_of_it_and_leaves_no_checkpoint(monkeypatch):
+    monkeypatch.delenv("EBM_TRACKING")
+    monkeypatch.setattr(tracking.Run, "mlflow_run_id", lambda run, wait: "f" * 32)
+    for stage in (prepare.prepare, reference.reference):
+        stage("plane")
+    for stage in (train.train, sample.sample, evaluate.evaluate):
+        stage("nce")
+    [spool] = Spool.all()
+    record = json.loads(Path("models/nce/run.json").read_text())
+    assert (record["tracking_key"], record["mlflow_run_id"]) == (spool.key, "f" * 32)
+    events = [event for event, _ in spool.read()]
+    told = [event["op"] for event in events if event["op"] != "artifact"]
+    trained = ["start", "row", "row", "final", "close"]
+    assert told == [*trained, "start", "tags", "model", "final", "close"]
+    kept = {(event["folder"], event["name"]) for event in events if event["op"] == "artifact"}
+    pictures = {("figures", path.name) for path in Path("models/nce/evaluation/figures").iterdir()}
+    assert kept == {("samples", "samples.npz"), *pictures}
+    [model] = [event for event in events if event["op"] == "model"]
+    assert model["serving"]["sample"] == {"steps": 2}
+    assert not list(Path(".checkpoints").rglob("*.ckpt"))
