@@ -186,6 +186,7 @@ def test_flush_keeps_its_time_and_says_what_is_left(server, caplog):
     assert not tracking.flush(timeout=2)
     assert "not everything could be delivered" in caplog.text
     assert undelivered() == [run.key]
+    assert couriers() == []
 
 
 @pytest.mark.slow

@@ -7,17 +7,19 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import save_file
 from test_served import MODELS
 from test_tracking import log_model
 from tracking_store import MLFLOW_WARNS, Lookup, deliver, start
 
 from ebm import EBMError, variants
-from pipelines import ROOT
+from pipelines import ROOT, tracking
 from pipelines.promote import direction, main, promote, rollback
 
 pytestmark = [
@@ -160,6 +162,30 @@ def test_a_worse_run_and_an_equal_one_change_nothing(store, record):
     assert len(versions(store)) == 2
 
 
+def test_what_waits_for_mlflow_takes_part(store, light, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "flush", deliver)
+    with start() as run:
+        log_model(run, tmp_path)
+        run.log_final({"modes": 8})
+    main(["toy", "--metric", "modes"])
+    assert champion(store) == run.mlflow_run_id()
+
+
+def test_runs_on_every_page_of_mlflow_are_compared(store, record, monkeypatch):
+    search = MlflowClient.search_runs
+    monkeypatch.setattr(MlflowClient, "search_runs", partialmethod(search, max_results=1))
+    runs = record({"modes": 1}, {"modes": 3}, {"modes": 2})
+    promote("toy", "modes", "champion", None)
+    assert champion(store) == runs[1]
+
+
+def test_a_model_of_which_a_part_has_still_to_arrive_is_not_served(store, record, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "finalize_logged_model", lambda *_: None)
+        record({"modes": 1})
+    assert "no complete model" in refusal("--metric", "modes")
+
+
 def test_a_run_of_which_nobody_knows_on_what_data_is_not_the_newest(store, record):
     [best] = record({"modes": 9})
     record({"modes": 3}, data=None)
@@ -237,7 +263,7 @@ def test_a_kill_between_two_changes_is_made_good_by_the_next_call(store, record,
         twice(promote, "point", "modes", "champion", None)
     assert len(versions(store)) == 3
     assert champion(store) == runs[2]
-    rollback("toy", "champion")
+    twice(rollback, "point", "champion")  # the first one had changed nothing
     assert champion(store) == runs[1]
     promote("toy", "modes", "champion", None)
     twice(rollback, "remember", "champion")  # the first one had moved the alias

@@ -159,6 +159,15 @@ def test_a_resumed_run_is_the_same_run_and_repeats_no_step(store):
     assert store.rows("restarts") == [(20, 1.0), (30, 1.0)]
 
 
+def test_a_run_that_was_killed_ended_when_it_wrote_last(store):
+    run = start()
+    run.log({"loss": 1}, 1)
+    abandon(run)
+    os.utime(spool_of(run).events, (1_800_000_000, 1_800_000_000))
+    assert deliver()
+    assert store.run().info.end_time == 1_800_000_000_000
+
+
 def test_a_spool_cut_off_anywhere_is_read_up_to_there_and_continued(store):
     for cut in (1, 2, 30):
         run = start(f"cut-{cut}")
@@ -318,6 +327,17 @@ def test_a_server_that_is_down_is_said_once_and_gets_everything_later(server, ca
     assert caplog.messages[-1] == "tracking: MLflow answers again"
 
 
+def test_a_server_that_fails_is_not_asked_for_every_run(server):
+    """Each of them would wait for its answer in vain."""
+    for name in "abc":
+        with start(name):
+            pass
+    server.mood = "broken"
+    assert not deliver()
+    assert len(server.calls) == 1
+    assert len(undelivered()) == 3
+
+
 def test_a_second_store_gets_the_run_when_the_environment_changes(store, server, monkeypatch):
     with start() as run:
         run.log({"loss": 1}, 1)
@@ -390,6 +410,52 @@ def test_a_model_that_cannot_be_kept_stops_no_stage(store, tmp_path, monkeypatch
         run.model(weights, config, {}, {"inputs": [[1.0]]})
     assert len(caplog.messages) == (0 if off else 1)
     assert off or not list(spool_of(run).files.iterdir())
+
+
+def test_a_model_that_cannot_be_packed_for_want_of_room_is_packed_later(
+    store, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with start() as run:
+        log_model(run, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.mlflow_store.save_model", full)
+        assert not deliver()
+    assert deliver()
+    assert spool_of(run).state().notes == []
+    [model] = store.client.search_logged_models([store.experiment()])
+    assert model.status == "READY"
+
+
+def test_what_a_run_keeps_is_for_its_owner_alone(fresh_root, no_courier):
+    """An address may hold a password."""
+    with start() as run:
+        pass
+    paths = [spool_of(run).events.parent, spool_of(run).events]
+    assert [path.stat().st_mode & 0o077 for path in paths] == [0, 0]
+
+
+def test_a_stage_of_a_trial_continues_its_run_and_one_of_a_flow_names_it(store, monkeypatch):
+    monkeypatch.setenv("EBM_RUN", "0" * 32)
+    monkeypatch.setenv("EBM_FLOW_RUN_ID", "flow")
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "another")
+    with start(key="1" * 32) as run:
+        pass
+    assert run.key == "0" * 32
+    assert deliver()
+    assert store.run().data.tags["prefect.flow_run_id"] == "flow"
+
+
+def test_what_a_user_has_set_for_mlflow_counts(fresh_root, monkeypatch):
+    monkeypatch.setattr(courier.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    (fresh_root / ".tracking").mkdir()
+    assert courier.main([]) == 0
+    names = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    assert [os.environ[name] for name in names] == ["3", "0"]
 
 
 def test_tracking_turned_off_writes_nothing(fresh_root, monkeypatch):
