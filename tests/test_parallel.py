@@ -15,6 +15,7 @@ from ebm.checkpoint import Checkpoints
 from ebm.seeds import seed
 from ebm.train import Watch, fit
 from ebm.variants.base import EBM, descend
+from pipelines import processes
 
 VECTORS, IMAGES = (4,), (8, 8)
 CONVOLUTIONS = {"network": "conv", "generator": [4, 2], "energy": [2, 4]}
@@ -290,6 +291,33 @@ def test_a_process_permutes_its_own_rows_as_the_permutation_of_all_does(as_rank)
 def test_what_would_be_drawn_alike_by_all_is_refused(as_rank):
     with pytest.raises(NotImplementedError, match="bernoulli"):
         as_rank(0, 2, lambda: torch.bernoulli(torch.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "started", "wanted"),
+    [(None, False, 1), ("", False, 1), ("2", False, 2), ("2", True, 1)],
+)
+def test_as_many_processes_start_as_are_asked_for_and_none_of_them_starts_more(
+    monkeypatch, asked, started, wanted
+):
+    for name, value in {"EBM_PROCESSES": asked, "LOCAL_RANK": "0" if started else None}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert processes.wanted() == wanted
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "two", "1.5"])
+def test_what_is_no_number_of_processes_is_one_line(monkeypatch, asked):
+    monkeypatch.setenv("EBM_PROCESSES", asked)
+    with pytest.raises(EBMError, match=rf"^EBM_PROCESSES = {asked}: expected how many"):
+        processes.wanted()
+
+
+@pytest.mark.parametrize(("world", "threads"), [("1", 5), ("2", 2), ("8", 1)])
+def test_processes_on_a_machine_share_its_threads_and_each_has_one(monkeypatch, world, threads):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", world)
+    assert processes.share(5) == threads
 
 
 def test_one_process_is_left_alone():

@@ -25,7 +25,7 @@ from ebm.data import kddcup99
 from ebm.data.transform import Transform
 from ebm.variants.base import EBM
 from pipelines import train
-from pipelines.score import main, score
+from pipelines.score import Model, main, score
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 200
@@ -232,6 +232,13 @@ def test_memory_is_that_of_a_chunk_and_not_of_the_file(home, first):
     assert peak(200) < 1.2 * short
 
 
+@pytest.mark.parametrize(
+    ("shape", "batch"), [((2,), 4096), ((1, 32, 32), 512), ((3, 1024, 1024), 1)]
+)
+def test_as_many_points_as_memory_holds_are_scored_at_once_and_always_one(shape, batch):
+    assert Model(First(), torch.device("cpu"), shape, None).batch == batch
+
+
 @pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("before", [None, "the scores of yesterday"])
 def test_a_run_that_ends_midway_leaves_no_half_file(home, monkeypatch, interruption, before):
@@ -377,11 +384,13 @@ def test_connections_are_scored_by_their_published_columns(home, cup):
 
 
 def test_the_command_writes_what_the_function_writes(home, first, monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    caught = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: caught.append(number))
     expected = scored(threshold=0.5)
     options = {"model": "models/mine", "input": "mine.csv", "output": "again.csv"}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     main([*words, "--threshold", "0.5", "--chunk", "50", "--threads", "1"])
+    assert set(caught) == {signal.SIGTERM, signal.SIGHUP}, "what is half done would stay"
     assert pd.read_csv("again.csv", dtype=str, keep_default_na=False).equals(expected)
 
 
