@@ -136,6 +136,8 @@ def test_a_checkout_that_was_moved_has_its_models_with_it(store, record, tmp_pat
         assert Path(one.info.artifact_uri).is_relative_to(new / "mlruns")
     for version in versions(moved):
         assert Path(version.source, "MLmodel").is_file()
+        loaded = moved.client.get_model_version_download_uri("toy", version.version)
+        assert Path(loaded, "MLmodel").is_file()
     assert not tmp_path.exists()
 
 
