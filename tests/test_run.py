@@ -404,6 +404,7 @@ def test_what_a_user_has_set_counts_for_stages_too(tmp_path, monkeypatch):
     assert environment["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not Linux")
 def test_a_job_that_may_use_one_core_runs_one_stage_at_a_time():
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
