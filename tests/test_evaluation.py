@@ -158,6 +158,40 @@ def test_conditional_accuracy_is_the_share_of_the_class_asked_for(digits, measur
     assert found.metrics["conditional_accuracy"] == pytest.approx(0.25, abs=0.03)
 
 
+class ByClass(Nearest):
+    """The nearest training image of each class; conditional, with what a model with chains has."""
+
+    bounds = (0.0, 1.0)
+    kernel = noise_like = starts = EBM.sample
+
+    def __init__(self, x, y):
+        super().__init__(x)
+        self.y, self.classes = y, 10
+
+    def class_energies(self, x):
+        distances = torch.cdist(x.flatten(1), self.points)
+        return torch.stack([distances[:, self.y == k].amin(1) for k in range(10)], 1)
+
+    def conditional_energy(self, x, y):
+        return self.class_energies(x).gather(1, y[:, None])[:, 0]
+
+
+def test_the_accuracy_of_energies_is_the_share_whose_own_class_has_the_lowest(
+    digits, measure, real
+):
+    x, y = digits.points("train"), digits.labels("train")
+    test, own = digits.points("test"), digits.labels("test")
+    nearest = y[torch.cdist(test.flatten(1), x.flatten(1)).argmin(1)]
+    drawn = {"samples": digits.points("validation"), "acceptance": torch.linspace(0, 1, 180)}
+    found = measured(ByClass(x, y), drawn, digits, measure)
+    assert found.metrics["accuracy"] == (nearest == own).double().mean().item() > 0.95
+    (baseline,) = found.references["accuracy"]
+    right = (measure.classify(test) == own).double().mean().item()
+    assert (baseline["kind"], baseline["value"]) == ("baseline", right)
+    assert found.metrics["acceptance"] == pytest.approx(0.5)
+    assert not {"accuracy", "acceptance"} & real.metrics.keys()
+
+
 def test_every_kind_of_data_has_its_evaluator():
     kinds = {
         get_args(s.model_fields["kind"].annotation)[0] for s in get_args(get_args(Dataset)[0])

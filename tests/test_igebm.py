@@ -12,7 +12,7 @@ from ebm.demonstrations import demonstrate
 from ebm.samplers import value_and_gradient
 from ebm.seeds import seed
 from ebm.train import DivergenceError, Watch
-from ebm.variants.igebm import IGEBM, augmented
+from ebm.variants.igebm import IGEBM, augmented, free_energy
 
 IMAGES = MODELS["igebm"] | {
     "network": {"kind": "conv", "width": 4, "depth": 1},
@@ -338,11 +338,60 @@ def test_spectral_normalisation_leaves_no_weight_untrained():
     assert not without
 
 
-def test_the_marginal_energy_sums_over_classes():
-    model = build((8, 8), IMAGES)
+def test_a_free_energy_sums_over_classes_at_its_temperature():
+    energies = torch.randn(8, 3, dtype=torch.float64)
+    for temperature in (1.0, 0.3):
+        found = free_energy(energies, temperature)
+        expected = (-energies / temperature).exp().sum(1)
+        torch.testing.assert_close((-found / temperature).exp(), expected)
+    assert torch.equal(free_energy(energies, 0.0), energies.amin(1))
+    torch.testing.assert_close(free_energy(energies, 1e-6), energies.amin(1), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.005, "coupled"])
+def test_the_energy_is_free_over_classes_at_the_temperature_of_the_chains(noise):
+    model = build((8, 8), IMAGES, noise=noise, step_size=0.1).eval()
+    temperature = {0.0: 0, 0.005: 0.005**2 / 0.2, "coupled": 1}[noise]
     x, _ = images()
-    joint = torch.stack([model.conditional_energy(x, torch.full((8,), k)) for k in range(3)])
-    torch.testing.assert_close((-model.energy(x)).exp(), (-joint).exp().sum(0))
+    expected = free_energy(model.class_energies(x), temperature)
+    torch.testing.assert_close(model.energy(x), expected)
+
+
+def test_what_a_class_has_in_its_energy_beyond_another_does_not_matter():
+    """Nothing in training sets it: chains and data are compared within a class."""
+
+    class Levels(torch.nn.Module):
+        def __init__(self, levels):
+            super().__init__()
+            self.levels = levels
+
+        def of_points(self, x, y=None):
+            return (1 + y) * x.mean((1, 2)) + self.levels[y]
+
+    x, _ = images()
+    found = []
+    for levels in ([0.0, 0.0, 0.0], [4.0, -9.0, 2.0]):
+        torch.manual_seed(9)
+        model = build((8, 8), IMAGES, ema=0.0)
+        model.initialise(x)
+        model.network = Levels(torch.tensor(levels))
+        found.append(model.eval().class_energies(x))
+        chains = model.class_energies(model.replay)
+        for k in range(3):
+            own = chains[model.replay_label == k, k]
+            torch.testing.assert_close(own.mean(), torch.zeros(()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+def test_a_training_step_moves_the_levels_of_the_classes():
+    model, copy = build((8, 8), IMAGES), build((8, 8), IMAGES)
+    x, y = images()
+    before = model.eval().class_energies(x)
+    model.train().training_step(x, y)
+    copy.load_state_dict(model.state_dict())
+    after = model.eval().class_energies(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, copy.eval().class_energies(x))
 
 
 def test_the_energy_is_that_of_the_moving_average():

@@ -3,7 +3,7 @@ know?
 
 An evaluation is a call of the energy, or of the conditionals of a block of spins, for all chains
 at once, with or without its gradient; parallel tempering pays for all rungs. Step sizes are
-adapted beforehand, which is not counted, except that of unadjusted Langevin, which runs at MALA's.
+adapted beforehand, which is not counted, except that of unadjusted Langevin, a share of MALA's.
 
 Columns of the table, one row for each oracle and kernel:
 
@@ -56,8 +56,11 @@ MARKS = 80  # points of an error curve
 SHOWN = 1000  # evaluations of the one chain that is drawn
 CELLS = 150  # of a picture's side
 FEWEST = 4  # transitions of which diagnostics can be had
-TARGETS = {"random walk": 0.234, "MALA": 0.574, "HMC": 0.8}
-"""Acceptances to adapt to: the optima in many dimensions, and what HMC's users take."""
+TARGETS = {"random walk": 0.234, "MALA": 0.574, "HMC": 0.95}
+"""Acceptances to adapt to: the optima in many dimensions, and for HMC what its users take where a
+density bends: steps for 0.8 are too long for the narrow parts of banana and funnel."""
+UNADJUSTED = 0.25
+"""Of MALA's step: nothing refuses where a longer one leads."""
 
 
 @dataclass
@@ -180,7 +183,8 @@ def _continuous(
     walk, state = adapt(partial(RandomWalk, energy), x, warmup, TARGETS["random walk"])
     yield Contender("random walk", walk, state.x, walk.step_size)
     mala, state = adapt(partial(MALA, energy), x, warmup, TARGETS["MALA"])
-    yield Contender("Langevin", Langevin(energy, mala.step_size), state.x, mala.step_size)
+    short = UNADJUSTED * mala.step_size
+    yield Contender("Langevin", Langevin(energy, short), state.x, short)
     yield Contender("MALA", mala, state.x, mala.step_size)
     hmc_with = partial(HMC, energy, leapfrogs=settings["leapfrogs"])
     hmc, state = adapt(hmc_with, x, warmup, TARGETS["HMC"])

@@ -24,8 +24,9 @@ Names of metrics, the same in every experiment:
                             model's noise, over several trials
     log_density_mse         mean squared error of log p at the test points, nats^2
     bits_per_dim            -log2 p per pixel of grey images; `_train` of the training split
-    accuracy                of the model as a classifier; `_supervised` of the same network without
-                            the unlabelled points
+    accuracy                of the model as a classifier, by p(y | x) or by the class with the
+                            lowest energy; `_supervised` of the same network without the unlabelled
+                            points
     frechet_distance        between samples and test split: of raw coordinates in the plane, of the
                             features of `ebm.reference` for images, as are the next four
     frechet_distance_extrapolated   the same for infinitely many samples

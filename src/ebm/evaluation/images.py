@@ -53,6 +53,9 @@ def _measure(result: Evaluation, case: Case, train: Tensor, test: Tensor) -> dic
         measure_samples(result, samples, train, test, case.reference)
         sets["samples"] = drawn[:ENERGIES]
         _conditional_accuracy(result, case, test)
+    if len(samples.get("acceptance", ())):
+        result.metrics["acceptance"] = samples["acceptance"].mean().item()
+    _accuracy_of_energies(result, case, test)
     outliers = outlier_sets(case.prepared, ENERGIES, case.about["seed"])
     sets |= {name: images.to(case.device) for name, images in outliers.items()}
     energies = {k: metrics.in_batches(model.energy, x, 256) for k, x in sets.items()}
@@ -230,6 +233,18 @@ def _conditional_accuracy(result: Evaluation, case: Case, test: Tensor) -> None:
     by_class = [right[classes == k].mean() for k in labels.unique() if (classes == k).any()]
     source = "the same classifier on test images, its mean over the classes"
     result.refer("conditional_accuracy", torch.stack(by_class).mean().item(), "ceiling", source)
+
+
+def _accuracy_of_energies(result: Evaluation, case: Case, test: Tensor) -> None:
+    """Share of the test images whose own class has the lowest energy, beside a classifier's."""
+    model, labels = case.model, case.labels("test")
+    if labels is None or not isinstance(model, Chained) or not model.classes:
+        return
+    found = metrics.in_batches(model.class_energies, test, 256).argmin(1)
+    result.metrics["accuracy"] = (found == labels).double().mean().item()
+    if (real := case.reference.classify(test)) is not None:
+        right = (real == labels).double().mean().item()
+        result.refer("accuracy", right, "baseline", "a classifier, trained on the same labels")
 
 
 def _anomalies(result: Evaluation, test: Tensor, outliers: dict[str, Tensor]) -> None:

@@ -35,6 +35,12 @@ proposes so many before each `langevin_steps`: moves by the difference of two po
 which Metropolis' rule accepts or refuses. They pay where points are few numbers (toy densities,
 tables); between images no difference leads to another image.
 
+Of a conditional model the chains of a class are compared with data of the same class, so each
+E(., y) has a constant of its own that nothing sets. Before energies of several classes are put
+together, the mean energy c_y of the chains of the class in the buffer is taken off, in the place
+of -T log Z_y (equal entropies taken for granted). The temperature is that at which Langevin steps
+with such noise would be exact, T = noise^2 / (2 step_size): far below 1 for the published numbers.
+
 Layers may compute in bfloat16 in training: the rounding of a gradient is far below the noise of
 the chains. The last layer, energies and weights stay float32.
 
@@ -49,7 +55,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -77,6 +83,8 @@ from ebm.variants.base import EBM, autocast, average_of, descend, update_average
 
 NEIGHBOURS = 100
 """So many points of the buffer stand in for the model where its entropy is estimated."""
+CHAINS = 512
+"""So many chains of the buffer have their energies computed at once."""
 
 
 class IGEBM(EBM):
@@ -159,13 +167,18 @@ class IGEBM(EBM):
         self.replay_label.copy_(self._labels(len(self.replay)))
 
     def energy(self, x: Tensor) -> Tensor:
-        """E(x), by the moving average where there is one; -log sum_y exp(-E(x, y)) of a
-        conditional model."""
+        """E(x), by the moving average where there is one; of a conditional model, whose classes
+        are equally frequent, -T log sum_y exp(-(E(x, y) - c_y) / T), T that of its chains."""
         if not self.classes:
             return self.conditional_energy(x, None)
-        ones = torch.ones(len(x), dtype=torch.long, device=x.device)
-        by_class = [self.conditional_energy(x, k * ones) for k in range(self.classes)]
-        return -torch.logsumexp(-torch.stack(by_class), 0)
+        return free_energy(self.class_energies(x), self.noise**2 / (2 * self.step_size))
+
+    def class_energies(self, x: Tensor) -> Tensor:
+        """E(x, y) - c_y of every class y: shape [B, classes]. Training compares energies within a
+        class only; c_y, the mean energy of the chains of the class, makes them comparable."""
+        one = torch.ones(len(x), dtype=torch.long, device=x.device)
+        by_class = [self.conditional_energy(x, k * one) for k in range(self.classes)]
+        return torch.stack(by_class, 1) - self._levels()
 
     def conditional_energy(self, x: Tensor, y: Tensor | None) -> Tensor:
         """E(x, y) for x [B, *] and classes y [B]: shape [B]."""
@@ -316,6 +329,25 @@ class IGEBM(EBM):
         if batch.label is not None:
             self.replay_label[batch.rows] = batch.label
 
+    @torch.no_grad()
+    def _levels(self) -> Tensor:
+        """c [classes]: the mean of E(x, y) over the chains x of class y in the buffer, which is
+        computed once while the model does not train."""
+        if self.training or "levels" not in self.records:
+            rows = torch.arange(len(self.replay), device=self.replay.device).split(CHAINS)
+            chains = [(self.replay[part], self.replay_label[part]) for part in rows]
+            energy = torch.cat([self.conditional_energy(x, y) for x, y in chains])
+            sums = energy.new_zeros(self.classes).index_add(0, self.replay_label, energy)
+            counts = self.replay_label.bincount(minlength=self.classes)
+            self.records["levels"] = sums / counts.clamp(min=1)
+        levels: Tensor = self.records["levels"]
+        return levels
+
+    def train(self, mode: bool = True) -> Self:
+        """Training moves the energies of the buffer's chains."""
+        self.records.pop("levels", None)
+        return super().train(mode)
+
     def noise_like(self, x: Tensor) -> Tensor:
         """Uniform noise within the bounds, of x's shape: where chains start."""
         low, high = self.bounds
@@ -339,6 +371,13 @@ class Batch(NamedTuple):
     start: Tensor
     label: Tensor | None
     reset: Tensor
+
+
+def free_energy(energies: Tensor, temperature: float) -> Tensor:
+    """-T log sum_y exp(-E_y / T) of energies [B, K] at a temperature T: [B]; at 0 the lowest."""
+    if temperature == 0:
+        return energies.amin(1)
+    return -temperature * torch.logsumexp(-energies / temperature, 1)
 
 
 def within(energy: Energy, low: float, high: float) -> Energy:
