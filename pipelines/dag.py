@@ -97,15 +97,15 @@ class Plan:
 
     @property
     def stale(self) -> tuple[Stage, ...]:
-        """Those that may have to run. A downstream stage among them whose inputs come out as
-        they were is skipped by DVC when its turn comes."""
+        """Stages that may have to run. DVC skips a downstream one when its turn comes, if its
+        inputs have come out as they were."""
         return tuple(stage for stage in self.stages if stage.stale)
 
 
 def plan_when_free(
     targets: Sequence[str] = (), root: Path = ROOT, made_elsewhere: bool = False
 ) -> Plan:
-    """The same as `plan`, once nobody else is at work on the files."""
+    """`plan`, once nobody else is at work on the files."""
     return _when_free(lambda: plan(targets, root, made_elsewhere))
 
 

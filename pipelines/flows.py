@@ -292,7 +292,7 @@ class Tasks:
 
 
 class TasksElsewhere(Tasks):
-    """Those whose stages run on a cluster. What DVC's remote cannot carry is made here.
+    """Tasks whose stages run on a cluster. What DVC's remote cannot carry is made here.
 
     The entry of each stage is in `dvc.lock` as soon as it is done: a flow that fails or dies keeps
     it. If a worker dies, Dask gives its stage to another one, or to the one that comes after it.

@@ -19,7 +19,7 @@ class Machine:
             self._monitors.append(GPUMonitor())
 
     def load(self) -> dict[str, float]:
-        """Its load now; that of the CPUs is the mean since the last call of psutil for it."""
+        """Load of the machine now; of the CPUs, the mean since psutil was last asked for it."""
         values: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.clear_metrics()

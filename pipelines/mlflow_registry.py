@@ -95,7 +95,7 @@ class Registry:
         return Version(str(number), self._client.get_model_version(name, str(number)).run_id)
 
     def number(self, name: str, model_id: str) -> str | None:
-        """That of the version that is this model, if there is one."""
+        """Number of the version that is this model, if there is one."""
         source = self._source(model_id)
         known = [str(found.version) for found in self._versions(name) if found.source == source]
         return known[0] if known else None
@@ -141,7 +141,7 @@ class Registry:
                 return
 
     def _registered(self, name: str) -> dict[str, Any]:
-        """Its aliases and tags, or nothing if no such model is registered."""
+        """Aliases and tags of a model, or nothing if no such model is registered."""
         found = self._client.search_registered_models(f"name = '{name}'")
         return {"aliases": found[0].aliases, "tags": found[0].tags} if found else {}
 

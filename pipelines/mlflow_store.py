@@ -307,7 +307,7 @@ def _example(path: Path) -> "np.ndarray | pd.DataFrame":
 
 
 def _names(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The same under names that MLflow accepts."""
+    """`named`, under names that MLflow accepts."""
     return {re.sub(r"[^\w\-. :/]", "-", name): value for name, value in named.items()}
 
 

@@ -115,7 +115,7 @@ def _measured(runs: "list[Recorded]", experiment: str, metric: str) -> "list[Rec
 
 
 def _on_the_newest_data(runs: "list[Recorded]") -> "list[Recorded]":
-    """Those on the data of the newest run of which it is known on what; all if it is of none."""
+    """Runs on the same data as the newest one whose data are known; all if none has any."""
     known = [run for run in runs if run.data]
     return [run for run in known if run.data == known[-1].data] or runs
 

@@ -52,7 +52,7 @@ class Provenance(BaseModel):
 
 
 class Record(Provenance):
-    """That of a training."""
+    """Provenance of a training."""
 
     variant: str
     dataset: str
@@ -138,7 +138,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """That of the samplers. `settings` is its section of params.yaml."""
+    """Comparison of the samplers. `settings` is its section of params.yaml."""
 
     settings: Mapping[str, Any]
     record: Provenance

@@ -191,8 +191,8 @@ def _numbers(given: "np.ndarray | pd.DataFrame", shape: tuple[int, ...]) -> np.n
 
 
 def _check_rows(given: Any) -> None:
-    """That they are not too many. Where a row of a CSV file has more cells than the header, pandas
-    takes the first ones for the names of the rows."""
+    """Refuse too many rows, and rows with names: where one of a CSV file has more cells than the
+    header, pandas takes the first ones for those."""
     _check_count("rows", len(given) if np.ndim(given) else 1, MOST_ROWS)
     if isinstance(given, pd.DataFrame) and not given.index.equals(pd.RangeIndex(len(given))):
         problem = "rows are not numbered from 0; give them no index"

@@ -31,7 +31,7 @@ class Experiment:
 
     @property
     def key(self) -> str:
-        """Its name as Prefect allows it in that of an artifact."""
+        """The title in the form that Prefect wants of an artifact's key."""
         return re.sub("[^a-z0-9]+", "-", self.title.lower())
 
     @property
@@ -65,7 +65,7 @@ def stages(last: Rebuild) -> list[dict[str, Any]]:
 
 
 def experiments(last: Rebuild, root: Path) -> list[Experiment]:
-    """Those of the plan that have been evaluated, now or before."""
+    """Experiments of the plan that have been evaluated, now or before."""
     ran: dict[tuple[str, str], bool] = {}
     for entry in last.entries:
         path, stage = entry.stage.rpartition("dvc.yaml:")[::2]

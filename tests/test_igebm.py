@@ -383,6 +383,12 @@ def test_what_a_class_has_in_its_energy_beyond_another_does_not_matter():
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
+def test_chains_are_by_default_as_long_as_those_of_the_buffer():
+    model = build(langevin_steps=6)
+    model.replay_age.copy_(torch.arange(len(model.replay_age)) % 2 * 3)  # 1.5 on average
+    assert model.sample(2)["chain_steps"].tolist()[-1] == 9
+
+
 def test_a_training_step_moves_the_levels_of_the_classes():
     model, copy = build((8, 8), IMAGES), build((8, 8), IMAGES)
     x, y = images()

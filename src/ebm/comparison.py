@@ -60,7 +60,7 @@ TARGETS = {"random walk": 0.234, "MALA": 0.574, "HMC": 0.95}
 """Acceptances to adapt to: the optima in many dimensions, and for HMC what its users take where a
 density bends: steps for 0.8 are too long for the narrow parts of banana and funnel."""
 UNADJUSTED = 0.25
-"""Of MALA's step: nothing refuses where a longer one leads."""
+"""Langevin's step as a share of MALA's: nothing refuses where a longer one leads."""
 
 
 @dataclass
@@ -202,7 +202,7 @@ def _continuous(
 
 
 def sample(contender: Contender, meter: Meter, evaluations: int) -> Chains:
-    """As many transitions as `evaluations` a chain will pay for."""
+    """The chains of a contender, as many transitions as `evaluations` a chain will pay for."""
     kernel, x = contender.kernel, contender.x
     state, begun = kernel.init(x), meter.calls
     kernel.step(kernel.step(state))
@@ -232,8 +232,8 @@ def sample(contender: Contender, meter: Meter, evaluations: int) -> Chains:
 
 
 def weighted(oracle: Oracle, chains: int, evaluations: int) -> Chains:
-    """As many draws from N(0, s^2 I), s twice the largest standard deviation that is known of a
-    coordinate."""
+    """Importance sampling by as many draws from N(0, s^2 I), s twice the largest standard deviation
+    that is known of a coordinate."""
     s = 2 * max(e.deviation for e in oracle.expectations if e.coordinate)
     noise = torch.randn(chains, evaluations, *oracle.start(1).shape[1:], dtype=torch.float64)
     drawn = Chains(Contender("importance", None, noise[:, 0]), s * noise, 1.0)

@@ -61,7 +61,7 @@ def importance_log_partition(energy: Tensor, log_q: Tensor) -> Tensor:
 
 
 STARTING = 4096
-"""So many draws of the noise say where the constants start."""
+"""Draws of the noise that say where the constants start."""
 
 LOGGED = ("value", "accuracy", "log_z", "noise_loss", "energy_gap", "gradient_norm")
 
@@ -163,7 +163,7 @@ class Contrasted(EBM):
         return self.log_density(v) + self.space.log_det(v)
 
     def noise_log_prob(self, x: Tensor) -> Tensor:
-        """log q(x) of what the energy is told from, defence and all: [B]."""
+        """log q(x) of the noise that the energy is trained against, defence included: [B]."""
         v = self.space.centre(x)
         return self.contrast.log_prob(v) + self.space.log_det(v)
 

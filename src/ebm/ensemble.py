@@ -135,5 +135,5 @@ class Ensemble(EBM):
 
 
 def histories(model: EBM) -> list[list[EBM]]:
-    """Those of an ensemble; any other model is its own only member."""
+    """Histories of an ensemble's members; any other model is its own only member."""
     return model.histories() if isinstance(model, Ensemble) else [[model]]

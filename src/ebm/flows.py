@@ -130,7 +130,7 @@ def adam(
 class Defended(Noise):
     """The mixture (1 - share) q + share N of a flow and a broad Gaussian: a defensive mixture
     (Hesterberg 1995), which has draws wherever data might be however narrow the flow becomes, so
-    that a density told from them is low where nothing lies. Of n draws share n come from the
+    that a density trained against them is low where nothing lies. Of n draws share n come from the
     Gaussian, rounded up or down at random with that expectation, so every draw follows the
     mixture. Where several processes share the draws, share n has to be whole in each: they would
     round each on its own."""
@@ -144,7 +144,7 @@ class Defended(Noise):
         return torch.logaddexp(math.log1p(-self.share) + log_q, math.log(self.share) + log_n)
 
     def latents(self, n: int) -> Latents:
-        """Those of the flow and of the Gaussian, and the order of the draws."""
+        """Latents of the flow and of the Gaussian, and the order of the draws."""
         share = self.share * n
         if draws_are_shared() and not math.isclose(share, round(share)):
             raise EBMError(
@@ -266,7 +266,7 @@ class Space(nn.Module):
         return self._enter(x, torch.rand_like(x)) if self.levels else self._enter(x, x)
 
     def centre(self, x: Tensor) -> Tensor:
-        """The same, but greys go to the middle of their level, always."""
+        """Points of the space, as by `enter`, but every grey in the middle of its level."""
         return self._enter(x, torch.full_like(x, 0.5))
 
     def _enter(self, x: Tensor, noise: Tensor) -> Tensor:

@@ -43,10 +43,10 @@ from ebm.flows import Flow, Latents
 from ebm.variants.base import standard_normal
 
 BOUND = 1.0
-"""Of |log s| in a coupling."""
+"""Bound of |log s| in a coupling."""
 
 SLICE = 4096
-"""So many images pass a coupling at once where all do before training: it is wider than they."""
+"""Images that pass a coupling at once as all do before training: its activations are wider."""
 
 
 class Glow(Flow):
@@ -170,7 +170,7 @@ class Level(nn.Module):
         return x
 
     def log_det(self, x: Tensor) -> Tensor:
-        """Of the actnorms and 1x1 convolutions on images of the size of x: a number."""
+        """log |det| of the actnorms and 1x1 convolutions on images of the size of x: a scalar."""
         diagonal = self.factors.diagonal(dim1=1, dim2=2)
         return (self.log_scale + diagonal).sum() * math.prod(x.shape[2:])
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 SLICE = 1024
-"""So many points are compared with all others at once."""
+"""Points that are compared with all others at once."""
 
 
 def nearest_mode(x: Tensor, modes: Tensor, radius: float) -> Tensor:
@@ -255,11 +255,10 @@ def detection(inliers: Tensor, outliers: Tensor, threshold: float) -> tuple[floa
 
 
 def share_threshold(scores: Tensor, share: float) -> float:
-    """The threshold not below which about the highest `share` of scores [N] lie. It flags of these
-    what their quantile would (with straight lines between the scores, as NumPy has it; ties with
-    it too), but lies in the middle between those and the highest of the others: a row that is
-    scored again, among fewer, comes to a score that differs in its last digit. NaN if a score is
-    NaN."""
+    """Threshold that flags about the highest `share` of scores [N]: the same of them as NumPy's
+    quantile, ties included. It lies midway between the lowest that is flagged and the highest that
+    is not: a row that is scored again, in a smaller batch, may differ in its last digit, and that
+    must flip nothing. NaN if a score is NaN."""
     scores, largest = scores.double(), torch.finfo(torch.float64).max
     finite = scores.clamp(-largest, largest)  # no quantile lies between infinities
     flagged = finite >= torch.quantile(finite, 1 - share)

@@ -22,7 +22,7 @@ def mlp(sizes: Sequence[int], activation: nn.Module) -> nn.Sequential:
 
 
 KERNEL, STRIDE, PADDING = 5, 2, 2
-"""Of every convolution in an `encoder` and a `decoder`."""
+"""Geometry of every convolution in an `encoder` and a `decoder`."""
 
 Kind = Literal["mlp", "conv"]
 
@@ -217,8 +217,8 @@ class Scalar(nn.Module):
         return self.head(x.sum((2, 3)) if self.pool else x.flatten(1)).squeeze(1)
 
     def of_points(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The same of points as data sets have them: vectors [B, D], grey images [B, H, W] or
-        images [B, C, H, W]."""
+        """The scalar [B] of points as data sets have them: vectors [B, D], grey images [B, H, W]
+        or images [B, C, H, W]."""
         if not self.images:
             return self(x.flatten(1), y)
         x = x.view(len(x), -1, *x.shape[-2:])
@@ -259,7 +259,7 @@ def scalar_fourier(
     classes: int,
     outputs: int = 1,
 ) -> Scalar:
-    """The same over so many `FourierFeatures`."""
+    """A `scalar` network over `FourierFeatures` of so many frequencies."""
     features = FourierFeatures(dimensions, frequencies, bandwidth)
     mlp = scalar_mlp(dimensions + 2 * frequencies, width, depth, classes, outputs)
     return Scalar([features, *mlp.blocks], width, images=False, outputs=outputs)

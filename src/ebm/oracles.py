@@ -131,7 +131,7 @@ class Funnel:
 
     @property
     def expectations(self) -> tuple[Expectation, ...]:
-        """Of v alone: the moments of x are finite, but no sampler's estimate of them is usable."""
+        """Moments of v alone: those of x are finite, but no sampler's estimate is usable."""
         square = Expectation("v²", lambda x: x[:, 0] ** 2, self.s**2, math.sqrt(2) * self.s**2)
         return _coordinate(0, self.s)._replace(name="v"), square
 
@@ -197,7 +197,7 @@ class Ising:
 
     @cached_property
     def probabilities(self) -> Tensor:
-        """Of `states`."""
+        """Probability of each of `states`."""
         return (-self.energy(self.states)).softmax(0)
 
     def sample(self, n: int) -> Tensor:
@@ -210,7 +210,7 @@ class Ising:
 
     @property
     def expectations(self) -> tuple[Expectation, ...]:
-        """Of the mean spin, whose sign is slow to change, and of the energy."""
+        """Moments of the mean spin, whose sign is slow to change, and of the energy."""
         return self._expectation("m", _mean_spin), self._expectation("E", self.energy)
 
     def _expectation(self, name: str, function: Callable[[Tensor], Tensor]) -> Expectation:

@@ -115,7 +115,7 @@ def dataset(path: Path, name: str) -> Dataset:
 
 
 def _check_dataset(file: str, name: str, dataset: Dataset) -> None:
-    """That DVC sees a change of a user's own data."""
+    """Raise EBMError unless DVC would see a change of a user's own data."""
     if dataset.kind == "table" or dataset.kind == "folder":
         folder, parts = FOLDERS[dataset.kind], PurePosixPath(dataset.path).parts
         if parts[:1] != (folder,) or ".." in parts:
@@ -149,7 +149,7 @@ def _check_experiment(file: str, name: str, experiment: Experiment, params: Para
 
 
 def _check_ensemble(where: str, experiment: Experiment, dataset: Dataset) -> None:
-    """That an ensemble is one of detectors, and its numbers fit those of training."""
+    """Raise EBMError unless an ensemble is one of detectors and its numbers fit the training."""
     ensemble, train = experiment.ensemble, experiment.train
     if dataset.kind == "novelty" and not (ensemble and ensemble.without):
         wanted = "should leave classes out by `without`, as each is found by what never saw it"
@@ -171,7 +171,7 @@ def _check_ensemble(where: str, experiment: Experiment, dataset: Dataset) -> Non
 
 
 def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> None:
-    """That rows have a rule by which they are flagged, and no more than one."""
+    """Raise EBMError unless exactly one rule says which rows are flagged."""
     if dataset.kind not in ("kddcup99", "table"):
         return
     key, flagged = f"{where}.evaluate.flagged", getattr(experiment.evaluate, "flagged", None)
@@ -189,7 +189,7 @@ def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> No
 
 
 def _check_samples(where: str, experiment: Experiment, dataset: Dataset) -> None:
-    """That there are samples where data are measured by nothing else, and enough of them."""
+    """Raise EBMError where a metric needs samples and there are none, or too few."""
     count = experiment.sample.count
     if dataset.kind in ("digits", "folder", "images", "stacked") and 0 < count < FEWEST_DRAWN:
         wanted = f"images are measured from {FEWEST_DRAWN} on"

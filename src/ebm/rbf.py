@@ -10,7 +10,7 @@ from ebm import EBMError
 from ebm.scoring import Scorer
 
 SLICE = 4096
-"""So many points are compared with the rows at once."""
+"""Points that are compared with the rows at once."""
 
 
 class KernelScorer(Scorer):
@@ -59,7 +59,7 @@ def fitting_gamma(gamma: float | str, rows: Tensor) -> float:
 
 
 def some_rows(data: Tensor, points: int) -> Tensor:
-    """So many different rows of `data` [N, D] at random, by torch's global generator."""
+    """`points` different rows of `data` [N, D] at random, by torch's global generator."""
     if points > len(data):
         raise EBMError(f"model.points = {points} is more than the {len(data)} training rows")
     return data[torch.randperm(len(data))[:points].to(data.device)]

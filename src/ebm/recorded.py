@@ -21,7 +21,7 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 """What is minimised, a scalar, and what is to be logged with it."""
 Objective = Callable[..., Loss]
 Gradient = tuple[list[Tensor | None], dict[str, Tensor]]
-"""Of a loss in each parameter, None where there is none, and what is to be logged with it."""
+"""Gradient of a loss in each parameter, None where there is none, and what is to be logged."""
 
 SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 """Operations whose result is their argument, once nobody asks for gradients."""

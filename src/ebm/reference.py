@@ -29,7 +29,7 @@ from ebm.schema import ClassifierReference, InceptionReference
 from ebm.variants.base import descend
 
 KEPT = 10000
-"""So many features of a split are kept for what looks at single points."""
+"""Features kept of a split, for metrics that look at single points."""
 
 BATCH = 256
 """Images that go through the network at once."""
@@ -38,7 +38,7 @@ SIDE = 16
 """Pixels to a side of images that are compared by their coordinates."""
 
 FEATURES = 64
-"""Of a classifier."""
+"""Number of features of a classifier."""
 
 WARP = 0.2
 """How far the training images of a classifier are warped."""
@@ -93,11 +93,11 @@ class Parts(Network):
         self.classifier = Classifier(shape, classes, width)
 
     def features(self, x: Tensor) -> Tensor:
-        """Those of the parts one after another: [N, parts * FEATURES]."""
+        """Features of the parts, one after another: [N, parts * FEATURES]."""
         return self.classifier.features(x.flatten(0, 1)).view(len(x), -1)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of the classes of each part: [N, parts, classes]."""
+        """Logits of the classes of each part: [N, parts, classes]."""
         return self.classifier.logits(x.flatten(0, 1)).view(*x.shape[:2], -1)
 
 

@@ -23,7 +23,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["float32", "bfloat16"]
-"""Of layers in training; float32 also where the device has no arithmetic for bfloat16."""
+"""Arithmetic of layers in training; float32 where the device has none for bfloat16."""
 Compile = bool
 """Whether TorchInductor compiles the losses of training with their gradients, which takes up to
 half a minute for each, needs a C++ compiler, and rounds otherwise."""
@@ -415,21 +415,21 @@ class Drawn(Section):
 
 
 class NothingDrawn(Drawn):
-    """Of a model that only scores points and can draw none."""
+    """Samples of a model that only scores points and can draw none."""
 
     count: Literal[0]
 
 
 class Detection(Section):
-    """Of a model whose scores are to find anomalies: the share of the rows that is `flagged` where
-    no labels set a threshold; null where they do, and, for points and images, where it is the
-    share 0.01."""
+    """Evaluation of scores that are to find anomalies: the share of the rows that is `flagged`
+    where no labels set a threshold; null where they do, and, for points and images, where it is
+    the share 0.01."""
 
     flagged: Part | None
 
 
 class DensityDetection(Detection):
-    """The same of points that may lie in the plane: `grid`, the cells per axis of the square on
+    """`Detection` of points that may lie in the plane: `grid`, the cells per axis of the square on
     which exp(-E) is integrated (0 for points that do not lie in the plane)."""
 
     grid: Size

@@ -37,7 +37,7 @@ class Chained(Protocol):
         """Where chains start, of the shape of points [n, *]."""
 
     def starts(self, n: int) -> Tensor:
-        """The same for n points."""
+        """Where n chains start: [n, *]."""
 
 
 def denoise(model: Chained, x: Tensor, y: Tensor | None, steps: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 Every draw is a function of where a run is: the order of the rows of (seed, restarts, epoch), the
 noise and the chains of (seed, restarts, step). A run that is killed at any moment and started
-again ends with the same weights therefore, bit for bit; and with the same but for rounding, or as
-good ones, by however many processes (`ebm.parallel`).
+again therefore ends with the same weights, bit for bit. Over several processes weights agree up to
+rounding, or, where each draws on its own, are as good (`ebm.parallel`).
 """
 
 import logging

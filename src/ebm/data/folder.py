@@ -183,7 +183,7 @@ def _known(settings: FolderData, names: Sequence[str]) -> list[str]:
 
 
 def _digest(paths: Sequence[Path], root: Path) -> str:
-    """Of names and contents of all files."""
+    """SHA-256 over names and contents of all files."""
     total = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:

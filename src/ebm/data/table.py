@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COPIES = 3
-"""Of the points of a table: all rows, the splits, and what is written of them."""
+"""Copies of a table in memory: all rows, the splits, and what is written of them."""
 
 
 def header(path: Path) -> list[str]:

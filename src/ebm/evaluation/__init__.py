@@ -19,9 +19,9 @@ Names of metrics, the same in every experiment:
                             plane Z is the integral over the square, but that of a flow is 1
     log_partition           log Z, nats; of a model with a constant of its own what is left of it,
                             by a grid, of images by importance sampling from the noise that the
-                            energy was told from; `_ess`, the effective size of that sample
-    log_partition_error     root mean square error of log Z of the true density, told from the
-                            model's noise, over several trials
+                            energy was trained against; `_ess`, that sample's effective size
+    log_partition_error     root mean square error of log Z of the true density, estimated from
+                            the model's noise, over several trials
     log_density_mse         mean squared error of log p at the test points, nats^2
     bits_per_dim            -log2 p per pixel of grey images; `_train` of the training split
     accuracy                of the model as a classifier, by p(y | x) or by the class with the
@@ -50,9 +50,9 @@ Names of metrics, the same in every experiment:
     auroc_<test>_<d>        `released`, `strict`, `tenth`; `..._mean` over all classes
 
 The suffix `_generator` marks a number of the generator's samples before any MCMC, or of the noise
-that an energy was told from, `_gradient` one
-of |grad E|^2 as score of anomaly instead of E. Of several trainings a number is the mean (of the
-snapshots of each first), and the suffix `_std` marks their standard deviation.
+that an energy was trained against; `_gradient` one of |grad E|^2 as score of anomaly instead of E.
+Of several trainings a number is the mean (of the snapshots of each first), and the suffix `_std`
+marks their standard deviation.
 """
 
 import math

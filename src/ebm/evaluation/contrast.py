@@ -1,5 +1,5 @@
-"""Energies that were told from noise: the classes that they know, how far the constant that they
-learned is right, the pieces of their density, and how much of log Z that noise can tell."""
+"""Energies that were trained against noise: the classes that they know, how far the constant that
+they learned is right, the pieces of their density, and how much of log Z that noise can tell."""
 
 import math
 from typing import Any

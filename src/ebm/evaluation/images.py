@@ -21,8 +21,8 @@ from ebm.tasks import Chained
 from ebm.variants.base import EBM
 
 ENERGIES = 2000
-"""So many images of a set have their energies compared with those of the test split, which counts
-whole: the published test images are not in random order."""
+"""Images of each set whose energies are compared with those of the test split. That counts whole:
+the published test images are not in random order."""
 
 
 def evaluate_images(case: Case) -> Evaluation:

@@ -38,8 +38,8 @@ class EBM(nn.Module):
 
     @property
     def fused(self) -> bool | None:
-        """Of optimisers, those of flows and of energies told from noise aside, which always do so:
-        all parameters in one operation where training is compiled, else what PyTorch prefers."""
+        """What optimisers take as `fused`: True where training is compiled, else None, PyTorch's
+        choice. Those of flows and of contrastive models always are."""
         return self.compiled or None
 
     sharded: tuple[str, ...] = ()

@@ -50,7 +50,7 @@ from ebm.scoring import Scorer
 from ebm.variants.base import descend, parameters_of
 
 SLICE = 16384
-"""So many rows go through the encoder at once where no gradient is needed."""
+"""Rows that go through the encoder at once where no gradient is needed."""
 
 LEAST = 1e-2
 """The least norm that anything is divided by: a row of zeros would be infinitely far from its

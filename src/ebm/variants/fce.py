@@ -20,8 +20,8 @@ over one value, which the energy ascends and the flow descends.
                     | entropy of p(k | v) = p_k(v) / sum_j p_j(v)
 
 Three things stand beside the paper. A share `defence` of the noise is a broad Gaussian of the
-data, and in the warm-up the energy of vectors is told from that alone: a flow that is good soon
-has no draws where nothing lies, and an energy told from it alone is free to be low there. At
+data, and in the warm-up the energy of vectors is trained against that alone: a flow that is good
+soon has no draws where nothing lies, and an energy trained against it is free to be low there. At
 equilibrium V is then above -log 4 by about 0.7 times the share. A `tilted` energy, for images, is
 that of the flow at the end of the warm-up plus f, which begins at 0: log p = log q_0 - f - c. It
 waits until then. And p(k | v) of a semi-supervised energy is kept smooth by virtual adversarial
@@ -94,7 +94,7 @@ class FCE(Contrasted):
             self.twin.head.bias.requires_grad_(True)
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
-        """Those of every contrasted energy, one for the flow's turns and one for the twin."""
+        """Optimisers of every contrasted energy, of the flow's turns and of the twin."""
         optimizers = super().configure_optimizers()
         decay = self.weight_decay
         optimizers |= adam("flow", self.noise, self.flow_learning_rate, self.betas, decay)
@@ -168,7 +168,7 @@ class FCE(Contrasted):
         classes: Tensor,
         start: Tensor,
     ) -> Loss:
-        """The same, with what labelled points say and with the roughness (from `start`)."""
+        """-V plus the cross entropy of labelled points and the roughness (from `start`)."""
         loss, logs = self._energy_loss(data, noise, latents)
         logs["cross_entropy"] = cross_entropy(-self.unnormalised(points) - self.log_z, classes)
         loss = loss + self.supervision * logs["cross_entropy"]

@@ -82,9 +82,9 @@ from ebm.samplers import (
 from ebm.variants.base import EBM, autocast, average_of, descend, update_average
 
 NEIGHBOURS = 100
-"""So many points of the buffer stand in for the model where its entropy is estimated."""
+"""Points of the buffer that stand in for the model where its entropy is estimated."""
 CHAINS = 512
-"""So many chains of the buffer have their energies computed at once."""
+"""Chains of the buffer whose energies are computed at once."""
 
 
 class IGEBM(EBM):
@@ -196,7 +196,7 @@ class IGEBM(EBM):
         )
 
     def chains(self, energy: Energy, differentiable: bool = False) -> Kernel[State]:
-        """The same with the jumps between modes."""
+        """`kernel`, with the jumps between modes."""
         walk = replace(self.kernel(energy), differentiable=differentiable)
         if not self.jumps:
             return walk
@@ -240,10 +240,15 @@ class IGEBM(EBM):
             "entropy": entropy.detach(),
         }
 
-    def sample(self, n: int, steps: int = 1000) -> dict[str, Tensor]:
+    def sample(self, n: int, steps: int | None = None) -> dict[str, Tensor]:
         """`samples` [n, *] after `steps` Langevin steps from uniform noise, and of 32 of the
         chains `chain` [32, T, *] at `chain_steps` [T]; `labels` [n] of a conditional model; with
-        jumps the `acceptance` [n] of each chain's last."""
+        jumps the `acceptance` [n] of each chain's last.
+
+        By default there are as many steps as the chains of the buffer have run, on average. On
+        images much longer chains go where training never was, and get worse."""
+        if steps is None:
+            steps = round(self.replay_age.double().mean().item() * self.langevin_steps)
         labels = torch.arange(n, device=self.replay.device) % max(self.classes, 1)
         y = labels if self.classes else None
         kernel = self.chains(lambda x: self.conditional_energy(x, y))
@@ -354,7 +359,7 @@ class IGEBM(EBM):
         return low + (high - low) * torch.rand_like(x)
 
     def starts(self, n: int) -> Tensor:
-        """The same for n points."""
+        """Uniform noise for n points: [n, *]."""
         return self.noise_like(self.replay[:1].expand(n, *self.shape))
 
     def _labels(self, n: int) -> Tensor:

@@ -42,7 +42,7 @@ from ebm.samplers import MALA, State, run
 from ebm.variants.base import Generative, autocast, average_of, parameters_of, update_average
 
 SLICE = 4096
-"""So many points are generated at once."""
+"""Points that are generated at once."""
 
 
 class MEG(Generative):
