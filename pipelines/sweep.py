@@ -113,8 +113,8 @@ def plan(
 
 
 def dependent(stages: Sequence[dag.Stage], keys: Sequence[str]) -> list[dag.Stage]:
-    """The `stages` (upstream first) that depend on one of the parameters `keys`, or on what another
-    one of them makes."""
+    """Those `stages` (upstream first) that depend on one of the parameters `keys`, or on what
+    another one of them makes."""
     found: dict[str, dag.Stage] = {}
     for one in stages:
         reads = any(f"{key}.".startswith(f"{param}.") for key in keys for param in one.params)

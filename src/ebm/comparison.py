@@ -232,8 +232,8 @@ def sample(contender: Contender, meter: Meter, evaluations: int) -> Chains:
 
 
 def weighted(oracle: Oracle, chains: int, evaluations: int) -> Chains:
-    """Importance sampling by as many draws from N(0, s^2 I), s twice the largest standard deviation
-    that is known of a coordinate."""
+    """Importance sampling by as many draws from N(0, s^2 I), s twice the largest known standard
+    deviation of a coordinate."""
     s = 2 * max(e.deviation for e in oracle.expectations if e.coordinate)
     noise = torch.randn(chains, evaluations, *oracle.start(1).shape[1:], dtype=torch.float64)
     drawn = Chains(Contender("importance", None, noise[:, 0]), s * noise, 1.0)
