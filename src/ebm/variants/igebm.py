@@ -339,8 +339,7 @@ class IGEBM(EBM):
         """c [classes]: the mean of E(x, y) over the chains x of class y in the buffer, which is
         computed once while the model does not train."""
         if self.training or "levels" not in self.records:
-            rows = torch.arange(len(self.replay), device=self.replay.device).split(CHAINS)
-            chains = [(self.replay[part], self.replay_label[part]) for part in rows]
+            chains = zip(self.replay.split(CHAINS), self.replay_label.split(CHAINS), strict=True)
             energy = torch.cat([self.conditional_energy(x, y) for x, y in chains])
             sums = energy.new_zeros(self.classes).index_add(0, self.replay_label, energy)
             counts = self.replay_label.bincount(minlength=self.classes)
