@@ -167,11 +167,6 @@ class Contrasted(EBM):
         v = self.space.centre(x)
         return self.contrast.log_prob(v) + self.space.log_det(v)
 
-    def classify(self, x: Tensor) -> dict[str, Tensor]:
-        """Classes [B] of data [B, *] by name: `accuracy`, the model's own; nothing of a model
-        that knows none."""
-        return {}
-
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Adam for the energy, whose weights decay, and for its constants, which do not; for the
         `warmup` of the flow, if it has anything to train."""

@@ -27,9 +27,6 @@ class Chained(Protocol):
     def conditional_energy(self, x: Tensor, y: Tensor | None) -> Tensor:
         """E(x, y) [n] of classes y [n]."""
 
-    def class_energies(self, x: Tensor) -> Tensor:
-        """The energy of x as of each class, comparable across classes: [n, classes]."""
-
     def kernel(self, energy: Energy) -> Kernel[Any]:
         """A step of the chains on any energy."""
 

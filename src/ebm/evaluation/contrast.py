@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ebm import figures, metrics
 from ebm.contrastive import Contrasted, importance_log_partition
-from ebm.data import Prepared
 from ebm.densities import EXTENT, GaussianMixture
 from ebm.estimators import kish, log_partition, log_partition_variance
 from ebm.evaluation.result import Evaluation
@@ -26,23 +25,6 @@ SLICES = 16
 """Slices of draws of the noise that tell what is left of a learned log Z."""
 SLICE = 512
 """Draws in a slice."""
-
-
-def measure_classes(result: Evaluation, model: Contrasted, prepared: Prepared) -> None:
-    """Accuracy on the test split, beside a network that saw the labelled points alone."""
-    device = model.log_z.device
-    test, labels = prepared.points("test").to(device), prepared.labels("test")
-    with torch.no_grad():
-        parts = [model.classify(part) for part in test.split(1024)]
-    if labels is None or not parts[0]:
-        return
-    right = {
-        name: (torch.cat([part[name] for part in parts]).cpu() == labels).double().mean().item()
-        for name in parts[0]
-    }
-    result.metrics |= right
-    source = "the same network, trained on the same labels alone"
-    result.refer("accuracy", right["accuracy_supervised"], "baseline", source)
 
 
 @torch.no_grad()

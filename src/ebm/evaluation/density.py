@@ -9,8 +9,9 @@ from torch import Tensor
 from ebm import EBMError, figures, metrics
 from ebm.contrastive import Contrasted
 from ebm.densities import EXTENT, GaussianMixture
-from ebm.evaluation.contrast import measure_classes, measure_contrast
-from ebm.evaluation.result import Case, Evaluation
+from ebm.evaluation.classes import measure_classes
+from ebm.evaluation.contrast import measure_contrast
+from ebm.evaluation.result import Case, Evaluation, measure_acceptance
 from ebm.evaluation.scores import variant
 from ebm.flows import Density
 from ebm.variants.base import EBM
@@ -38,10 +39,8 @@ def evaluate_density(case: Case) -> Evaluation:
         before = sample_scores(case.samples["generator"], test, density)
         before.pop("modes_total", None)
         result.add(before, "_generator")
-    if isinstance(case.model, Contrasted):
-        measure_classes(result, case.model, case.prepared)
-    if len(case.samples.get("acceptance", ())):
-        result.metrics["acceptance"] = case.samples["acceptance"].mean().item()
+    measure_classes(result, case)
+    measure_acceptance(result, case.samples)
     _refer_to_true_draws(result, case, test, density)
     _grid_scores(result, case, test, density)
     return result

@@ -11,9 +11,10 @@ from torch import Tensor
 from ebm import EBMError, figures, metrics
 from ebm.contrastive import Contrasted
 from ebm.demonstrations import animate, demonstrate
-from ebm.evaluation.contrast import measure_classes, measure_constant
+from ebm.evaluation.classes import agreement, measure_classes
+from ebm.evaluation.contrast import measure_constant
 from ebm.evaluation.published import MNIST_BINARY, refer_to_published
-from ebm.evaluation.result import Case, Evaluation
+from ebm.evaluation.result import Case, Evaluation, measure_acceptance
 from ebm.outliers import outlier_sets
 from ebm.reference import KEPT, Reference
 from ebm.schema import FEWEST_DRAWN
@@ -46,16 +47,14 @@ def _measure(result: Evaluation, case: Case, train: Tensor, test: Tensor) -> dic
     _bits(result, model, train, test)
     if isinstance(model, Contrasted):
         _bits(result, model.noise, train, test, "_generator")
-        measure_classes(result, model, case.prepared)
         measure_constant(result, model)
     sets = {"train": train[:ENERGIES], "test": test}
     if draws:
         measure_samples(result, samples, train, test, case.reference)
         sets["samples"] = drawn[:ENERGIES]
-        _conditional_accuracy(result, case, test)
-    if len(samples.get("acceptance", ())):
-        result.metrics["acceptance"] = samples["acceptance"].mean().item()
-    _accuracy_of_energies(result, case, test)
+        _conditional_accuracy(result, case)
+    measure_acceptance(result, samples)
+    measure_classes(result, case)
     outliers = outlier_sets(case.prepared, ENERGIES, case.about["seed"])
     sets |= {name: images.to(case.device) for name, images in outliers.items()}
     energies = {k: metrics.in_batches(model.energy, x, 256) for k, x in sets.items()}
@@ -219,32 +218,20 @@ def in_shares(labels: Tensor, wanted: Tensor) -> Tensor:
     return torch.cat(kept).sort().values
 
 
-def _conditional_accuracy(result: Evaluation, case: Case, test: Tensor) -> None:
+def _conditional_accuracy(result: Evaluation, case: Case) -> None:
     """Share of the samples in which the classifier sees the class that was asked for, beside that
     of test images of the same classes."""
     labels, classes = case.samples.get("labels"), case.labels("test")
     if labels is None or classes is None:
         return
-    found, real = case.reference.classify(case.drawn), case.reference.classify(test)
+    found, real = case.reference.classify(case.drawn), case.seen
     if found is None or real is None:
         return
-    result.metrics["conditional_accuracy"] = (found == labels).double().mean().item()
+    result.metrics["conditional_accuracy"] = agreement(found, labels)
     right = (real == classes).double()
     by_class = [right[classes == k].mean() for k in labels.unique() if (classes == k).any()]
     source = "the same classifier on test images, its mean over the classes"
     result.refer("conditional_accuracy", torch.stack(by_class).mean().item(), "ceiling", source)
-
-
-def _accuracy_of_energies(result: Evaluation, case: Case, test: Tensor) -> None:
-    """Share of the test images whose own class has the lowest energy, beside a classifier's."""
-    model, labels = case.model, case.labels("test")
-    if labels is None or not isinstance(model, Chained) or not model.classes:
-        return
-    found = metrics.in_batches(model.class_energies, test, 256).argmin(1)
-    result.metrics["accuracy"] = (found == labels).double().mean().item()
-    if (real := case.reference.classify(test)) is not None:
-        right = (real == labels).double().mean().item()
-        result.refer("accuracy", right, "baseline", "a classifier, trained on the same labels")
 
 
 def _anomalies(result: Evaluation, test: Tensor, outliers: dict[str, Tensor]) -> None:

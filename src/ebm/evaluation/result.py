@@ -1,6 +1,7 @@
 """What an evaluation is of, and what it finds: numbers, what to hold them against, pictures."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ class Case:
         labels = self.prepared.labels(split)
         return None if labels is None else labels.to(self.device)
 
+    @cached_property
+    def seen(self) -> Tensor | None:
+        """The class that the reference sees in each test point [N]; None if it knows none."""
+        return self.reference.classify(self.points("test"))
+
 
 @dataclass
 class Evaluation:
@@ -70,3 +76,9 @@ class Evaluation:
     def draw(self, name: str, title: str, caption: str, drawing: Drawing) -> None:
         """Add a picture."""
         self.figures.append((name, title, caption, drawing))
+
+
+def measure_acceptance(result: Evaluation, samples: dict[str, Tensor]) -> None:
+    """The mean acceptance of the chains that the samples are of, if anything was accepted."""
+    if len(samples.get("acceptance", ())):
+        result.metrics["acceptance"] = samples["acceptance"].mean().item()

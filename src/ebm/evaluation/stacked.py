@@ -7,7 +7,7 @@ from torch import Tensor
 from ebm import EBMError, figures, metrics
 from ebm.evaluation.images import ENERGIES, described, draw_energies, enough, measure_samples
 from ebm.evaluation.published import MNIST_STACKED, refer_to_published
-from ebm.evaluation.result import Case, Evaluation
+from ebm.evaluation.result import Case, Evaluation, measure_acceptance
 from ebm.evaluation.scores import Numbers, energies, evaluating
 from ebm.reference import Reference
 
@@ -28,8 +28,7 @@ def evaluate_stacked(case: Case) -> Evaluation:
     if case.about.get("base") == "mnist":
         stacks = MNIST_STACKED.get(train.shape[1], {})
         refer_to_published(result, model, stacks)
-    if len(samples.get("acceptance", ())):
-        result.metrics["acceptance"] = samples["acceptance"].mean().item()
+    measure_acceptance(result, samples)
     _pictures(result, drawn, test)
     sets = {"train": train, "test": test, "samples": drawn}
     if "generator" in samples:

@@ -85,6 +85,11 @@ class EBM(nn.Module):
         is not known."""
         return -self.energy(x) if self.normalised else None
 
+    def classify(self, x: Tensor) -> dict[str, Tensor]:
+        """Classes [B] of data [B, *] by name: `accuracy`, the model's own; nothing of a model
+        that knows none."""
+        return {}
+
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """What trains the parameters, by name; none where `initialise` does it all."""
         return {}

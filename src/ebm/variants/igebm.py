@@ -180,6 +180,10 @@ class IGEBM(EBM):
         by_class = [self.conditional_energy(x, k * one) for k in range(self.classes)]
         return torch.stack(by_class, 1) - self._levels()
 
+    def classify(self, x: Tensor) -> dict[str, Tensor]:
+        """The class of x [B, *] with the lowest energy: `accuracy` [B]."""
+        return {"accuracy": self.class_energies(x).argmin(1)} if self.classes else {}
+
     def conditional_energy(self, x: Tensor, y: Tensor | None) -> Tensor:
         """E(x, y) for x [B, *] and classes y [B]: shape [B]."""
         return self._evaluate(self.average or self.network, x, y)
