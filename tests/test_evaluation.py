@@ -367,13 +367,19 @@ def test_what_chains_began_with_has_its_own_name(variant, title):
     assert ("broad Gaussian" in caption) == (variant != "meg" and model.defence > 0)
 
 
-def contrasted(name, prepared, **changes):
-    """A contrastive energy fitted to a density, and its evaluation on it."""
+def untrained(name, prepared, **changes):
+    """A contrastive energy that is to learn a density."""
     seeds.seed("model", 0)
     base = {"defence": 0.0, "warmup": 0, "learning_rate": 1e-2}
     model = variants.build(name, (2,), MODELS[name] | base | changes)
     x, y = prepared.points("train"), prepared.tensors.get("train_labels")
     model.initialise(x, y if model.needs_labels else None)
+    return model.eval()
+
+
+def contrasted(name, prepared, **changes):
+    """A contrastive energy fitted to a density, and its evaluation on it."""
+    model, x = untrained(name, prepared, **changes).train(), prepared.points("train")
     for start in range(0, 2560, 128):
         model.training_step(x[start : start + 128])
     model.eval()
@@ -571,17 +577,13 @@ def test_samples_of_each_class_stand_in_a_column_and_each_chain_in_a_row():
         assert shown == pytest.approx(k / 10)
 
 
-def told_from_noise(**changes):
-    """A contrastive energy of the plane, its noise a Gaussian fitted to the data."""
-    seeds.seed("model", 0)
-    plain = {"defence": 0.0, "noise": {"kind": "gaussian"}}
-    model = variants.build("nce", (2,), MODELS["nce"] | plain | changes)
-    model.initialise(plane().points("train"))
-    return model.eval()
+def against_a_gaussian():
+    """An energy that is to learn 8 Gaussians, its noise a Gaussian fitted to them."""
+    return untrained("nce", plane(), noise={"kind": "gaussian"})
 
 
 def test_what_is_left_of_a_constant_is_the_mean_weight_of_draws_of_the_noise():
-    model, found = told_from_noise(), Evaluation()
+    model, found = against_a_gaussian(), Evaluation()
     torch.nn.init.normal_(model.network.head.weight, std=2.0)
     torch.manual_seed(4)
     contrast.measure_constant(found, model)
@@ -598,12 +600,12 @@ def test_what_is_left_of_a_constant_is_the_mean_weight_of_draws_of_the_noise():
 def test_an_estimate_that_is_off_by_the_same_every_time_has_an_error(monkeypatch):
     monkeypatch.setattr(contrast, "_errors", lambda model, density, nu: torch.full((4,), -nu))
     found, density = Evaluation(), plane().density
-    contrast._theory(found, told_from_noise(), density, metrics.cell_centres(-2.0, 2.0, 20))
+    contrast._theory(found, against_a_gaussian(), density, metrics.cell_centres(-2.0, 2.0, 20))
     assert found.metrics["log_partition_error"] == 100  # of the last of RATIOS
 
 
 def test_densities_are_drawn_under_their_own_names():
-    prepared, model = plane("swissroll"), told_from_noise()
+    prepared, model = plane("swissroll"), against_a_gaussian()
     torch.nn.init.normal_(model.network.head.weight, std=2.0)
     samples = {"samples": prepared.points("test")[:40]}
     measure = Reference(reference.Network(), {"kind": "coordinates"}, {}, {})
