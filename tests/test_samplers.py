@@ -62,6 +62,20 @@ def test_no_chain_waits_for_a_number(kernel):
     assert run(kernel, torch.empty(5, 2, device="meta"), 3).x.shape == (5, 2)
 
 
+def test_chains_go_on_from_a_state_with_their_schedule():
+    kernel, x = Langevin(gaussian, polynomial_decay(0.1, 2, 0.9)), torch.ones(7, 2)
+    torch.manual_seed(3)
+    whole = run(kernel, x, 9)
+    torch.manual_seed(3)
+    seen: list[int] = []
+    half = run(kernel, x, 4)
+    rest = run(kernel, half, 5, lambda step, state: seen.append(state.steps))
+    assert torch.equal(rest.x, whole.x)
+    assert seen == [4, 5, 6, 7, 8, 9]
+    torch.manual_seed(3)
+    assert not torch.equal(run(kernel, run(kernel, x, 4).x, 5).x, whole.x)
+
+
 def test_mala_converges_to_a_gaussian_from_elsewhere():
     torch.manual_seed(2)
     x = run(MALA(gaussian, 0.3), 5 + torch.randn(20000, 1), 60).x

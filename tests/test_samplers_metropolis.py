@@ -90,10 +90,14 @@ class Proposals:
     def log_prob(self, x):
         return self.q.log_prob(x).sum(1)
 
-    def __call__(self, n):
+    def draw(self, n):
         self.asked += n
         x = self.q.sample((n, self.dimensions))
         return x, self.log_prob(x)
+
+
+def independent(energy, proposals, kind=Independence):
+    return kind(energy, proposals.draw, proposals.log_prob)
 
 
 class Weighted(Independence):
@@ -102,15 +106,15 @@ class Weighted(Independence):
     fault = staticmethod(lambda s, t, log_q_s, log_q_t: s + log_q_s - t - log_q_t)
 
     def log_accept(self, s, t):
-        q, energy = self.draw.log_prob, self.energy
+        q, energy = self.log_q, self.energy
         return self.fault(energy(s.x), energy(t.x), q(s.x), q(t.x))
 
 
 def independent_flow(kernel, points=301):
     """p(x) T(x, y) off the diagonal of a fine line, for proposals y ~ q, and p(x)."""
     line = torch.linspace(-4.0, 5.0, points)[:, None]
-    log_q = kernel.draw.log_prob(line)
-    states = State(line, kernel.energy(line) + log_q)
+    log_q = kernel.log_q(line)
+    states = kernel.init(line)
     accept = [kernel.log_accept(pick(states, i), states).clamp(max=0).exp() for i in range(points)]
     p = (-kernel.energy(line)).softmax(0)
     return p[:, None] * log_q.softmax(0) * torch.stack(accept), p
@@ -119,7 +123,7 @@ def independent_flow(kernel, points=301):
 @pytest.mark.parametrize("energy", [gaussian, double_well])
 @pytest.mark.parametrize("kind", [Independence, Weighted])
 def test_independent_proposals_are_in_detailed_balance_on_a_discretised_line(energy, kind):
-    forth, p = independent_flow(kind(energy, Proposals(1)))
+    forth, p = independent_flow(independent(energy, Proposals(1), kind))
     torch.testing.assert_close(forth, forth.T)
     stay = p - forth.sum(1)
     assert stay.min() > -1e-12
@@ -141,14 +145,15 @@ def test_a_bug_planted_in_the_weights_breaks_detailed_balance(fault):
         pass
 
     Faulty.fault = staticmethod(fault)
-    forth, _ = independent_flow(Faulty(double_well, Proposals(1)))
+    forth, _ = independent_flow(independent(double_well, Proposals(1), Faulty))
     assert (forth - forth.T).abs().max() > 0.01 * forth.max()
 
 
 def test_a_gaussian_has_its_moments_from_wider_proposals():
     torch.manual_seed(4)
     draw, n = Proposals(2), 20000
-    state = run(Independence(gaussian, draw), torch.empty(n), 25)
+    kernel = independent(gaussian, draw)
+    state = run(kernel, kernel.start(n), 25)
     assert draw.asked == 26 * n
     assert state.x.shape == (n, 2)
     assert state.x.mean(0).abs().max() < 4 / math.sqrt(n)
@@ -159,13 +164,25 @@ def test_a_gaussian_has_its_moments_from_wider_proposals():
 
 def test_independent_proposals_are_all_accepted_where_they_are_of_the_target():
     draw = Proposals(3)
-    kernel = Independence(lambda x: 7 - draw.log_prob(x), draw)
-    state = kernel.init(torch.empty(50))
+    kernel = independent(lambda x: 7 - draw.log_prob(x), draw)
+    state = kernel.start(50)
     torch.testing.assert_close(state.energy, torch.full((50,), 7.0))
     for _ in range(3):
         before, state = state.x, kernel.step(state)
         torch.testing.assert_close(state.acceptance, torch.ones(50))
         assert (before != state.x).any()
+
+
+def test_chains_of_independent_proposals_begin_where_they_are_put():
+    """At points that the proposals reach too seldom, where w is large, so that they stay."""
+    draw, x = Proposals(2), torch.full((100, 2), -9.0)
+    kernel = independent(lambda v: 0.1 * v.square().sum(1), draw)
+    state = run(kernel, x, 5)
+    assert draw.asked == 500
+    assert torch.equal(state.x, x)
+    torch.testing.assert_close(state.energy, 16.2 + draw.log_prob(x))
+    assert state.acceptance.max() < 1e-3
+    assert state.steps == 5
 
 
 HEAVY = 0.8

@@ -232,8 +232,11 @@ class Contrasted(EBM):
             else:
                 rates.append(state.acceptance.mean())
 
-        kernel = Independence(lambda v: -self.log_density(v), self.contrast.draw_with_log_prob)
-        end = run(kernel, self.log_z.new_empty(n), steps, observe)
+        noise = self.contrast
+        kernel = Independence(
+            lambda v: -self.log_density(v), noise.draw_with_log_prob, noise.log_prob
+        )
+        end = run(kernel, kernel.start(n), steps, observe)
         drawn = first[0] if self.broad is None else self.flow.draw_with_log_prob(n)[0]
         leave = self.space.leave
         return {

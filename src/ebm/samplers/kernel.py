@@ -63,12 +63,13 @@ class Interspersed:
 
 def run(
     kernel: Kernel[S],
-    x: Tensor,
+    x: Tensor | S,
     steps: int,
     observe: Callable[[int, S], None] = lambda step, state: None,
 ) -> S:
-    """`steps` transitions from `x`; `observe(step, state)` sees the start (0) and every step."""
-    state = kernel.init(x)
+    """`steps` transitions from points `x`, or on from a state that the kernel gave; `observe(step,
+    state)` sees the start (0) and every step."""
+    state = kernel.init(x) if isinstance(x, Tensor) else x
     observe(0, state)
     for step in range(1, steps + 1):
         state = kernel.step(state)

@@ -30,8 +30,12 @@ class Metropolis:
             return State(x, self.energy(x))
 
     def step(self, state: State) -> State:
-        proposal = self.init(self.propose(state.x))._replace(steps=state.steps + 1)
+        proposal = self.proposal(state.x)._replace(steps=state.steps + 1)
         return metropolise(state, proposal, self.log_accept(state, proposal))
+
+    def proposal(self, x: Tensor) -> State:
+        """A proposal for chains at x [B, *], and what is known of it."""
+        return self.init(self.propose(x))
 
     def propose(self, x: Tensor) -> Tensor:
         """Draw a proposal [B, *] for chains at x [B, *]."""
@@ -83,15 +87,21 @@ class SpinFlip(Metropolis):
 class Independence(Metropolis):
     """Proposals y ~ q from a density that is known, wherever the chain is, accepted with
     probability min(1, w(y) / w(x)), w = p / q (Hastings 1970; Tierney 1994). `draw(n)` gives n
-    proposals and their log q. The `energy` of a state is -log w at x; chains start at proposals
-    of their own, so `init` takes their number only, from x [n, *]."""
+    proposals [n, *] and their log q [n], `log_q` that of other points, where chains are put. The
+    `energy` of a state is -log w at x."""
 
     draw: Callable[[int], tuple[Tensor, Tensor]]
+    log_q: Callable[[Tensor], Tensor]
 
     def init(self, x: Tensor) -> State:
         with torch.no_grad():
-            y, log_q = self.draw(len(x))
+            return State(x, self.energy(x) + self.log_q(x))
+
+    def start(self, n: int) -> State:
+        """n chains, each at a proposal."""
+        with torch.no_grad():
+            y, log_q = self.draw(n)
             return State(y, self.energy(y) + log_q)
 
-    def propose(self, x: Tensor) -> Tensor:
-        return x  # in whose place `init` draws
+    def proposal(self, x: Tensor) -> State:
+        return self.start(len(x))
