@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 from uuid import UUID
 
-from pipelines import ROOT, EBMError, dag, gpu, run, serve, timeline, worker
+from pipelines import ROOT, EBMError, dag, gpu, lockfile, reproduce, run, serve, timeline, worker
 from pipelines.dag import Stage
 from pipelines.polling import end_with_parent, polling
 from pipelines.run import StageFailed
@@ -57,7 +57,7 @@ def main() -> int:
         if not force and not plan.stale:
             return run.nothing_to_do(BY, targets, plan, started)
         if dask:
-            dag.commit()  # or one line that says why not
+            reproduce.commit()  # or one line that says why not
         serve.check_prefect()
         from pipelines import flows  # this module, by the name under which Prefect finds the flow
 
@@ -193,7 +193,7 @@ def started_tasks(dask: str | None, root: Path, force: bool, flow_run: str) -> "
         with run.start_launcher(root, EBM_FLOW_RUN_ID=flow_run) as launcher:
             yield Tasks(launcher, root, force)
         return
-    commit = dag.commit(root)
+    commit = reproduce.commit(root)
     if not PREFECT_API_URL.value():
         raise EBMError("PREFECT_API_URL is not set: workers need the address of a Prefect server")
     with (
@@ -327,7 +327,7 @@ class TasksElsewhere(Tasks):
             state = self._submit(stage, upstream).result()
             if state.is_completed():
                 with self._lock:
-                    dag.record(stage.name, state.result().entry, self._root)
+                    lockfile.record(stage.name, state.result().entry, self._root)
         except (concurrent.futures.CancelledError, Cancelled):
             return states.Cancelled(message="cancelled with its flow run")
         except Exception as error:  # whatever Dask raises when it gives up, or DVC's one line
@@ -340,7 +340,7 @@ class TasksElsewhere(Tasks):
 
     def _submit(self, stage: Stage, upstream: Sequence[State]) -> Any:
         """Dask's future of the final state of a stage's task."""
-        entries = dag.entries([stage.name, *stage.upstream], self._root)
+        entries = lockfile.entries([stage.name, *stage.upstream], self._root)
         task = new_task(stage.name, elsewhere, retries=stage.retries)
         job = {"force": self._force, "commit": self._commit, "entries": entries}
         with self._lock:

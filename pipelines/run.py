@@ -24,6 +24,7 @@ from typing import Any, Literal
 from ebm import EBMError
 from pipelines import ROOT, dag, gpu, timeline
 from pipelines.dag import Plan, Stage
+from pipelines.reproduce import RESTORED, uninterruptible
 from pipelines.supervise import Launcher
 from pipelines.timeline import Result
 
@@ -114,9 +115,9 @@ def reproduce(
             show(line)
             file.write(f"{line}\n")
     ended = process.wait()
-    if ended.code not in (0, dag.RESTORED):
+    if ended.code not in (0, RESTORED):
         raise StageFailed(str(ended), tail)
-    return ended.code == dag.RESTORED
+    return ended.code == RESTORED
 
 
 def log_path(stage: Stage, root: Path) -> Path:
@@ -126,7 +127,9 @@ def log_path(stage: Stage, root: Path) -> Path:
     return folder / f"{re.sub(r'[^a-zA-Z0-9@._-]', '_', stage.name)}.log"
 
 
-def start_launcher(root: Path, target: str = "pipelines.dag:reproducer", **extra: str) -> Launcher:
+def start_launcher(
+    root: Path, target: str = "pipelines.reproduce:reproducer", **extra: str
+) -> Launcher:
     """What starts stages in a DVC repository, and ends those that run when its context is left.
 
     In the stages' environment, `python` is the one that runs us, nothing phones home and glibc
@@ -277,7 +280,7 @@ def interruptible() -> Iterator[None]:
     caught = [n for n in INTERRUPTIONS if not (deaf and n == signal.SIGHUP)]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if dag.uninterruptible(frame):
+        if uninterruptible(frame):
             threading.Timer(0.001, os.kill, (os.getpid(), number)).start()  # again in a moment
             return
         for other in caught:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError, files
-from pipelines import ROOT, dag, gpu, patch, run, space, stage, tracking
+from pipelines import ROOT, dag, gpu, lockfile, patch, run, space, stage, tracking
 from pipelines.promote import add_direction, direction
 from pipelines.space import Space
 from pipelines.supervise import Cancelled, Launcher
@@ -169,7 +169,7 @@ def begun(sweep: Sweep) -> "Iterator[Study]":
 
 def _read(sweep: Sweep) -> dict[str, str]:
     """The checksum of everything that its trials read of the root, by path."""
-    entries = dag.entries([one.name for one in sweep.needed], sweep.recipe.root).values()
+    entries = lockfile.entries([one.name for one in sweep.needed], sweep.recipe.root).values()
     return {out["path"]: out["md5"] for entry in entries if entry for out in entry["outs"]}
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import ROOT, run
-from pipelines.dag import Entry, Stage
+from pipelines.dag import Stage
+from pipelines.lockfile import Entry
 from pipelines.polling import polling
 from pipelines.supervise import Launcher
 
@@ -41,7 +42,7 @@ def name() -> str:
 
 def start_launcher(root: Path, flow_run: str) -> Launcher:
     """What starts the stages of a flow run on a cluster in a clone."""
-    return run.start_launcher(root, "pipelines.dag:traveller", EBM_FLOW_RUN_ID=flow_run)
+    return run.start_launcher(root, "pipelines.reproduce:traveller", EBM_FLOW_RUN_ID=flow_run)
 
 
 def reproduce(
@@ -52,7 +53,7 @@ def reproduce(
     force: bool,
     job: dict[str, Any],
 ) -> Made:
-    """Run a stage in a clone, as the `job` of `dag.travel` says.
+    """Run a stage in a clone, as the `job` of `reproduce.travel` says.
 
     Raises:
         StageFailed: it failed, took too long or was cancelled.

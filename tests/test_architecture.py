@@ -22,7 +22,7 @@ MACHINERY = {
     "optuna": "study",
     "prefect_dask": "flows",
     "distributed": "worker",
-    "dvc": "dag",
+    "dvc": "dag lockfile repository reproduce",
 }
 
 ROUTING = {

@@ -13,7 +13,7 @@ from dvc.repo import Repo
 from toy_house import House, alive, built, free_port, wait_for
 
 from ebm import EBMError
-from pipelines import dag, run, worker
+from pipelines import dag, lockfile, reproduce, run, worker
 from pipelines.run import NOTHING_TO_DO, StageFailed
 
 # DVC's dependency pygtrie warns DVC.
@@ -246,7 +246,7 @@ def carried(clone, name, commit, entries):
 def test_what_one_clone_has_pushed_no_other_runs_again(home, tmp_path):
     """As when a worker is killed before it can say what it has made."""
     one, two = home.clone(tmp_path / "one"), home.clone(tmp_path / "two")
-    commit = dag.commit(home.root)
+    commit = reproduce.commit(home.root)
     first = carried(one, "prepare", commit, {"prepare": None})
     second = carried(two, "prepare", commit, {"prepare": None})
     assert (first.restored, second.restored) == (False, True)
@@ -263,20 +263,20 @@ def test_a_clone_is_lent_the_entries_of_others_for_one_stage(home, tmp_path):
     one, two = home.clone(tmp_path / "one"), home.clone(tmp_path / "two")
     (two.root / "out").mkdir()
     two.write("out/prepare", "left over by a killed stage")
-    commit, name = dag.commit(home.root), "paper/dvc.yaml:train"
+    commit, name = reproduce.commit(home.root), "paper/dvc.yaml:train"
     made = carried(one, "prepare", commit, {"prepare": None})
     copied = carried(two, name, commit, {name: None, "prepare": made.entry})
     assert two.git("status", "--porcelain", "--untracked-files=no", "--", "dvc.lock") == ""
     assert not list(two.root.rglob("dvc.lock"))
     for stage, entry in (("prepare", made.entry), (name, copied.entry)):
-        dag.record(stage, entry, home.root)
-    assert dag.entries([name, "report"], home.root) == {name: copied.entry, "report": None}
+        lockfile.record(stage, entry, home.root)
+    assert lockfile.entries([name, "report"], home.root) == {name: copied.entry, "report": None}
     assert dag.plan([name], home.root, made_elsewhere=True).stale == ()
     assert copied.entry["deps"][0]["md5"] == made.entry["outs"][0]["md5"]
 
 
 def test_a_clone_at_another_commit_or_with_changes_refuses(home, tmp_path):
-    one, commit = home.clone(tmp_path / "one"), dag.commit(home.root)
+    one, commit = home.clone(tmp_path / "one"), reproduce.commit(home.root)
     one.edit("params.yaml", "seed: 0", "seed: 1")
     assert refusal(one, commit) == f"{one.root}: params.yaml is changed and not committed"
     one.commit("Another seed")
@@ -288,7 +288,7 @@ def test_a_clone_at_another_commit_or_with_changes_refuses(home, tmp_path):
 def test_what_nobody_has_pushed_is_told(home, tmp_path):
     entry = {"cmd": "python stage.py prepare", "outs": [{"path": "out/prepare", "md5": "0" * 32}]}
     one = home.clone(tmp_path / "one")
-    told = refusal(one, dag.commit(home.root), "train@a", prepare=entry)
+    told = refusal(one, reproduce.commit(home.root), "train@a", prepare=entry)
     assert told == "not in the remote: out/prepare; `dvc push` where it was made"
 
 
@@ -301,22 +301,22 @@ def refusal(clone, commit, name="prepare", **entries):
 def test_a_house_that_no_clone_could_work_for_is_told(home):
     home.edit("stage.py", "import json", "import  json")
     with pytest.raises(EBMError, match=r"^stage\.py is changed and not committed"):
-        dag.commit(home.root)
+        reproduce.commit(home.root)
     home.git("add", "stage.py")
     with pytest.raises(EBMError, match=r"^stage\.py is changed and not committed"):
-        dag.commit(home.root)
+        reproduce.commit(home.root)
     home.git("reset", "-q", "--hard")
     (home.root / "src").mkdir(exist_ok=True)
     home.write("notes.txt", "of no stage")
     home.write("src/forgotten.py", "")
     with pytest.raises(EBMError, match=r"^src/forgotten\.py is changed and not committed"):
-        dag.commit(home.root)
+        reproduce.commit(home.root)
     (home.root / "src" / "forgotten.py").unlink()
     home.write("dvc.lock", "schema: '2.0'\nstages: {}\n")
-    assert dag.commit(home.root) == home.git("rev-parse", "HEAD").strip()
+    assert reproduce.commit(home.root) == home.git("rev-parse", "HEAD").strip()
     home.write(".dvc/config", "")
     with pytest.raises(EBMError, match="remote") as error:
-        dag.commit(home.root)
+        reproduce.commit(home.root)
     assert "\n" not in str(error.value)
 
 
@@ -343,16 +343,16 @@ def test_what_the_lock_and_the_sources_say_makes_stale(clone):
     clone.edit("params.yaml", "b:\n    train: {steps: 1}", "b:\n    train: {steps: 2}")
     assert stale(clone) == ["train@b", "evaluate@b", "report"]
     clone.git("checkout", "-q", "params.yaml")
-    lock = dag.entries(["train@a", "report"], clone.root)
+    lock = lockfile.entries(["train@a", "report"], clone.root)
     newer = {**lock["train@a"], "outs": [{**lock["train@a"]["outs"][0], "md5": "0" * 32}]}
-    dag.record("train@a", newer, clone.root)
+    lockfile.record("train@a", newer, clone.root)
     assert stale(clone) == ["evaluate@a", "report"]
     clone.git("checkout", "-q", "dvc.lock")
     text = (clone.root / "dvc.lock").read_text()
     start = text.index("  report:")
     clone.write("dvc.lock", text[:start])  # the last one that ran
     assert stale(clone) == ["report"]
-    dag.record("report", lock["report"], clone.root)
+    lockfile.record("report", lock["report"], clone.root)
     assert (clone.root / "dvc.lock").read_text() == text
 
 

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from toy_house import House, built
 
 from ebm import EBMError
-from pipelines import dag, run
+from pipelines import dag, lockfile, repository, reproduce, run
 from pipelines.supervise import Ended, Launcher
 
 # DVC's dependency pygtrie warns DVC.
@@ -198,9 +198,9 @@ def test_a_stage_that_somebody_else_runs_is_told(house):
 def test_to_wait_for_another_run_does_not_count_as_work(monkeypatch):
     """Of a stage that has only so many seconds."""
     restarts = []
-    monkeypatch.setattr(dag, "restart_clock", lambda: restarts.append(None))
-    monkeypatch.setattr(dag, "PATIENCE_SECONDS", 0)
-    assert dag._when_free(busy(3)) == "done"
+    monkeypatch.setattr(repository, "restart_clock", lambda: restarts.append(None))
+    monkeypatch.setattr(repository, "PATIENCE_SECONDS", 0)
+    assert repository.when_free(busy(3)) == "done"
     assert len(restarts) == 3
 
 
@@ -218,19 +218,22 @@ def busy(times):
 
 def test_a_stage_of_a_flow_on_a_cluster_waits_as_well(house, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(house.root)
-    monkeypatch.setattr(dag, "PATIENCE_SECONDS", 0)
-    monkeypatch.setattr(dag, "_prepare_process", lambda: None)
-    monkeypatch.setattr(dag, "_check_commit", lambda *_: None)
-    monkeypatch.setattr(dag, "_carry", busy(2))
+    monkeypatch.setattr(repository, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(reproduce, "_prepare_process", lambda: None)
+    monkeypatch.setattr(reproduce, "_check_commit", lambda *_: None)
+    monkeypatch.setattr(reproduce, "_carry", busy(2))
     (job := tmp_path / "job").write_text(json.dumps({"commit": "", "entries": None}))
-    assert dag.travel("prepare", False, str(job)) in (0, dag.RESTORED)
-    assert json.loads(job.read_text())["entry"] == dag.entries(["prepare"], house.root)["prepare"]
+    assert reproduce.travel("prepare", False, str(job)) in (0, reproduce.RESTORED)
+    assert (
+        json.loads(job.read_text())["entry"]
+        == lockfile.entries(["prepare"], house.root)["prepare"]
+    )
     assert capsys.readouterr().err.count("waiting for another run") == 1
 
 
 def interruptible():
     """A launcher's target."""
-    dag.reproducer()
+    reproduce.reproducer()
     return interrupted
 
 
@@ -246,7 +249,7 @@ def interrupted(root, owner, name):
         return method(*args, **kwargs)
 
     setattr(place, name, call)
-    return dag.reproduce("prepare", False)
+    return reproduce.reproduce("prepare", False)
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +313,7 @@ def test_wherever_a_dvc_lock_was_cut_off_it_takes_another_entry(house, tmp_path)
             continue
         readable += 1
         expected["stages"]["new"] = {"cmd": "x"}
-        with dag._modified(str(file)) as content:
+        with lockfile.modified(str(file)) as content:
             content["stages"]["new"] = {"cmd": "x"}
         assert load_yaml(file) == expected
     assert readable > 10
@@ -330,11 +333,11 @@ def test_an_entry_of_dvc_lock_is_changed_to_the_text_that_dvc_writes(path, key, 
     name = key if isinstance(key, str) else list(lock["stages"])[key]
     file = tmp_path / "dvc.lock"
     file.write_text(dumps_yaml(lock))
-    with dag._modified(str(file)) as content:
+    with lockfile.modified(str(file)) as content:
         content["stages"].update({name: ODD})
     lock["stages"][name] = ODD
     assert file.read_text() == dumps_yaml(lock)
-    with dag._modified(str(file)) as content:
+    with lockfile.modified(str(file)) as content:
         del content["stages"][name]
     del lock["stages"][name]
     assert file.read_text() == dumps_yaml(lock)
@@ -356,7 +359,7 @@ def test_a_dvc_lock_of_another_layout_loses_nothing(before, tmp_path):
     file.write_text(before)
     expected = YAML(typ="safe").load(before) or {"schema": "2.0"}
     expected["stages"] = expected.get("stages", {}) | {"b": ODD}
-    with dag._modified(str(file)) as content:
+    with lockfile.modified(str(file)) as content:
         content["stages"] = content.get("stages", {}) | {"b": ODD}
     assert load_yaml(file) == expected
 

@@ -265,7 +265,7 @@ def test_the_template_of_dvc_forks_from_a_single_thread(tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / ".dvc").mkdir()
     (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"one": {"cmd": "echo it runs"}}}))
-    with Launcher("pipelines.dag:reproducer", tmp_path, ENVIRONMENT) as launcher:
+    with Launcher("pipelines.reproduce:reproducer", tmp_path, ENVIRONMENT) as launcher:
         lines, ended = finish(launcher.start("one", False))
         assert ended == Ended(0), lines
         assert "it runs" in lines

@@ -156,7 +156,7 @@ def _check_ensemble(where: str, experiment: Experiment, dataset: Dataset) -> Non
         raise ParamsError(f"{where}.ensemble: {wanted}")
     if ensemble is None:
         return
-    if dataset.kind not in ("kddcup99", "novelty", "table"):
+    if dataset.kind not in ("kddcup99", "novelty", "table", "tumours"):
         problem = f"should be null: of {dataset.kind} data only one training is measured at a time"
         raise ParamsError(f"{where}.ensemble: {problem}")
     if ensemble.members > train.batch_size:
@@ -172,13 +172,17 @@ def _check_ensemble(where: str, experiment: Experiment, dataset: Dataset) -> Non
 
 def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> None:
     """Raise EBMError unless exactly one rule says which rows are flagged."""
-    if dataset.kind not in ("kddcup99", "table"):
-        return
+    match dataset.kind:
+        case "kddcup99":
+            why = "the protocol 'paper' flags a share of the rows"
+            labels = dataset.protocol != "paper"
+        case "table":
+            labels, why = dataset.label is not None, "no labels set a threshold"
+        case "tumours":
+            labels, why = True, ""
+        case _:
+            return
     key, flagged = f"{where}.evaluate.flagged", getattr(experiment.evaluate, "flagged", None)
-    if dataset.kind == "kddcup99":
-        labels, why = dataset.protocol != "paper", "the protocol 'paper' flags a share of the rows"
-    else:
-        labels, why = dataset.label is not None, "no labels set a threshold"
     if labels and flagged is not None:
         raise ParamsError(f"{key} = {flagged}: should be null, as labels set the threshold")
     if not labels and not hasattr(experiment.evaluate, "flagged"):

@@ -257,6 +257,19 @@ class TableData(Section):
     reference: CoordinatesReference
 
 
+class TumoursData(Section):
+    """scikit-learn's breast tumours (`ebm.data.tumours`): the benign ones are learned, the
+    malignant ones are the anomalies. `scale` is what happens to numbers; the shares `validation`
+    and `test` of each are set apart by `seed`."""
+
+    kind: Literal["tumours"]
+    scale: Scale
+    validation: Part
+    test: Rest
+    seed: Seed
+    reference: CoordinatesReference
+
+
 def _less_than_all(share: float, section: ValidationInfo) -> float:
     if section.data.get("protocol") == "strict" and share == 1:
         raise ValueError("should be less than 1 under the protocol 'strict'")
@@ -285,6 +298,7 @@ Dataset = Annotated[
     | StackedData
     | NoveltyData
     | TableData
+    | TumoursData
     | KDDCup99Data,
     Field(discriminator="kind"),
 ]

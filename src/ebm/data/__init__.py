@@ -95,7 +95,17 @@ def prepare(settings: Dataset) -> Prepared:
     """The data set that `settings` describe, from its source; the same settings give the same
     bits."""
     # stages that only read depend on none of them
-    from ebm.data import density, digits, folder, images, kddcup99, novelty, stacked, table
+    from ebm.data import (
+        density,
+        digits,
+        folder,
+        images,
+        kddcup99,
+        novelty,
+        stacked,
+        table,
+        tumours,
+    )
 
     sources: dict[str, Callable[[Any], Made]] = {
         "density": density.prepare,
@@ -106,6 +116,7 @@ def prepare(settings: Dataset) -> Prepared:
         "novelty": novelty.prepare,
         "stacked": stacked.prepare,
         "table": table.prepare,
+        "tumours": tumours.prepare,
     }
     made = sources[settings.kind](settings)
     tensors = {name: tensor.contiguous() for name, tensor in made.tensors.items()}

@@ -75,10 +75,7 @@ def prepare(settings: KDDCup99Data) -> Made:
         others=[LABEL],
         vocabulary=frame,  # so that points have the published 121 dimensions
     )
-    tensors = {f"{split}_index": rows for split, rows in index.items()}
-    for split, rows in index.items():
-        tensors[split], _ = transform.encode(frame.iloc[rows.numpy()], FILE)
-    tensors |= table.labels(anomaly, index)
+    tensors = table.splits(frame, anomaly, index, transform, FILE)
     notes |= {"anomalies": table.counts(anomaly, index)["anomalies"]}
     source = f"{FILE}, protocol {settings.protocol}"
     return Made(source, tensors, notes=notes, transform=transform.to_json())

@@ -275,6 +275,20 @@ def split(anomaly: Tensor, settings: TableData) -> dict[str, Tensor]:
     return by_class(anomaly.long(), told, *shares, settings.seed, unlearned=[1])
 
 
+def splits(
+    frame: "DataFrame",
+    anomaly: Tensor,
+    index: dict[str, Tensor],
+    transform: Transform,
+    source: str,
+) -> dict[str, Tensor]:
+    """The rows `index` of each split as points, with labels but for train, and these rows."""
+    tensors = {f"{split}_index": rows for split, rows in index.items()}
+    for split, rows in index.items():
+        tensors[split], _ = transform.encode(frame.iloc[rows.numpy()], source)
+    return tensors | labels(anomaly, index)
+
+
 def labels(anomaly: Tensor, index: dict[str, Tensor]) -> dict[str, Tensor]:
     """`<split>_labels`, 1 for an anomaly, of the splits that hold some."""
     return {f"{s}_labels": anomaly[index[s]].long() for s in ("validation", "test")}

@@ -84,6 +84,7 @@ EVALUATORS: dict[str, Callable[[Case], Evaluation]] = {
     "novelty": evaluate_novelty,
     "stacked": evaluate_stacked,
     "table": evaluate_table,
+    "tumours": evaluate_table,
 }
 """By the kind of the data."""
 

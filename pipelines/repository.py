@@ -1,0 +1,88 @@
+"""DVC's view of this repository: opened, waited for, mended, its errors in one line."""
+
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from dvc.exceptions import DvcException
+from dvc.lock import LockError
+from dvc.repo import Repo
+from dvc.scm import map_scm_exception
+
+from ebm import EBMError
+from pipelines.supervise import restart_clock
+
+PATIENCE_SECONDS = 1.0
+"""Between two looks at whether files are free that another run works on."""
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def opened(root: Path | None = None) -> Iterator[Repo]:
+    """The repository at `root`, or the one around the current directory; what DVC raises within
+    this context is an EBMError of one line."""
+    with plain_errors(), Repo(root and str(root), _wait_for_lock=True) as repo:
+        yield repo
+
+
+def when_free(act: Callable[[], T]) -> T:
+    """What `act` returns, tried again as long as another run is at work on the same files. DVC
+    forgets runs that were killed."""
+    told = False
+    while True:
+        try:
+            return act()
+        except EBMError as error:
+            if (who := _blockers(error)) is None:
+                raise
+        if not told:
+            print(f"waiting for another run at work on the same files: {who}", file=sys.stderr)
+        told = True
+        time.sleep(PATIENCE_SECONDS)
+        restart_clock()
+
+
+def _blockers(error: BaseException | None) -> str | None:
+    """Who has the files, in DVC's words, if that is what an error comes from."""
+    if isinstance(error, LockError):
+        found = re.search(r"blocked by:(.*?)(\n\n|$)", str(error), re.DOTALL)
+        return " ".join((found[1] if found else str(error)).split())
+    return None if error is None else _blockers(error.__cause__)
+
+
+def mend(repo: Repo) -> None:
+    """Remove DVC's table of locks if it is broken, with which DVC would do nothing ever again.
+
+    A process that is killed while it overwrites it leaves it so. To be called by who holds the
+    repository's lock: then nobody writes it, and those who did are gone.
+    """
+    table = Path(repo.tmp_dir, "rwlock")
+    try:
+        json.loads(table.read_text())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        table.unlink()
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn DVC's errors, git's and the system's into one line."""
+    try:
+        with map_scm_exception():
+            yield
+    except (DvcException, OSError) as error:
+        chain: list[str] = []
+        cause: BaseException | None = error
+        while cause:
+            chain += [" ".join(str(cause).split())]
+            cause = cause.__cause__
+        if "dvc.lock'" in chain[0]:
+            chain += ["remove it or `git checkout` it; results come back from DVC's cache"]
+        raise EBMError(": ".join(chain)) from error
