@@ -172,7 +172,7 @@ def _settings(config: Path, source: Path) -> dict[str, Any]:
         raise EBMError(f"{config.parent}: a model of images; expected a folder, not {source}")
     if not source.is_dir() and "transform" not in settings:
         kind = f"of data set {settings.get('dataset')!r}, which is no table"
-        raise EBMError(f"{config.parent}: a model {kind}; expected one of kind table or kddcup99")
+        raise EBMError(f"{config.parent}: a model {kind}; expected one of a table")
     return settings
 
 

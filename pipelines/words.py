@@ -223,6 +223,7 @@ DATA = {
     "folder": "Images of your own",
     "stacked": "Stacks of images",
     "kddcup99": "Network intrusions, KDD Cup 1999",
+    "tumours": "Breast tumours, the malignant ones as anomalies",
     "table": "Anomalies in tables",
     "novelty": "Classes never seen in training",
 }

@@ -24,12 +24,14 @@ from made_up_tables import (
     settings,
 )
 from ruamel.yaml import YAML
-from test_data import corrupt, density
+from sklearn.datasets import load_breast_cancer
+from test_data import AS_THEY_ARE, corrupt, density
 from test_params import GOOD, ROOT, complaint, put, remove
 
 from ebm import EBMError, data, params
 from ebm.data import files, kddcup99, table
 from ebm.data.transform import Transform, fit, numbers_of
+from ebm.schema import TumoursData
 
 FRAME = pd.DataFrame(
     {
@@ -509,6 +511,41 @@ def test_other_data_have_no_transform(tmp_path):
     assert density().transform() is None
     assert data.read(tmp_path).transform() is None
     assert not (tmp_path / data.TRANSFORM).exists()
+
+
+def tumours(**changes):
+    options = {"scale": "minmax", "validation": 0.2, "test": 0.3, "seed": 0} | changes
+    return data.prepare(TumoursData(kind="tumours", reference=AS_THEY_ARE, **options))
+
+
+def test_benign_tumours_are_learned_and_malignant_ones_are_anomalies():
+    prepared, bunch = tumours(), load_breast_cancer(as_frame=True)
+    malignant = bunch.target.map(lambda kind: bunch.target_names[kind] == "malignant").to_numpy()
+    index = {split: prepared.tensors[f"{split}_index"].tolist() for split in data.SPLITS}
+    assert not malignant[index["train"]].any()
+    assert prepared.labels("train") is None
+    for split, share in (("validation", 0.2), ("test", 0.3)):
+        labels = prepared.labels(split)
+        assert labels.tolist() == malignant[index[split]].tolist()
+        assert labels.sum() == round(share * 212) == prepared.manifest["anomalies"][split]
+        assert (labels == 0).sum() == round(share * 357)
+    rows = [row for split in data.SPLITS for row in index[split]]
+    assert len(set(rows)) == len(rows) == 569 - prepared.manifest["unused"]
+    transform = Transform.from_json(prepared.transform(), "it")
+    assert [column.name for column in transform.columns] == list(bunch.feature_names)
+    for split in data.SPLITS:
+        assert torch.equal(transform.apply(bunch.data.iloc[index[split]]), prepared.points(split))
+    assert prepared.points("train").amin(0).tolist() == [0.0] * 30
+    assert prepared.points("train").amax(0).tolist() == [1.0] * 30
+    assert prepared.points("test").max() > 1
+
+
+def test_tumours_are_split_by_the_seed():
+    a, b, c = (tumours(seed=seed).tensors for seed in (0, 0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["test_index"], c["test_index"])
+    with pytest.raises(EBMError, match="load_breast_cancer: 357 benign tumours are too few for"):
+        tumours(validation=0.001)
 
 
 def anomalous(rows):

@@ -21,7 +21,7 @@ def prepare(settings: TumoursData) -> Made:
 
     bunch = load_breast_cancer(as_frame=True)
     malignant = list(bunch.target_names).index("malignant")
-    anomaly = torch.from_numpy((bunch.target == malignant).to_numpy())
+    anomaly = torch.from_numpy((bunch.target == malignant).to_numpy(copy=True))
     shares = settings.validation, settings.test
     index = by_class(anomaly.long(), KINDS, *shares, settings.seed, unlearned=[1])
     transform = fit(bunch.data.iloc[index["train"].numpy()], [], settings.scale, SOURCE)
