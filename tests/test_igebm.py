@@ -400,14 +400,30 @@ def test_a_training_step_moves_the_levels_of_the_classes():
     torch.testing.assert_close(after, copy.eval().class_energies(x))
 
 
+def test_chains_have_the_classes_of_the_data_as_often():
+    """Else no energy is at equilibrium where classes are not equally frequent."""
+    model = IGEBM((4,), **MODELS["igebm"] | {"classes": 3, "buffer": 20_000})
+    labels = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 2, 2])
+    seed("model", 0)
+    model.initialise(torch.rand(10, 4), labels)
+    for drawn in (model.replay_label, model._labels(20_000)):
+        shares = drawn.bincount(minlength=3) / 20_000
+        assert shares.tolist() == pytest.approx([0.5, 0.2, 0.3], abs=0.015)
+    model.initialise(torch.rand(10, 4))
+    assert model.frequencies.tolist() == pytest.approx([0.5, 0.2, 0.3])
+    fresh = IGEBM((4,), **MODELS["igebm"] | {"classes": 3})
+    assert fresh._labels(3000).bincount().tolist() == pytest.approx([1000] * 3, abs=100)
+
+
 def test_the_energy_is_that_of_the_moving_average():
     model = build(ema=0.5)
-    start = [p.clone() for p in model.network.parameters()]
+    model.training_step(torch.rand(8, 4))
+    first = [p.detach().clone() for p in model.network.parameters()]
     model.training_step(torch.rand(8, 4))
     for average, old, new in zip(
-        model.average.parameters(), start, model.network.parameters(), strict=True
+        model.average.parameters(), first, model.network.parameters(), strict=True
     ):
-        torch.testing.assert_close(average, (old + new) / 2)
+        torch.testing.assert_close(average, (old + 2 * new) / 3)
     x = torch.rand(5, 4)
     assert torch.equal(model.energy(x), model.average(x))
 

@@ -21,7 +21,7 @@ from ebm.data import unit
 from ebm.ensemble import histories
 from ebm.seeds import mix, seed
 from ebm.train import Batches, DivergenceError, Watch, fit
-from ebm.variants.base import EBM, descend, update_average
+from ebm.variants.base import EBM, average_of, descend, update_average
 
 CONTRASTED = {
     "defence": 0.1,
@@ -673,13 +673,24 @@ def test_divergence_goes_back_to_the_older_checkpoint_and_on_with_other_noise(tm
     assert all(first[step] != again[step] for step in range(21, 36))
 
 
-def test_a_moving_average_follows_weights_slowly_and_buffers_at_once():
-    """An averaged generator normalises by the statistics that the current one has gathered."""
-    average, current = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
-    torch.nn.init.constant_(current.weight, 3.0)
-    current(2 + torch.randn(50, 3))
-    update_average(average, current, 0.9)
-    assert average.weight.tolist() == pytest.approx([0.9 * 1 + 0.1 * 3] * 3)
+def test_a_moving_average_forgets_what_it_began_with_and_follows_buffers_at_once():
+    current = torch.nn.BatchNorm1d(3)
+    average = average_of(current, 0.9)
+    for weight in (3.0, 5.0, 2.0):
+        torch.nn.init.constant_(current.weight, weight)
+        current(2 + torch.randn(50, 3))
+        update_average(average, current, 0.9)
+    expected = (0.81 * 3 + 0.9 * 5 + 2) / (0.81 + 0.9 + 1)
+    assert average.weight.tolist() == pytest.approx([expected] * 3)
     assert torch.equal(average.running_mean, current.running_mean)
     assert torch.equal(average.running_var, current.running_var)
-    assert average.num_batches_tracked == 1
+    assert average.num_batches_tracked == 3
+    assert average.updates == 3
+    assert average_of(current, 0.0) is None
+
+
+def test_the_first_update_of_a_moving_average_is_the_network():
+    current = torch.nn.Linear(3, 3)
+    average = average_of(torch.nn.Linear(3, 3), 0.999)
+    update_average(average, current, 0.999)
+    assert torch.equal(average.weight, current.weight)

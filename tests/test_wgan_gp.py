@@ -1,5 +1,7 @@
 """Laws of WGAN-GP: the penalty is that of the paper, who moves when and where, the distance."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -183,16 +185,47 @@ def test_images_are_trained_with_convolutions_in_less_precision(shape):
 
 def test_samples_are_of_the_moving_average():
     wgan = model(ema=0.9)
-    before = snapshot(wgan.average)
     wgan.training_step(torch.randn(8, 2).double())
-    for average, p, b in zip(
-        wgan.average.parameters(), wgan.generator.parameters(), before, strict=True
+    first = snapshot(wgan.generator)
+    wgan.training_step(torch.randn(8, 2).double())
+    for average, p, old in zip(
+        wgan.average.parameters(), wgan.generator.parameters(), first, strict=True
     ):
-        torch.testing.assert_close(average, 0.9 * b + 0.1 * p.detach())
+        torch.testing.assert_close(average, (0.9 * old + p.detach()) / 1.9)
     torch.manual_seed(3)
     drawn = wgan.sample(4)["samples"]
     torch.manual_seed(3)
     assert torch.equal(drawn, wgan.average(wgan._prior(4)))
+
+
+def test_in_the_end_the_averaged_generator_has_statistics_of_its_own():
+    """Of its batch normalisation: with them draws in a large batch hardly depend on the mode."""
+    widths = {"energy": [4, 4], "generator": [8, 4]}
+    wgan = model((8, 8), network="conv", ema=0.9, **widths).float()
+    for _ in range(8):
+        wgan.training_step(torch.rand(16, 8, 8))
+    weights, z = snapshot(wgan.average), wgan._prior(4000)
+
+    def error():
+        with torch.no_grad():
+            wgan.average.train()
+            expected = deepcopy(wgan.average)(z)
+            wgan.average.eval()
+            return (wgan.average(z) - expected).abs().mean().item()
+
+    before = error()
+    wgan.finish()
+    assert not moved(wgan.average, weights)
+    assert error() < 0.1 * before
+    kept = {name: b.clone() for name, b in wgan.average.named_buffers() if "running" in name}
+    assert kept
+    torch.manual_seed(5)
+    wgan.finish()
+    assert all(
+        torch.allclose(b, kept[name], atol=0.05)
+        for name, b in wgan.average.named_buffers()
+        if name in kept
+    )
 
 
 def test_it_learns_a_gaussian_that_is_not_its_prior():

@@ -98,6 +98,11 @@ class Ensemble(EBM):
         classes = y[rows] if y is not None and self.classes else None
         return self._members()[m].training_step(x[rows], classes)
 
+    def finish(self) -> None:
+        for member, kept in zip(self._members(), self._snapshots(), strict=True):
+            for model in (member, *kept):
+                model.finish()
+
     def hidden(self, m: int) -> int:
         """The class that member `m` must not see."""
         return self.without[m % len(self.without)]

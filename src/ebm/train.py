@@ -165,6 +165,8 @@ def fit(
                     _save(model, checkpoints, progress)
                 if bar.disable:
                     log.info("step %d of %d: %s", progress.step, steps, _in_words(scalars))
+    seeds.seed("finish", seed)
+    model.finish()
     return progress
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import update_bn
 
 from ebm import parallel
 from ebm.recorded import CompiledGradient, Objective
@@ -18,6 +19,9 @@ from ebm.recorded import CompiledGradient, Objective
 log = logging.getLogger(__name__)
 
 N = TypeVar("N", bound=nn.Module)
+
+BATCHES, BATCH = 32, 512
+"""Latents whose activations say how an averaged generator normalises."""
 
 
 class EBM(nn.Module):
@@ -32,6 +36,9 @@ class EBM(nn.Module):
 
     normalised = False
     """Whether `energy` is -log p(x) by the model's own account, with log Z in it."""
+
+    support: tuple[float, float] | None = None
+    """The bounds of every axis beyond which the density is 0 by definition, if there are any."""
 
     compiled = False
     """Whether what `minimise` is given is compiled."""
@@ -71,6 +78,9 @@ class EBM(nn.Module):
     def initialises(self) -> bool:
         """Whether there is anything to set: all data at once as floats can be more than fits."""
         return type(self).initialise is not EBM.initialise
+
+    def finish(self) -> None:
+        """What is to be done once after the last training step."""
 
     def portraits(self) -> dict[str, Tensor]:
         """Parameters worth looking at, by name: images [n, height, width]."""
@@ -143,6 +153,18 @@ class Generative(EBM):
     generator: nn.Module
     latent: int
 
+    def finish(self) -> None:
+        """Give the averaged generator statistics of its own, where it normalises batches: those
+        that it follows belong to other weights."""
+        average = self.averaged_generator()
+        if average is not None:
+            with torch.no_grad():
+                update_bn((self._prior(BATCH) for _ in range(BATCHES)), average)
+
+    def averaged_generator(self) -> nn.Module | None:
+        """The moving average of the generator, if there is one."""
+        raise NotImplementedError
+
     def _prior(self, n: int) -> Tensor:
         """n latents z [n, latent]."""
         return standard_normal(self.generator, n, self.latent)
@@ -208,19 +230,29 @@ def multiplies_bfloat16(device: str) -> bool:
 
 
 def average_of(network: N, decay: float) -> N | None:
-    """Where a moving average of `network` begins: a copy that needs no gradient; None where the
-    `decay` is 0 and there is to be none."""
-    return deepcopy(network).requires_grad_(False) if decay else None
+    """Where a moving average of `network` begins: a copy that needs no gradient and counts its
+    `updates`; None where the `decay` is 0 and there is to be none."""
+    if not decay:
+        return None
+    average = deepcopy(network).requires_grad_(False)
+    average.register_buffer("updates", torch.tensor(0))
+    return average
 
 
 @torch.no_grad()
 def update_average(average: nn.Module | None, current: nn.Module, decay: float) -> None:
-    """Exponential moving average, if there is one: average <- decay * average + (1 - decay) *
-    current. Buffers are copied, but for those of parametrizations, which belong to the weights
-    they were made of."""
+    """Exponential moving average, if there is one, of the t networks since the first update: that
+    of t - 1 ago has decay^(t - 1) times the weight of the last one, and what the average began
+    with has none (the correction of Kingma & Ba 2015, section 3). Buffers are copied, but for
+    those of parametrizations, which belong to the weights they were made of."""
     if average is None:
         return
-    torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - decay)
-    for (name, kept), buffer in zip(average.named_buffers(), current.buffers(), strict=True):
-        if ".parametrizations." not in name:
-            kept.copy_(buffer)
+    updates = average.get_buffer("updates").add_(1)
+    weight = (1 - decay) / (1 - decay ** updates.double())
+    kept: list[Tensor] = list(average.parameters())
+    followed: list[Tensor] = list(current.parameters())
+    torch._foreach_lerp_(kept, followed, [weight.to(p) for p in kept])
+    buffers = dict(current.named_buffers())
+    for name, buffer in average.named_buffers():
+        if name != "updates" and ".parametrizations." not in name:
+            buffer.copy_(buffers[name])

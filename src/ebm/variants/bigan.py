@@ -117,6 +117,9 @@ class BiGAN(Generative):
         norm = descend(self.optimizers["generator"], loss)
         return {"generator_loss": loss.detach(), "generator_gradient_norm": norm}
 
+    def averaged_generator(self) -> nn.Module | None:
+        return None if self.average is None else self.average[1]
+
     @torch.no_grad()
     def sample(self, n: int) -> dict[str, Tensor]:
         """`samples` G(z) [n, *]."""

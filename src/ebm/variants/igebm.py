@@ -91,6 +91,7 @@ class IGEBM(EBM):
     """An energy over points of `shape`: vectors [D], or images [H, W] or [C, H, W]; settings as
     in `igebm_config.Model`."""
 
+    frequencies: Tensor
     replay: Tensor
     replay_label: Tensor
     replay_age: Tensor
@@ -130,7 +131,7 @@ class IGEBM(EBM):
         self.coupled = isinstance(noise, str)
         self.noise = math.sqrt(2 * step_size) if isinstance(noise, str) else noise
         self.gradient_clip = math.inf if gradient_clip is None else gradient_clip
-        self.bounds = (bounds[0], bounds[1])
+        self.support = self.bounds = (bounds[0], bounds[1])
         self.fresh, self.augment, self.data_noise = fresh, augment, data_noise
         self.energy_penalty, self.kl, self.entropy = energy_penalty, kl, entropy
         self.clip = clip
@@ -145,6 +146,7 @@ class IGEBM(EBM):
         if spectral_norm:
             normalise_spectrally(self.network)
         self.average = average_of(self.network, ema)
+        self.register_buffer("frequencies", torch.full((classes,), 1 / max(classes, 1)))
         self.register_buffer("replay", torch.zeros(buffer, *shape))
         self.register_buffer("replay_label", torch.zeros(buffer, dtype=torch.long))
         self.register_buffer("replay_age", torch.zeros(buffer, dtype=torch.long))
@@ -159,10 +161,14 @@ class IGEBM(EBM):
         return {"energy": Adam(weights, self.learning_rate, self.betas, fused=self.fused)}
 
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
-        """Fill the buffer with uniform noise; the data have to lie within the bounds."""
+        """Fill the buffer with uniform noise, of classes as frequent as in the `labels`; the data
+        have to lie within the bounds."""
         low, high = self.bounds
         if data.min() < low or data.max() > high:
             raise EBMError(f"model.bounds = [{low}, {high}]: the data reach beyond them")
+        if labels is not None:
+            counts = labels.bincount(minlength=self.classes)
+            self.frequencies.copy_(counts / counts.sum())
         self.replay.copy_(self.noise_like(self.replay))
         self.replay_label.copy_(self._labels(len(self.replay)))
 
@@ -366,7 +372,10 @@ class IGEBM(EBM):
         return self.noise_like(self.replay[:1].expand(n, *self.shape))
 
     def _labels(self, n: int) -> Tensor:
-        return torch.randint(max(self.classes, 1), (n,), device=self.replay.device)
+        """Classes of n chains, as frequent as those of the data: else a class would have more
+        chains against it than data, and training would have no equilibrium."""
+        draws = torch.rand(n, device=self.replay.device)
+        return torch.bucketize(draws, self.frequencies.cumsum(0)[:-1])
 
 
 class Batch(NamedTuple):

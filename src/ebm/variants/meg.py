@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.optim import Adam, Optimizer
 
@@ -87,6 +87,9 @@ class MEG(Generative):
             "energy": adam(energy.parameters(), self.energy_learning_rate),
             "generator": adam(generator, self.generator_learning_rate),
         }
+
+    def averaged_generator(self) -> nn.Module | None:
+        return self.average
 
     def energy(self, x: Tensor) -> Tensor:
         """E(x), by the moving average where there is one."""

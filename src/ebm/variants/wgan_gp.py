@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from ebm.networks import Kind, decoder, encoder
@@ -81,6 +81,9 @@ class WGANGP(Generative):
             "energy": adam(energy.parameters(), self.energy_learning_rate),
             "generator": adam(generator.parameters(), self.generator_learning_rate),
         }
+
+    def averaged_generator(self) -> nn.Module | None:
+        return self.average
 
     def energy(self, x: Tensor) -> Tensor:
         return self.energy_network(x).squeeze(1)
