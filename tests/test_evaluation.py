@@ -331,6 +331,32 @@ def test_the_true_density_scores_what_its_references_say(name):
         assert found.metrics["modes"] == found.metrics["modes_total"] == 8
 
 
+class Leaking(Oracle):
+    """The true density, and as much again in a mode beyond the square."""
+
+    def energy(self, x):
+        away = (x - x.new_tensor([4.0, -3.0])).square().sum(1) / (2 * 0.1**2)
+        beside = -away - math.log(2 * math.pi * 0.1**2) - 3
+        return -torch.logaddexp(-super().energy(x), beside)
+
+
+@pytest.mark.parametrize("support", [None, (-2.0, 2.0), (-5.0, 5.0), (-2.0, 5.0)])
+def test_what_a_density_has_beyond_the_square_is_lost(support):
+    prepared = plane("8gaussians")
+    torch.manual_seed(0)
+    samples = {"samples": prepared.density.sample(1000).float()}
+    measure = Reference(reference.Network(), {"kind": "coordinates"}, {}, {})
+    model = Leaking(prepared.density)
+    model.support = support
+    found = measured(model, samples, prepared, measure, {"grid": 180})
+    share = 0.5 if support in (None, (-5.0, 5.0)) else 0.0
+    assert found.metrics["outside"] == pytest.approx(share, abs=1e-3)
+    assert found.metrics["grid_kl"] == pytest.approx(-math.log(1 - share), abs=1e-3)
+    exact = found.references["log_likelihood"][0]["value"] + math.log(1 - share)
+    assert found.metrics["log_likelihood"] == pytest.approx(exact, abs=4e-3)
+    assert found.references["outside"][0]["value"] == 0
+
+
 def test_a_lost_mode_is_seen():
     prepared = plane()
     samples = prepared.points("train")
@@ -396,12 +422,19 @@ def test_an_energy_told_from_noise_is_measured_beside_that_noise(monkeypatch):
     grid = metrics.cell_centres(-2.0, 2.0, 100).float()
     test = prepared.points("test")
     with torch.no_grad():
-        total = (-model.energy(grid).double()).logsumexp(0).item() + 2 * math.log(4 / 100)
+        around = metrics.cell_centres(-6.0, 6.0, 300).float()
+        inside, total = (
+            metrics.in_batches(lambda x: -model.energy(x).double(), cells).logsumexp(0).item()
+            + 2 * math.log(4 / 100)
+            for cells in (grid, around)
+        )
         likelihood = -model.energy(test).mean().item()
         of_noise = -model.noise.energy(test).mean().item()
     assert found.metrics["log_partition"] == pytest.approx(total)
     assert found.references["log_partition"][0]["value"] == 0
     assert found.metrics["log_likelihood"] == pytest.approx(likelihood - total, rel=1e-5)
+    assert found.metrics["outside"] == pytest.approx(1 - math.exp(inside - total), rel=1e-4)
+    assert 0.001 < found.metrics["outside"] < 0.5
     assert found.metrics["log_likelihood_generator"] == pytest.approx(of_noise, rel=1e-5)
     assert "log_partition_generator" not in found.metrics  # nothing to be learned
     truth = prepared.density.log_prob(metrics.cell_centres(-2.0, 2.0, 100))

@@ -67,9 +67,13 @@ LOGGED = ("value", "accuracy", "log_z", "noise_loss", "energy_gap", "gradient_no
 
 
 class Contrasted(EBM):
-    """An energy f over the space of a density q, the `noise`, and constants log Z that are
-    learned: log p(v) = -f(v) - log Z. Of several `outputs` f_k, log Z_k the density is the mixture
-    of equal parts; they share all layers but the last.
+    """A correction f of a density b over the space of a density q, the `noise`, and constants
+    log Z that are learned: log p(v) = log b(v) - f(v) - log Z. Of several `outputs` f_k, log Z_k
+    the density is the mixture of equal parts; they share all layers but the last.
+
+    b is the flow after its warm-up if the energy is `tilted`; else, of vectors, the Gaussian of
+    the data, so that p falls where neither data nor noise ever were (f grows like |v| at most, and
+    of Fourier features it need not grow); of images there is none.
 
     `network` are the settings of f (`ebm.networks.scalar`); `noise`, `levels` and `margin` those
     of a `flows.Density`; the others as in `schema.Contrasted`.
@@ -113,7 +117,8 @@ class Contrasted(EBM):
         self.noise = Density(shape, noise, levels, margin)
         self.base = deepcopy(self.flow).requires_grad_(False) if tilted else None
         self.defence = defence
-        self.broad = Gaussian(*shape) if defence else None
+        vectors = len(shape) == 1
+        self.broad = Gaussian(*shape) if vectors and (defence or not tilted) else None
         self.register_buffer("steps", torch.tensor(0))
 
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
@@ -134,7 +139,14 @@ class Contrasted(EBM):
     @property
     def contrast(self) -> Noise:
         """q: the flow, with the defence that it was given."""
-        return self.flow if self.broad is None else Defended(self.flow, self.broad, self.defence)
+        if self.broad is None or not self.defence:
+            return self.flow
+        return Defended(self.flow, self.broad, self.defence)
+
+    @property
+    def corrected(self) -> Noise | None:
+        """b: what the energy is a correction of, if of anything."""
+        return self.broad if self.base is None else self.base
 
     def unnormalised(self, v: Tensor) -> Tensor:
         """f_k(v) for points v [B, *] of the space: [B, outputs]."""
@@ -142,8 +154,8 @@ class Contrasted(EBM):
 
     def log_densities(self, v: Tensor) -> Tensor:
         """log p_k(v) of every output: [B, outputs]."""
-        tilt = -self.unnormalised(v) - self.log_z
-        return tilt if self.base is None else tilt + self.base.log_prob(v).unsqueeze(1)
+        tilt, b = -self.unnormalised(v) - self.log_z, self.corrected
+        return tilt if b is None else tilt + b.log_prob(v).unsqueeze(1)
 
     def log_density(self, v: Tensor) -> Tensor:
         """log p(v), of the mixture of all outputs: [B]."""
@@ -210,7 +222,8 @@ class Contrasted(EBM):
         the noise, 0."""
         if self.base is None:
             v, log_q = self.contrast.draw_with_log_prob(STARTING)
-            self.log_z.copy_(importance_log_partition(self.unnormalised(v), log_q))
+            self.log_z.zero_()
+            self.log_z.copy_(importance_log_partition(-self.log_densities(v), log_q))
 
     def logs(self, **known: Tensor) -> dict[str, Tensor]:
         """What is `known` of a step under all names that are `logged`; what is not is 0."""
@@ -237,7 +250,7 @@ class Contrasted(EBM):
             lambda v: -self.log_density(v), noise.draw_with_log_prob, noise.log_prob
         )
         end = run(kernel, kernel.start(n), steps, observe)
-        drawn = first[0] if self.broad is None else self.flow.draw_with_log_prob(n)[0]
+        drawn = self.flow.draw_with_log_prob(n)[0] if self.defence else first[0]
         leave = self.space.leave
         return {
             "samples": leave(end.x),

@@ -57,9 +57,9 @@ def measure_contrast(
             f"Class {k}": log_p[:, k].view(side, side).cpu().numpy() for k in range(model.outputs)
         }
     picture = figures.log_density_fields(fields, (*EXTENT, *EXTENT))
-    caption = "The density that the energy was told from"
+    caption = "The density that the energy was trained against"
     if model.defence:
-        caption += f" (and from a broad Gaussian, {model.defence:.0%} of the draws)"
+        caption += f" (and a broad Gaussian, {model.defence:.0%} of the draws)"
     caption += (
         ", and the densities of its classes, of which the learned density is the mixture."
         if model.outputs > 1

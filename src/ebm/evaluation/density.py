@@ -1,6 +1,7 @@
 """Points in the plane whose density is known: the learned one as a density, its samples as
 draws."""
 
+import math
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ RADIUS = 4.0
 """A sample within this many standard deviations of a mode counts as of high quality."""
 
 BEFORE = {
-    "nce": ("Draws of the noise", "the noise that the energy was told from"),
-    "fce": ("Draws of the flow", "the flow that the energy was told from"),
+    "nce": ("Draws of the noise", "the noise that the energy was trained against"),
+    "fce": ("Draws of the flow", "the flow that the energy was trained against"),
 }
 """What chains begin with, by variant: the title of a panel, and words for a caption. Of all others
 it is draws of a generator."""
@@ -85,6 +86,7 @@ def _grid_scores(result: Evaluation, case: Case, test: Tensor, density: Gaussian
     result.metrics |= scores
     result.refer("grid_kl", 0.0, "exact", "the learned density equals the true one")
     result.refer("log_density_mse", 0.0, "exact", "the learned density equals the true one")
+    result.refer("outside", 0.0, "exact", "the square holds the true density")
     exact = true_test.mean().item()
     result.refer("log_likelihood", exact, "ceiling", "the true density on the same test split")
     if isinstance(model, Contrasted):
@@ -116,21 +118,40 @@ def density_scores(
     model: EBM, grid: Tensor, test: Tensor, true: Tensor, true_test: Tensor
 ) -> tuple[dict[str, float], Tensor]:
     """How near exp(-E) / Z comes to the true density, whose log is `true` on the `grid` and
-    `true_test` at the test points; and its log on the grid. Z is the integral over the square,
-    also of a model that has learned its constant, which may be off and would then be told of as
-    likelihood; that of a flow is 1, however much of it lies outside."""
+    `true_test` at the test points; and its log on the grid. Z is the integral over the plane, also
+    of a model that has learned its constant, which may be off and would then be told of as
+    likelihood; that of a flow is 1."""
     energy = metrics.in_batches(model.energy, grid.to(test.dtype))
     within = metrics.grid_log_partition(energy, *EXTENT)
-    log_z = torch.zeros_like(within) if isinstance(model, Density) else within
+    exact = isinstance(model, Density)
+    log_z = torch.zeros_like(within) if exact else _log_partition(model, within, grid, test.dtype)
     learned = -energy.double() - log_z
     log_p = -metrics.in_batches(model.energy, test).double() - log_z
     scores = {
         "grid_kl": metrics.grid_kl(true, learned) - (within - log_z).item(),
         "log_likelihood": log_p.mean().item(),
         "log_density_mse": (log_p - true_test).square().mean().item(),
+        "outside": -(within - log_z).expm1().item(),
     }
     own = isinstance(model, Contrasted)
     return scores | ({"log_partition": log_z.item()} if own else {}), learned
+
+
+def _log_partition(model: EBM, within: Tensor, grid: Tensor, dtype: torch.dtype) -> Tensor:
+    """log Z: what is `within` the square, whose cells are the `grid`, and on as many cells of the
+    same size in each of the 8 squares around it, as far as the model's support goes."""
+    low, high = EXTENT
+    side = high - low
+    cells = metrics.cell_centres(low - side, high + side, 3 * math.isqrt(len(grid))).to(grid)
+    furthest = (cells - (low + high) / 2).abs().amax(1)
+    beyond = furthest > side / 2
+    if model.support is not None:
+        beyond &= ((cells > model.support[0]) & (cells < model.support[1])).all(1)
+    if not beyond.any():
+        return within
+    energy = metrics.in_batches(model.energy, cells[beyond].to(dtype)).double()
+    area = math.log(side**2 / len(grid))
+    return torch.logaddexp(within, torch.logsumexp(-energy, 0) + area)
 
 
 def _square(values: Tensor) -> Any:

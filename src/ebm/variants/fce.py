@@ -4,7 +4,7 @@ Noise-contrastive estimation whose noise is a flow that learns to be mistaken fo
 over one value, which the energy ascends and the flow descends.
 
     V(theta, alpha) = E_data[log p / (p + q)] + E_u[log q(g(u)) / (p(g(u)) + q(g(u)))]
-    log p(v) = -f_theta(v) - log Z,    q = q_alpha, the density of g_alpha(u), u ~ N(0, I)
+    log p(v) = log b(v) - f_theta(v) - log Z,   q = q_alpha, the density of g_alpha(u), u ~ N(0, I)
 
     paper           | here
     ----------------|---------------------------------------------------------------------
@@ -22,10 +22,11 @@ over one value, which the energy ascends and the flow descends.
 Three things stand beside the paper. A share `defence` of the noise is a broad Gaussian of the
 data, and in the warm-up the energy of vectors is trained against that alone: a flow that is good
 soon has no draws where nothing lies, and an energy trained against it is free to be low there. At
-equilibrium V is then above -log 4 by about 0.7 times the share. A `tilted` energy, for images, is
-that of the flow at the end of the warm-up plus f, which begins at 0: log p = log q_0 - f - c. It
-waits until then. And p(k | v) of a semi-supervised energy is kept smooth by virtual adversarial
-training, as the paper combines both (`roughness`).
+equilibrium V is then above -log 4 by about 0.7 times the share. The energy corrects a density b,
+where the paper has none: of vectors the same Gaussian, without which p need not fall beyond all
+noise; of images (`tilted`) the flow at the end of the warm-up, for which it waits, and f begins at
+0. And p(k | v) of a semi-supervised energy is kept smooth by virtual adversarial training, as the
+paper combines both (`roughness`).
 
 Beside a semi-supervised energy a twin of its network learns from the same labels alone: what the
 unlabelled points are worth is the difference.
@@ -50,7 +51,7 @@ from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
 from ebm.contrastive import LOGGED, Contrasted, accuracy, value
-from ebm.flows import Latents, Noise, adam
+from ebm.flows import Defended, Latents, Noise, adam
 from ebm.parallel import averaged, mine, permutation, share, world
 from ebm.recorded import Loss
 from ebm.samplers import by_row
@@ -131,7 +132,9 @@ class FCE(Contrasted):
         warming = self.warm_up(data)
         if warming is not None and self.base is not None:
             return self.logs(noise_loss=warming)
-        noise = self.contrast if warming is None or self.broad is None else self.broad
+        noise = self.contrast
+        if warming is not None and isinstance(noise, Defended):
+            noise = noise.broad
         flow_turn = warming is None and self.last_accuracy > self.threshold
         logs = self._flow_turn(data) if flow_turn else self._energy_turn(data, noise)
         seen = averaged(logs["accuracy"])  # all processes take the same turn

@@ -3,12 +3,13 @@ r"""Noise-contrastive estimation (Gutmann & Hyvarinen 2010; 2012, JMLR 13:307).
 An energy f with a constant log Z of its own, both learned by telling data from draws of a
 noise q whose density is known:
 
-    log p(v)  = -f(v) - log Z
+    log p(v)  = log b(v) - f(v) - log Z
     V         = E_data[log h(v)] + nu E_q[log(1 - h(v))],   h = sigmoid(log p - log q - log nu)
 
     paper                     | here
     --------------------------|-----------------------------------------------------------
-    p_m^0(.; alpha), c        | exp(-network), -log_z
+    p_m^0(.; alpha), c        | b exp(-network), -log_z; b as in `ebm.contrastive`, which keeps p
+                              | low beyond all noise
     p_n                       | noise: a Gaussian fitted to the data, or a flow that the first
                               | `warmup` steps train by maximum likelihood and then keep
     nu                        | ratio
