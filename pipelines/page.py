@@ -160,7 +160,7 @@ def _spread(value: float) -> str:
 LIKELIHOODS = {
     name: METRICS[name]
     for name in (
-        *("log_likelihood", "bits_per_dim", "grid_kl", "log_density_mse"),
+        *("log_likelihood", "bits_per_dim", "grid_kl", "outside", "log_density_mse"),
         *("log_partition", "log_partition_ess"),
     )
 }

@@ -39,10 +39,13 @@ def write(root: Path, settings: Mapping[str, Any], folder: Path = Path()) -> Non
     trained on their machine, gets a report on those that are measured, and by `dvc.lock` with
     these `settings`; earlier results of the others stay. EBMError: there are none."""
     models, used = root / "models", results.used(root / "dvc.lock")
-    measured = {name: f"{name}/evaluation/metrics.json" for name in settings["experiments"]}
+    measured: dict[str, tuple[str, ...]] = {
+        name: (f"{name}/run.json", f"{name}/evaluation/metrics.json")
+        for name in settings["experiments"]
+    }
     if settings.get(results.COMPARISON):
-        measured[results.COMPARISON] = results.COMPARISON
-    absent = [name for name, file in measured.items() if not (models / file).exists()]
+        measured[results.COMPARISON] = (results.COMPARISON,)
+    absent = [name for name, files in measured.items() if not _exist(models, files)]
     if absent:
         log.warning("not trained and measured here, left out: %s", ", ".join(absent))
     done = [name for name in measured if name not in absent]
@@ -67,6 +70,10 @@ def write(root: Path, settings: Mapping[str, Any], folder: Path = Path()) -> Non
     _fill(reports / "curves", curves, absent)
     _fill(reports / "figures", pictures, absent)
     (reports / "index.html").write_text(html, encoding="utf-8")
+
+
+def _exist(folder: Path, names: Sequence[str]) -> bool:
+    return all((folder / name).exists() for name in names)
 
 
 def thin(history: History) -> History:

@@ -34,6 +34,13 @@ METRICS = {
     "grid_kl": Metric(
         "Density KL", -1, "KL(true density ‖ learned density), integrated on a grid.", "nats"
     ),
+    "outside": Metric(
+        "Mass outside",
+        -1,
+        "Share of the learned density beyond the square that holds the true one.",
+        "",
+        False,
+    ),
     "log_likelihood": Metric(
         "Log-likelihood",
         +1,
@@ -263,7 +270,9 @@ SAMPLERS = {
     "acceptance": Metric("Acceptance", 0, "Mean acceptance probability of the proposals."),
     "swaps": Metric("Swaps", 0, "Smallest mean swap acceptance of two neighbours of a ladder."),
     "round_trips": Metric("Round trips", +1, "From the hot end to the target and back, mean."),
-    "step_size": Metric("Step size", 0, "As adapted before sampling; of Langevin, MALA's."),
+    "step_size": Metric(
+        "Step size", 0, "As adapted before sampling; of Langevin, a quarter of MALA's."
+    ),
     "cost": Metric("Cost", -1, "Evaluations for one transition, those of all rungs together."),
 }
 ORACLES = {
@@ -275,7 +284,8 @@ ORACLES = {
 KINDS = {
     "exact": "the value of a perfect model, known in closed form",
     "ceiling": "the most a model can honestly get: what real data, exact samples, the true "
-    "density or the best possible ranking score",
+    "density or the best possible ranking score (precision of samples alone can be higher, at the "
+    "price of their recall, and the reverse)",
     "floor": "the least a model can honestly get: what real data, exact samples or the worst "
     "possible ranking score",
     "chance": "what scores that know nothing get",

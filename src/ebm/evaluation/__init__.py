@@ -2,8 +2,9 @@
 
 A reference is of one of six kinds: `exact` (the truth, known in closed form), `ceiling` and
 `floor` (what draws of the true distribution itself score, or what the metric allows: no model can
-honestly do better, or score less), `chance` (scores that know nothing), `baseline` (a simple model
-fitted here) and `published`.
+honestly do better, but for the precision of samples at the price of their recall, and the
+reverse), `chance` (scores that know nothing), `baseline` (a simple model fitted here) and
+`published`.
 
 Names of metrics, the same in every experiment:
 
@@ -11,12 +12,15 @@ Names of metrics, the same in every experiment:
                             tuple of classes for stacks; how many there are
     mode_kl                 KL(histogram over the modes || uniform), nats
     high_quality_share      share of samples within 4 sigma of a mode (of the curve, if it is one)
-    grid_kl                 KL(true density || learned density) on the cells of a square, nats
+    grid_kl                 KL(true density || learned density), the true one on the cells of the
+                            square that holds it, the learned one normalised in the plane, nats
+    outside                 share of the learned density that lies beyond that square
     log_likelihood          mean log p of the test split, nats; where Z is estimated, the middle of
                             `_lower`, `_upper`: estimates that tend to err low and high (annealed
                             importance sampling, back from the data and forward), and within their
                             noise may cross; `_train` is the same of the training split; in the
-                            plane Z is the integral over the square, but that of a flow is 1
+                            plane Z is the integral over the square and the 8 around it (of a
+                            model with a support of its own, over that); that of a flow is 1
     log_partition           log Z, nats; of a model with a constant of its own what is left of it,
                             by a grid, of images by importance sampling from the noise that the
                             energy was trained against; `_ess`, that sample's effective size

@@ -25,6 +25,9 @@ ENERGIES = 2000
 """Images of each set whose energies are compared with those of the test split. That counts whole:
 the published test images are not in random order."""
 
+SHOWN = 8
+"""Chains whose way is shown as a strip."""
+
 
 def evaluate_images(case: Case) -> Evaluation:
     """Likelihood where log Z can be estimated, distances of the samples where the model draws any,
@@ -255,9 +258,11 @@ def _draw_chains(result: Evaluation, model: EBM, samples: dict[str, Tensor]) -> 
     if "chain" in samples:
         chain, steps = samples["chain"].cpu().numpy(), samples["chain_steps"].tolist()
         caption = "One chain a row, from its start; columns are steps of the sampler."
-        picture = figures.chain_strip(chain[:8], steps)
+        picture = figures.chain_strip(chain[:SHOWN], steps)
         result.draw("chain", "Chains over time", caption, picture)
-        caption = "The same chains and more of them, moving."
+        caption = "The same chains, moving."
+        if len(chain) > SHOWN:
+            caption = "The same chains and more of them, moving."
         result.draw("animation", "Chains, animated", caption, animate(samples["chain"]))
     for name, images in model.portraits().items():
         picture = figures.filters(images[:64].cpu().numpy(), columns=8)

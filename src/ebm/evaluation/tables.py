@@ -129,7 +129,10 @@ def _detect(result: Evaluation, model: EBM, rule: Rule, test: Tensor, truth: Ten
         found = _detected(whole, rule, truth)
         result.add({name: found[name] for name in ("f1", "auprc")}, "_ensemble")
     kinds = {"normal": ~truth, "anomalous": truth}
-    _draw_scores(result, shown, rule, kinds, "Test rows, by a snapshot of the first training")
+    rows = "Test rows"
+    if len(members) > 1:
+        rows += ", by the first training"
+    _draw_scores(result, shown, rule, kinds, rows)
     curves = {
         TITLES[name]: _curves(s[~truth], s[truth])
         for name, s in shown.test.items()
