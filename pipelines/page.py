@@ -337,9 +337,10 @@ def data_uri(picture: Picture) -> str:
 
 
 def curves(history: History, equilibria: Mapping[str, float] | None = None) -> list[Curve]:
-    """A line for each scalar over the steps, beside its equilibrium where it has one."""
+    """A line for each scalar over the steps, beside its equilibrium where it has one; none for
+    those that are always 0, of terms that are not in use."""
     levels = equilibria or {}
-    names = [name for name in history if name != "step"]
+    names = [name for name in history if name != "step" and any(history[name])]
     return [_curve(name, history["step"], history[name], levels.get(name)) for name in names]
 
 

@@ -257,8 +257,10 @@ def test_an_experiment_that_is_not_trained_here_is_left_out_and_its_results_stay
     assert kept <= set(snapshot(project))
 
 
-def test_nor_is_what_is_trained_and_not_measured_an_error(project, caplog):
-    (project / "models" / MEG / "evaluation" / "metrics.json").unlink()
+@pytest.mark.parametrize("file", ["run.json", "evaluation/metrics.json"])
+def test_nor_is_what_is_half_trained_or_not_measured_an_error(project, caplog, file):
+    """DVC removes what a training makes before it begins, and leaves its old evaluation."""
+    (project / "models" / MEG / file).unlink()
     report.write(project, all_params())
     assert f"not trained and measured here, left out: {MEG}" in caplog.text
 
@@ -326,7 +328,6 @@ def test_so_do_those_of_a_comparison_that_is_not_made_here(project, caplog, abse
 
 
 BROKEN = [
-    ("run.json", None, "train"),
     ("run.json", b"", "train"),
     ("run.json", b'{"seed": 1}', "train"),
     ("history.csv", None, "train"),
@@ -626,6 +627,11 @@ def test_a_gap_lifts_the_pen_and_a_constant_runs_through_the_middle():
     assert (none.path, none.last) == ("", "undefined")
 
 
+def test_what_is_always_zero_has_no_curve():
+    (kept,) = page.curves({"step": [0.0, 1.0], "off": [0.0, 0.0], "on": [0.0, 1e-9]})
+    assert kept.name == "on"
+
+
 @pytest.mark.parametrize("low", [-3.7, 0.0, 1e-7, 123456.0])
 @pytest.mark.parametrize("span", [1e-6, 0.3, 1.0, 9.99, 4e5])
 def test_ticks_are_few_and_within_the_curve(low, span):
@@ -800,7 +806,7 @@ def test_every_variant_and_kind_of_data_has_a_name_and_is_prepared(monkeypatch):
     assert VARIANTS.keys() <= page.VARIANTS.keys()
     sections = get_args(get_args(schema.Dataset)[0])
     kinds = {get_args(section.model_fields["kind"].annotation)[0] for section in sections}
-    assert len(kinds) == len(sections) == 8
+    assert len(kinds) == len(sections) == 9
     assert kinds == EVALUATORS.keys() == page.DATA.keys()
     for kind in kinds:
         monkeypatch.setattr(f"ebm.data.{kind}.prepare", refused)
