@@ -131,7 +131,8 @@ def _detect(result: Evaluation, model: EBM, rule: Rule, test: Tensor, truth: Ten
     kinds = {"normal": ~truth, "anomalous": truth}
     rows = "Test rows"
     if len(members) > 1:
-        rows += ", by the first training"
+        by = "a snapshot of the first training" if len(members[0]) > 1 else "the first training"
+        rows += f", by {by}"
     _draw_scores(result, shown, rule, kinds, rows)
     curves = {
         TITLES[name]: _curves(s[~truth], s[truth])

@@ -247,11 +247,11 @@ def update_average(average: nn.Module | None, current: nn.Module, decay: float) 
     those of parametrizations, which belong to the weights they were made of."""
     if average is None:
         return
-    updates = average.get_buffer("updates").add_(1)
-    weight = (1 - decay) / (1 - decay ** updates.double())
     kept: list[Tensor] = list(average.parameters())
     followed: list[Tensor] = list(current.parameters())
-    torch._foreach_lerp_(kept, followed, [weight.to(p) for p in kept])
+    updates = average.get_buffer("updates").add_(1)
+    weight = ((1 - decay) / (1 - decay ** updates.double())).to(kept[0])
+    torch._foreach_lerp_(kept, followed, [weight] * len(kept))
     buffers = dict(current.named_buffers())
     for name, buffer in average.named_buffers():
         if name != "updates" and ".parametrizations." not in name:
