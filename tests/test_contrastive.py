@@ -116,6 +116,17 @@ def test_every_constant_starts_where_its_density_integrates_to_one():
     torch.testing.assert_close(p[:, 3], p[:, :3].mean(1))
 
 
+def test_what_lies_beside_data_on_a_line_is_unlikely_and_not_impossible():
+    """Else all logits were saturated, and nothing would learn."""
+    model, data = small()
+    data = data[:, [0, 0]]  # two columns that are the same
+    model.noise.initialise(data)
+    v = model.space.enter(data)
+    model.broad.initialise(v)
+    fall = model.broad.log_prob(v) - model.broad.log_prob(v + torch.tensor([0.5, -0.5]))
+    assert fall.tolist() == pytest.approx([0.25 / 0.01] * len(v), rel=0.02)
+
+
 def test_a_density_carries_over_to_the_data_with_its_scale():
     """log p(x) = log p(v) + log|dv/dx|, and the same of the noise, defence and all."""
     model, data = small(defence=0.2)

@@ -357,6 +357,18 @@ def test_what_a_density_has_beyond_the_square_is_lost(support):
     assert found.references["outside"][0]["value"] == 0
 
 
+def test_a_support_within_the_square_is_all_that_a_density_has():
+    prepared = plane("8gaussians")
+    torch.manual_seed(0)
+    samples = {"samples": prepared.density.sample(1000).float()}
+    measure = Reference(reference.Network(), {"kind": "coordinates"}, {}, {})
+    model = Oracle(prepared.density)
+    model.support = (-2.0, 1.0)  # without the modes on the right
+    found = measured(model, samples, prepared, measure, {"grid": 180})
+    assert found.metrics["grid_kl"] == math.inf
+    assert found.metrics["outside"] == 0
+
+
 def test_a_lost_mode_is_seen():
     prepared = plane()
     samples = prepared.points("train")

@@ -415,6 +415,22 @@ def test_chains_have_the_classes_of_the_data_as_often():
     assert fresh._labels(3000).bincount().tolist() == pytest.approx([1000] * 3, abs=100)
 
 
+def test_a_class_that_training_never_saw_is_infinitely_unlikely():
+    """As in a member of an ensemble that leaves it out: its network was never trained."""
+    model = IGEBM((4,), **MODELS["igebm"] | {"classes": 3, "buffer": 100})
+    seed("model", 0)
+    model.initialise(torch.rand(10, 4), torch.tensor([0, 2] * 5))
+    x = torch.rand(6, 4)
+    energies = model.class_energies(x)
+    assert energies[:, 1].isinf().all()
+    assert energies[:, [0, 2]].isfinite().all()
+    temperature = model.noise**2 / (2 * model.step_size)
+    known = -energies[:, [0, 2]].double() / temperature
+    expected = -temperature * ((known.logsumexp(1)) + math.log(0.5)).float()
+    torch.testing.assert_close(model.energy(x), expected, rtol=1e-4, atol=1e-5)
+    assert set(model.classify(x)["accuracy"].tolist()) <= {0, 2}
+
+
 def test_the_energy_is_that_of_the_moving_average():
     model = build(ema=0.5)
     model.training_step(torch.rand(8, 4))

@@ -21,7 +21,7 @@ from ebm.data import unit
 from ebm.ensemble import histories
 from ebm.seeds import mix, seed
 from ebm.train import Batches, DivergenceError, Watch, fit
-from ebm.variants.base import EBM, average_of, descend, update_average
+from ebm.variants.base import BATCHES, EBM, average_of, descend, update_average
 
 CONTRASTED = {
     "defence": 0.1,
@@ -687,6 +687,31 @@ def test_a_moving_average_forgets_what_it_began_with_and_follows_buffers_at_once
     assert average.num_batches_tracked == 3
     assert average.updates == 3
     assert average_of(current, 0.0) is None
+
+
+@pytest.mark.parametrize("variant", ["meg", "wgan_gp", "bigan"])
+@pytest.mark.parametrize("snapshots", [None, 2])
+def test_training_ends_with_statistics_of_every_averaged_generator(variant, snapshots, tmp_path):
+    widths = {
+        "meg": {"energy": [4, 4], "generator": [4, 4], "statistics": [4, 4]},
+        "wgan_gp": {"energy": [4, 4], "generator": [4, 4]},
+        "bigan": {"encoder": [4, 4], "generator": [4, 4], "discriminator": [4, 4]},
+    }
+    settings = MODELS[variant] | {"network": "conv", "ema": 0.9} | widths[variant]
+    ensemble = snapshots and {"members": 2, "snapshots": snapshots, "every": 2, "without": []}
+    model = variants.build(variant, (8, 8), settings, ensemble)
+    images = torch.rand(40, 8, 8)
+    options = OPTIONS | {"steps": 4, "watch": WATCH, "checkpoints": Checkpoints(tmp_path)}
+    fit(model, images, **options)
+    seen = [
+        int(module.num_batches_tracked)
+        for history in histories(model)
+        for one in history
+        for module in one.averaged_generator().modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+    ]
+    assert len(seen) >= (4 if snapshots else 1)
+    assert set(seen) == {BATCHES}
 
 
 def test_the_first_update_of_a_moving_average_is_the_network():

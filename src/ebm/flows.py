@@ -79,8 +79,14 @@ def make(shape: tuple[int, ...], kind: str, **settings: Any) -> Flow:
     return {"gaussian": Gaussian, "spline": Spline, "coupling": Coupling}[kind](*shape, **settings)
 
 
+NARROW = 0.1
+"""A deviation, of columns of deviation 1, below which a Gaussian of the data is made wider."""
+
+
 class Gaussian(Flow):
-    """N(mean, covariance) of the data: what is known of it at no cost. Nothing is trained."""
+    """N(mean, covariance) of the data: what is known of it at no cost. Nothing is trained. Where
+    data hardly vary in some direction, it is a little wider in all: else the log density of what
+    lies beside would be beyond all others."""
 
     mean: Tensor
     scale: Tensor
@@ -92,9 +98,11 @@ class Gaussian(Flow):
 
     def initialise(self, v: Tensor) -> None:
         v = v.double()  # columns that add up to 1 leave float32 a covariance below 0
-        jitter = 1e-6 * torch.eye(len(self.mean), dtype=v.dtype, device=v.device)
+        covariance = torch.atleast_2d(v.T.cov())
+        narrow = torch.linalg.eigvalsh(covariance)[0] < NARROW**2
+        jitter = NARROW**2 if narrow else 1e-6
         self.mean.copy_(v.mean(0))
-        self.scale.copy_(torch.linalg.cholesky(v.T.cov() + jitter))
+        self.scale.copy_(torch.linalg.cholesky(covariance + jitter * torch.eye(len(v.T)).to(v)))
 
     def log_prob(self, v: Tensor) -> Tensor:
         return self._normal().log_prob(v)

@@ -67,7 +67,8 @@ def grid_kl(log_p: Tensor, log_q: Tensor) -> float:
     """KL(p || q) in nats of two densities given at the cells of one grid, each normalised on
     it."""
     log_p, log_q = log_p.double().log_softmax(0), log_q.double().log_softmax(0)
-    return (log_p.exp() * (log_p - log_q)).sum().item()
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0).sum().item()
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,14 @@ Names of metrics, the same in every experiment:
     mode_kl                 KL(histogram over the modes || uniform), nats
     high_quality_share      share of samples within 4 sigma of a mode (of the curve, if it is one)
     grid_kl                 KL(true density || learned density), the true one on the cells of the
-                            square that holds it, the learned one normalised in the plane, nats
+                            square that holds it, the learned one normalised as below, nats
     outside                 share of the learned density that lies beyond that square
     log_likelihood          mean log p of the test split, nats; where Z is estimated, the middle of
                             `_lower`, `_upper`: estimates that tend to err low and high (annealed
                             importance sampling, back from the data and forward), and within their
                             noise may cross; `_train` is the same of the training split; in the
-                            plane Z is the integral over the square and the 8 around it (of a
-                            model with a support of its own, over that); that of a flow is 1
+                            plane Z is the integral over the square and the 8 around it, where
+                            the model has support; that of a flow is 1
     log_partition           log Z, nats; of a model with a constant of its own what is left of it,
                             by a grid, of images by importance sampling from the noise that the
                             energy was trained against; `_ess`, that sample's effective size

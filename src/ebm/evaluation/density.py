@@ -120,8 +120,8 @@ def density_scores(
     """How near exp(-E) / Z comes to the true density, whose log is `true` on the `grid` and
     `true_test` at the test points; and its log on the grid. Z is the integral over the plane, also
     of a model that has learned its constant, which may be off and would then be told of as
-    likelihood; that of a flow is 1."""
-    energy = metrics.in_batches(model.energy, grid.to(test.dtype))
+    likelihood; that of a flow is 1. (Of the plane nine times the square: `_log_partition`.)"""
+    energy = _energies(model, grid, test.dtype)
     within = metrics.grid_log_partition(energy, *EXTENT)
     exact = isinstance(model, Density)
     log_z = torch.zeros_like(within) if exact else _log_partition(model, within, grid, test.dtype)
@@ -139,19 +139,24 @@ def density_scores(
 
 def _log_partition(model: EBM, within: Tensor, grid: Tensor, dtype: torch.dtype) -> Tensor:
     """log Z: what is `within` the square, whose cells are the `grid`, and on as many cells of the
-    same size in each of the 8 squares around it, as far as the model's support goes."""
+    same size in each of the 8 squares around it."""
     low, high = EXTENT
     side = high - low
     cells = metrics.cell_centres(low - side, high + side, 3 * math.isqrt(len(grid))).to(grid)
-    furthest = (cells - (low + high) / 2).abs().amax(1)
-    beyond = furthest > side / 2
-    if model.support is not None:
-        beyond &= ((cells > model.support[0]) & (cells < model.support[1])).all(1)
-    if not beyond.any():
-        return within
-    energy = metrics.in_batches(model.energy, cells[beyond].to(dtype)).double()
+    around = cells[((cells < low) | (cells > high)).any(1)]
+    energy = _energies(model, around, dtype).double()
     area = math.log(side**2 / len(grid))
     return torch.logaddexp(within, torch.logsumexp(-energy, 0) + area)
+
+
+def _energies(model: EBM, cells: Tensor, dtype: torch.dtype) -> Tensor:
+    """E at the centres of cells [N, 2], infinite beyond the model's support: [N]."""
+    low, high = model.support or (-math.inf, math.inf)
+    supported = ((cells > low) & (cells < high)).all(1)
+    energy = torch.full((len(cells),), math.inf, dtype=dtype, device=cells.device)
+    if supported.any():
+        energy[supported] = metrics.in_batches(model.energy, cells[supported].to(dtype))
+    return energy
 
 
 def _square(values: Tensor) -> Any:

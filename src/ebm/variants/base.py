@@ -163,7 +163,7 @@ class Generative(EBM):
 
     def averaged_generator(self) -> nn.Module | None:
         """The moving average of the generator, if there is one."""
-        raise NotImplementedError
+        return None
 
     def _prior(self, n: int) -> Tensor:
         """n latents z [n, latent]."""

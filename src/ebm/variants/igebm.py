@@ -173,11 +173,15 @@ class IGEBM(EBM):
         self.replay_label.copy_(self._labels(len(self.replay)))
 
     def energy(self, x: Tensor) -> Tensor:
-        """E(x), by the moving average where there is one; of a conditional model, whose classes
-        are equally frequent, -T log sum_y exp(-(E(x, y) - c_y) / T), T that of its chains."""
+        """E(x), by the moving average where there is one; of a conditional model, whose classes y
+        are as frequent as pi_y in the data, -T log sum_y pi_y exp(-(E(x, y) - c_y) / T), T that of
+        its chains."""
         if not self.classes:
             return self.conditional_energy(x, None)
-        return free_energy(self.class_energies(x), self.noise**2 / (2 * self.step_size))
+        energies, temperature = self.class_energies(x), self.noise**2 / (2 * self.step_size)
+        if temperature:
+            energies = energies - temperature * self.frequencies.log()
+        return free_energy(energies, temperature)
 
     def class_energies(self, x: Tensor) -> Tensor:
         """E(x, y) - c_y of every class y: shape [B, classes]. Training compares energies within a
@@ -347,13 +351,15 @@ class IGEBM(EBM):
     @torch.no_grad()
     def _levels(self) -> Tensor:
         """c [classes]: the mean of E(x, y) over the chains x of class y in the buffer, which is
-        computed once while the model does not train."""
+        computed once while the model does not train; -inf of a class that has none there, which so
+        is infinitely unlikely."""
         if self.training or "levels" not in self.records:
             chains = zip(self.replay.split(CHAINS), self.replay_label.split(CHAINS), strict=True)
             energy = torch.cat([self.conditional_energy(x, y) for x, y in chains])
             sums = energy.new_zeros(self.classes).index_add(0, self.replay_label, energy)
             counts = self.replay_label.bincount(minlength=self.classes)
-            self.records["levels"] = sums / counts.clamp(min=1)
+            means = sums / counts.clamp(min=1)
+            self.records["levels"] = means.masked_fill(counts == 0, -math.inf)
         levels: Tensor = self.records["levels"]
         return levels
 
