@@ -21,7 +21,7 @@ serve: $(BIN)/.synced  ## Prefect's server, a worker and the schedules, at http:
 	python -m pipelines.serve
 
 test: $(BIN)/.synced  ## Run the tests (minutes)
-	OMP_NUM_THREADS=1 python -m pytest -q -m "not slow" -n $(JOBS) --maxprocesses 8 --dist loadfile
+	python -m pytest -q -m "not slow"
 
 test-slow: $(BIN)/.synced  ## Run the long tests too: kills, many processes, servers
 	python -m pytest -q
