@@ -19,9 +19,13 @@ from pipelines.courier import SETTINGS, SYSTEM_METRICS
 @pytest.fixture(scope="session", autouse=True)
 def heard():
     """An interrupt reaches what the tests start, also where a shell runs them in the background
-    and has them ignore it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    and has them ignore it, and so does a hang-up, also under nohup."""
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture
