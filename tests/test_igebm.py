@@ -426,7 +426,7 @@ def test_a_class_that_training_never_saw_is_infinitely_unlikely():
     assert energies[:, [0, 2]].isfinite().all()
     temperature = model.noise**2 / (2 * model.step_size)
     known = -energies[:, [0, 2]].double() / temperature
-    expected = -temperature * ((known.logsumexp(1)) + math.log(0.5)).float()
+    expected = -temperature * (known.logsumexp(1) + math.log(0.5)).float()
     torch.testing.assert_close(model.energy(x), expected, rtol=1e-4, atol=1e-5)
     assert set(model.classify(x)["accuracy"].tolist()) <= {0, 2}
 

@@ -213,6 +213,8 @@ def test_the_latent_energy_is_beta_times_energy_plus_the_prior():
 
 def test_the_moving_average_lags_behind_the_generator():
     meg = model(ema=0.9).float()
+    for p, a in zip(meg.generator.parameters(), meg.average.parameters(), strict=True):
+        assert torch.equal(p, a)
     meg.training_step(torch.randn(8, 2))
     first = snapshot(meg.generator)
     meg.training_step(torch.randn(8, 2))
