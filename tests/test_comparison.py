@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from ebm import EBMError, figures
-from ebm.comparison import Chains, Contender, Meter, compare, error, row, sample, weighted
+from ebm.comparison import (
+    Chains,
+    Contender,
+    Meter,
+    compare,
+    contenders,
+    error,
+    row,
+    sample,
+    weighted,
+)
 from ebm.oracles import ORACLES, TITLES, Banana, Funnel, Ising
 from ebm.samplers import HMC, MALA, ParallelTempering, RandomWalk, SpinGibbs
 from pipelines import words
@@ -121,6 +131,17 @@ def test_first_draws_whose_weight_is_nothing_beside_later_ones_have_a_mean_all_t
     )
     torch.testing.assert_close(errors[:10], error(early, oracle.expectations))
     torch.testing.assert_close(errors[10:], error(whole, oracle.expectations))
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_no_chain_has_come_any_way_before_evaluations_are_counted(name):
+    torch.manual_seed(0)
+    oracle = ORACLES[name]()
+    rivals = list(contenders(oracle, Meter(), (0.3, 1.0), SETTINGS))
+    assert len({rival.name for rival in rivals}) == len(rivals) >= 3
+    torch.manual_seed(0)
+    start = oracle.start(SETTINGS["chains"])
+    assert all(torch.equal(rival.x, start) for rival in rivals)
 
 
 def test_importance_sampling_is_as_wide_as_coordinates_are_not_their_squares():

@@ -3,7 +3,8 @@ know?
 
 An evaluation is a call of the energy, or of the conditionals of a block of spins, for all chains
 at once, with or without its gradient; parallel tempering pays for all rungs. Step sizes are
-adapted beforehand, which is not counted, except that of unadjusted Langevin, a share of MALA's.
+adapted beforehand, which is not counted (that of unadjusted Langevin is a share of MALA's); all
+chains then begin where the oracle has them begin, and pay for their way from there.
 
 Columns of the table, one row for each oracle and kernel:
 
@@ -34,7 +35,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ebm import EBMError, figures, metrics
-from ebm.diagnostics import diagnose, swap_rates
+from ebm.diagnostics import autocorrelation_time, diagnose, swap_rates
 from ebm.estimators import kish
 from ebm.oracles import ORACLES, TITLES, Expectation, Ising, Oracle, Planar
 from ebm.samplers import (
@@ -180,25 +181,22 @@ def _continuous(
     settings: dict[str, Any],
 ) -> Iterator[Contender]:
     warmup = settings["warmup"]
-    walk, state = adapt(partial(RandomWalk, energy), x, warmup, TARGETS["random walk"])
-    yield Contender("random walk", walk, state.x, walk.step_size)
-    mala, state = adapt(partial(MALA, energy), x, warmup, TARGETS["MALA"])
+    walk, _ = adapt(partial(RandomWalk, energy), x, warmup, TARGETS["random walk"])
+    yield Contender("random walk", walk, x, walk.step_size)
+    mala, _ = adapt(partial(MALA, energy), x, warmup, TARGETS["MALA"])
     short = UNADJUSTED * mala.step_size
-    yield Contender("Langevin", Langevin(energy, short), state.x, short)
-    yield Contender("MALA", mala, state.x, mala.step_size)
+    yield Contender("Langevin", Langevin(energy, short), x, short)
+    yield Contender("MALA", mala, x, mala.step_size)
     hmc_with = partial(HMC, energy, leapfrogs=settings["leapfrogs"])
-    hmc, state = adapt(hmc_with, x, warmup, TARGETS["HMC"])
-    yield Contender("HMC", hmc, state.x, hmc.step_size)
+    hmc, _ = adapt(hmc_with, x, warmup, TARGETS["HMC"])
+    yield Contender("HMC", hmc, x, hmc.step_size)
 
-    def mala_at(beta: float) -> tuple[MALA, State]:
-        return adapt(partial(MALA, lambda x: beta * energy(x)), x, warmup, TARGETS["MALA"])
+    def mala_at(beta: float) -> MALA:
+        return adapt(partial(MALA, lambda x: beta * energy(x)), x, warmup, TARGETS["MALA"])[0]
 
     rungs = {beta: mala_at(beta) for beta in betas}
-    tempered = ParallelTempering(
-        lambda beta, x: beta * energy(x), lambda beta: rungs[beta][0], betas
-    )
-    mala, state = rungs[betas[-1]]
-    yield Contender("tempered MALA", tempered, state.x, mala.step_size)
+    tempered = ParallelTempering(lambda beta, x: beta * energy(x), rungs.__getitem__, betas)
+    yield Contender("tempered MALA", tempered, x, rungs[betas[-1]].step_size)
 
 
 def sample(contender: Contender, meter: Meter, evaluations: int) -> Chains:
@@ -290,7 +288,7 @@ def _trust(oracle: Oracle, chains: Chains, spent: float) -> dict[str, float | No
     return {
         "ess": 1000 * ess.min().item() / spent,
         "r_hat": r_hat.max().item(),
-        "tau": chains.cost * diagnose(chains.values(oracle.energy)).autocorrelation_time,
+        "tau": chains.cost * autocorrelation_time(chains.values(oracle.energy)),
     }
 
 
@@ -313,12 +311,18 @@ def _picture(
         caption = f"Mean spin of one chain of each sampler, over {SHOWN} evaluations."
         return name, title, caption, figures.traces(lines, "mean spin")
     paths = {
-        chains.contender.name: chains.x[0, chains.evaluations <= SHOWN, :2].numpy()
+        chains.contender.name: _path(chains).numpy()
         for chains in found
         if chains.log_weight is None
     }
     caption = f"One chain each over the density, for {SHOWN} evaluations, from the cross on."
     return name, title, caption, figures.chain_paths(_density(oracle), oracle.extent, paths)
+
+
+def _path(chains: Chains) -> Tensor:
+    """The first two coordinates [T, 2] of the first chain, from where it begins."""
+    shown = chains.x[0, chains.evaluations <= SHOWN]
+    return torch.cat([chains.contender.x[:1], shown])[:, :2]
 
 
 def _density(oracle: Planar) -> Any:
