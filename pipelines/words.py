@@ -56,7 +56,9 @@ METRICS = {
     "bits_per_dim": Metric(
         "Bits per dimension",
         -1,
-        "Mean −log2 p of the test images per pixel, grey levels with uniform noise.",
+        "Mean −log2 p of the test images per pixel and channel, grey levels with uniform noise; "
+        "of contrastive energies with log Z as measured, and unknown where few draws of the "
+        "noise count.",
         "bits",
     ),
     "bits_per_dim_train": Metric(
@@ -96,7 +98,8 @@ METRICS = {
         "Fréchet distance",
         -1,
         "Squared distance of the Gaussians fitted to samples and to test data: to their "
-        "coordinates in the plane, to the features of a reference network for images.",
+        "coordinates in the plane, to the features of the reference for images: those of a "
+        "classifier, or pixels where there is none.",
     ),
     "frechet_distance_extrapolated": Metric(
         "Fréchet distance, extrapolated",
@@ -156,7 +159,7 @@ METRICS = {
         +1,
         "Harmonic mean of precision and recall of the rows that are flagged as anomalies: by the "
         "threshold of the best F1 on the validation split, or, in the published protocol, the "
-        "fifth of the test rows that scores highest.",
+        "share of the test rows, a fifth unless another is set, that scores highest.",
     ),
     "f1_ensemble": Metric(
         "F1, mean energy",

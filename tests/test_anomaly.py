@@ -323,7 +323,8 @@ def test_published_numbers_stand_beside_their_own_method_and_protocol_only():
         assert "published" not in references(paper, "f1")
     other = measured(Bowl(), table(protocol="paper", kind="kddcup99"), flagged=0.2)
     strict = measured(Published(), table(protocol="strict", kind="kddcup99"))
-    for found in (other, strict):
+    scaled = table(protocol="paper", kind="kddcup99", scale="log")  # the published columns are not
+    for found in (other, strict, measured(Published(), scaled, flagged=0.2)):
         assert not any("published" in references(found, name) for name in found.metrics)
 
 

@@ -493,6 +493,27 @@ def test_of_images_the_noise_tells_what_is_left_of_a_learned_constant():
     assert found.metrics["log_partition_ess"] < 0.9 * draws
 
 
+def test_a_learned_constant_that_is_off_is_no_likelihood(digits, measure):
+    """The energy is its noise but for the constant: so are its bits, whatever that is. Where few
+    draws of the noise count, nobody knows them."""
+    flow = {"kind": "glow", "levels": 2, "depth": 1, "width": 4}
+    sizes = {"network": {"kind": "conv", "width": 4, "depth": 1}, "levels": 17, "margin": 1e-6}
+    kinds = {"flow": flow, "tilted": True, "defence": 0.0}
+    model = variants.build("fce", (8, 8), MODELS["fce"] | sizes | kinds)
+    nothing = {"samples": torch.empty(0, 8, 8)}
+    for off in (0.0, 50.0):
+        torch.nn.init.constant_(model.log_z, off)
+        found = measured(model, nothing, digits, measure).metrics
+        for end in ("", "_train"):
+            own, flows = found[f"bits_per_dim{end}"], found[f"bits_per_dim{end}_generator"]
+            assert own == pytest.approx(flows, abs=0.2)  # noise within the levels is drawn
+    torch.nn.init.normal_(model.network.head.weight, std=50.0)
+    found = measured(model, nothing, digits, measure).metrics
+    assert found["log_partition_ess"] < 100
+    assert math.isnan(found["bits_per_dim"])
+    assert math.isnan(found["bits_per_dim_train"])
+
+
 def test_a_semi_supervised_energy_is_measured_as_a_classifier():
     prepared = plane("2spirals")
     few = {"classes": 2, "labelled": 10, "supervision": 1.0}

@@ -192,6 +192,18 @@ def test_numbers_that_differ_by_rounding_are_one_number(scale):
     assert transform.apply(pd.DataFrame({"size": [0.3001], "other": [1]}))[0, 0] < 1e-3
 
 
+@pytest.mark.parametrize(("start", "told"), [(1.7e12, True), (0.0, False)])
+def test_numbers_that_single_precision_cannot_tell_apart_are_told_of(caplog, start, told):
+    """Milliseconds since 1970, of one hour: of 131,072 each there is one number."""
+    frame = pd.DataFrame({"at": [start + 1000.0 * k for k in range(3600)]})
+    fit(frame, [], "none", "it")
+    warning = "of 3600 different numbers stay different in single precision"
+    assert (warning in caplog.text) == told
+    caplog.clear()
+    fit(frame, [], "minmax", "it")
+    assert not caplog.records
+
+
 def test_a_frame_that_counts_in_another_way_is_named_in_its_own():
     with pytest.raises(EBMError, match="row 'b', column 'size' is empty"):
         fitted().apply(changed(size=[1.0, NAN, 2.0]).set_index(pd.Index(["a", "b", "c"])))

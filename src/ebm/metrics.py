@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -262,7 +263,7 @@ def share_threshold(scores: Tensor, share: float) -> float:
     must flip nothing. NaN if a score is NaN."""
     scores, largest = scores.double(), torch.finfo(torch.float64).max
     finite = scores.clamp(-largest, largest)  # no quantile lies between infinities
-    flagged = finite >= torch.quantile(finite, 1 - share)
+    flagged = finite >= np.quantile(finite.cpu().numpy(), 1 - share)
     if not flagged.any():
         return math.nan
     lowest, others = scores[flagged].min().item(), scores[~flagged]

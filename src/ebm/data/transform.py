@@ -225,8 +225,7 @@ def fit(
             values = present(frame[name], source)
             numbers = _finite(numbers_of(values, source), values, source)
             columns.append(Column(name, "numeric", (), numbers.min().item(), numbers.max().item()))
-            if scale != "none":
-                _warn_of_outlier(columns[-1], numbers, scale, source)
+            _warn_of_outlier(columns[-1], numbers, scale, source)
     return Transform(tuple(columns), scale, missing, tuple(others))
 
 
@@ -239,12 +238,16 @@ def _warn_of_blanks(name: str, categories: Sequence[str], source: str) -> None:
 
 
 def _warn_of_outlier(column: Column, numbers: np.ndarray, scale: Scale, source: str) -> None:
-    """A warning if a cell far from all others makes them nearly one number, in float32."""
+    """A warning if, in float32, cells become nearly one number: one is far from all others, or,
+    where nothing is scaled, they are large and near one another."""
     before, after = (len(np.unique(cells)) for cells in (numbers, column.scaled(numbers, scale)))
     if after < before / 2:
-        bounds = f"between {column.low:g} and {column.high:g}"
-        told = f"only {after} of {before} different numbers stay different when scaled {bounds}"
-        log.warning("%s: column %s: %s; is one of them a mark?", source, short(column.name), told)
+        told = f"only {after} of {before} different numbers stay different"
+        if scale == "none":
+            why = "in single precision; scale: minmax keeps them apart"
+        else:
+            why = f"when scaled between {column.low:g} and {column.high:g}; is one of them a mark?"
+        log.warning("%s: column %s: %s %s", source, short(column.name), told, why)
 
 
 def present(values: "Series", source: str) -> "Series":

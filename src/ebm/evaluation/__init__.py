@@ -27,7 +27,8 @@ Names of metrics, the same in every experiment:
     log_partition_error     root mean square error of log Z of the true density, estimated from
                             the model's noise, over several trials
     log_density_mse         mean squared error of log p at the test points, nats^2
-    bits_per_dim            -log2 p per pixel of grey images; `_train` of the training split
+    bits_per_dim            -log2 p per pixel and channel of images, NaN where log Z is not known;
+                            `_train` of the training split
     accuracy                of the model as a classifier, by p(y | x) or by the class with the
                             lowest energy; `_supervised` of the same network without the unlabelled
                             points

@@ -70,7 +70,7 @@ def evaluate_table(case: Case) -> Evaluation:
         raise EBMError("test_labels: all rows are of one kind; expected normal and anomalous ones")
     _detect(result, case.model, rule, test, truth == 1)
     _refer_to_rankings(result, truth == 1, flagged if paper else None)
-    if paper:
+    if paper and case.about.get("scale", "none") == "none":  # as the published columns are
         refer_to_published(result, case.model, KDDCUP99)
     return result
 
