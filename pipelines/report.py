@@ -1,7 +1,8 @@
 """Stage `report`: from models/ to metrics, training curves, figures and one page for the reader.
 
-It writes `metrics/<experiment>.json`, `metrics/samplers.json`, `reports/curves/<experiment>.csv`,
-`reports/figures/` and `reports/index.html`, and removes what experiments that are gone left there.
+It writes `metrics/<experiment>.json`, `metrics/samplers.json`, `reports/runs/<experiment>.json`,
+which says where those come from, `reports/curves/<experiment>.csv`, `reports/figures/` and
+`reports/index.html`, and removes what experiments that are gone left there.
 Everything is read and checked before the first file is written. Numbers are rounded to six
 significant digits, so that a diff in git shows what changed and not the noise of the last bits.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 from ebm import EBMError, params
 from pipelines import page, results, stage
-from pipelines.results import Comparison, History, Result
+from pipelines.results import Comparison, History, Provenance, Result
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def write(root: Path, settings: Mapping[str, Any], folder: Path = Path()) -> Non
     done = [name for name in measured if name not in absent]
     outdated = [name for name in done if results.outdated(name, used, settings)]
     if outdated:
-        log.warning("made with other parameters and left out: %s", ", ".join(outdated))
+        log.warning("made with other parameters or weights and left out: %s", ", ".join(outdated))
     absent += outdated
     current = [name for name in settings["experiments"] if name not in absent]
     if not current:
@@ -67,6 +68,8 @@ def write(root: Path, settings: Mapping[str, Any], folder: Path = Path()) -> Non
     pictures = {f"{name}-{p.name}.png": p.png for name, r in named for p in r.pictures}
     _fill(root / "metrics", {f"{name}.json": _metrics(r.metrics) for name, r in named}, absent)
     curves = {f"{r.name}.csv": _table(r.history) for r in found if r.history["step"]}
+    runs = {f"{name}.json": _provenance(r.record) for name, r in named}
+    _fill(reports / "runs", runs, absent)
     _fill(reports / "curves", curves, absent)
     _fill(reports / "figures", pictures, absent)
     (reports / "index.html").write_text(html, encoding="utf-8")
@@ -89,6 +92,10 @@ def _metrics(metrics: Mapping[str, float]) -> bytes:
     """A flat object of numbers, sorted; JSON has no number for what is not finite: left out."""
     finite = {name: _rounded(value) for name, value in metrics.items() if math.isfinite(value)}
     return (json.dumps(finite, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _provenance(record: Provenance) -> bytes:
+    return f"{record.model_dump_json(indent=2)}\n".encode()
 
 
 def _rounded(value: float) -> float:

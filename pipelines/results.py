@@ -24,6 +24,9 @@ from ebm import EBMError
 
 T = TypeVar("T")
 
+DATA_STAGES = ("prepare", "reference")
+"""The stages of a data set."""
+
 COMPARISON = "samplers"
 """The stage that compares them, its section of params.yaml, its folder and its numbers."""
 
@@ -147,25 +150,21 @@ class Comparison:
     pictures: list[Picture]
 
 
-def _stages(name: str, params: Mapping[str, Any]) -> list[str]:
-    """The stages whose parameters stand beside the results of an experiment, or of COMPARISON."""
-    if name == COMPARISON:
-        return [COMPARISON]
-    data = params["experiments"][name]["dataset"]
-    own = [f"{stage}@{name}" for stage in ("train", "sample", "evaluate")]
-    return [f"prepare@{data}", f"reference@{data}", *own]
+@dataclass(frozen=True)
+class Used:
+    """What a stage was run with last: parameters by their dotted keys, and the checksums of what
+    it read and what it made, by path."""
+
+    params: Mapping[str, Any]
+    read: Mapping[str, str]
+    made: Mapping[str, str]
 
 
-Used = Mapping[str, Mapping[str, Any]]
-"""The parameters that every stage was run with last: by its name, then by their dotted keys."""
-
-
-def used(lock: Path) -> Used:
-    """What a `dvc.lock` says of that: nothing of a stage that DVC did not run."""
+def used(lock: Path) -> dict[str, Used]:
+    """What a `dvc.lock` says of that, by stage: nothing of one that DVC did not run."""
     try:
         stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8"))["stages"]
-        files = {name: entry.get("params", {}).values() for name, entry in stages.items()}
-        return {name: dict(ChainMap(*found)) for name, found in files.items()}
+        return {name: _used(entry) for name, entry in stages.items()}
     except FileNotFoundError:
         return {}
     except (YAMLError, OSError, ValueError) as error:
@@ -174,11 +173,29 @@ def used(lock: Path) -> Used:
         raise EBMError(f"{lock}: cannot be read: not as DVC writes it") from None
 
 
-def outdated(name: str, used: Used, params: Mapping[str, Any]) -> bool:
+def _used(entry: Mapping[str, Any]) -> Used:
+    files = entry.get("params", {}).values()
+    read, made = (
+        {one["path"]: one["md5"] for one in entry.get(side, []) if "md5" in one}
+        for side in ("deps", "outs")
+    )
+    return Used(dict(ChainMap(*files)), read, made)
+
+
+def outdated(name: str, used: Mapping[str, Used], params: Mapping[str, Any]) -> bool:
     """Whether results of an experiment, or of COMPARISON, were made with parameters other than
-    `params`, the whole of params.yaml."""
-    ran_with = [used.get(stage, {}).items() for stage in _stages(name, params)]
-    return any(_at(params, key) != value for pairs in ran_with for key, value in pairs)
+    `params`, the whole of params.yaml, or measured on another training than lies there now."""
+    if name == COMPARISON:
+        own, data = [COMPARISON], []
+    else:
+        own = [f"{stage}@{name}" for stage in ("train", "sample", "evaluate")]
+        data = [f"{stage}@{params['experiments'][name]['dataset']}" for stage in DATA_STAGES]
+    ran = [used[stage] for stage in own if stage in used]
+    pairs = [pair for stage in own + data if stage in used for pair in used[stage].params.items()]
+    made = ChainMap(*(dict(one.made) for one in ran))
+    return any(_at(params, key) != value for key, value in pairs) or any(
+        made.get(path, checksum) != checksum for one in ran for path, checksum in one.read.items()
+    )
 
 
 def _at(params: Any, key: str) -> Any:

@@ -26,7 +26,7 @@ def main() -> None:
 
     torch.set_num_threads(section.threads)
     settings, begun = section.model_dump(), time.perf_counter()
-    record = stage.provenance(settings) | {"device": "cpu"}  # a few numbers: no work for a GPU
+    record = stage.provenance(settings, "cpu")  # a few numbers: no work for a GPU
     result = compare(settings)
     _write(result)
     _track(settings, result, record | {"seconds": round(time.perf_counter() - begun, 3)})

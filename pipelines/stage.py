@@ -176,19 +176,29 @@ def git_tags(state: dict[str, Any]) -> dict[str, str]:
     return {"git.commit": state["git_commit"], "git.dirty": str(state["git_dirty"]).lower()}
 
 
-def provenance(settings: dict[str, Any]) -> dict[str, Any]:
-    """Where results that are made of `settings` from now on come from."""
+def provenance(settings: dict[str, Any], device: str) -> dict[str, Any]:
+    """Where results that are made of `settings` on `device` from now on come from."""
     import torch
 
     return {
         "seed": settings["seed"],
         "threads": settings["threads"],
         **git_state(),
+        "device": _hardware(device),
         "params_sha256": digest(settings),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _hardware(device: str) -> str:
+    """The name of the GPU, or the instructions of the CPU, on which the last bits depend."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _git(*arguments: str) -> str:

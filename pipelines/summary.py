@@ -22,8 +22,8 @@ MLFLOW_UI = "http://127.0.0.1:5000"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One that has been evaluated; `title` is its name, in paper/ with that in front. `ran`: a
-    command of it ran, and not all came from DVC's cache."""
+    """One that has been evaluated as it is trained; `title` is its name, in paper/ with that in
+    front. `ran`: it was measured just now, and did not come from DVC's cache."""
 
     title: str
     result: results.Result
@@ -71,17 +71,20 @@ def experiments(last: Rebuild, root: Path) -> list[Experiment]:
         path, stage = entry.stage.rpartition("dvc.yaml:")[::2]
         group, _, name = stage.partition("@")
         if group in GROUPS and name:
-            ran[path, name] = ran.get((path, name), False) or (entry.ran and not entry.restored)
+            measured = group == "evaluate" and entry.ran and not entry.restored
+            ran[path, name] = ran.get((path, name), False) or measured
     return [found for (path, name), r in ran.items() for found in _read(root, path, name, r)]
 
 
 def _read(root: Path, path: str, name: str, ran: bool) -> Iterator[Experiment]:
-    """The experiment, unless something of it is missing."""
+    """The experiment, unless something of it is missing or older than the rest."""
     folder = root / path
     if (folder / "models" / name / "evaluation").is_dir():
         try:
             settings = params.load(folder / "params.yaml").model_dump()
             if name not in settings["experiments"]:  # any more
+                return
+            if results.outdated(name, results.used(folder / "dvc.lock"), settings):
                 return
             result = results.read(folder / "models", name, settings)
         except EBMError:  # the report will say what

@@ -120,15 +120,12 @@ def _checkpoint_folder(
 def _provenance(
     name: str, settings: dict[str, Any], prepared: "Prepared", device: str
 ) -> dict[str, Any]:
-    import torch
-
     from ebm import parallel
 
-    return stage.provenance(settings) | {
+    return stage.provenance(settings, device) | {
         "experiment": name,
         "variant": settings["variant"],
         "dataset": settings["dataset"],
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "processes": parallel.world(),
         "data_sha256": prepared.manifest["sha256"],
     }

@@ -1,6 +1,7 @@
 """What a flow run leaves in Prefect is what the report says of the same experiments."""
 
 import base64
+import json
 import re
 import shutil
 
@@ -75,6 +76,20 @@ def test_experiments_are_those_of_the_plan_that_are_evaluated(found):
 def test_what_was_restored_was_not_measured_now(project):
     (restored,) = summary.experiments(rebuild(done(f"evaluate@{RBM}", restored=True)), project)
     assert {row["measured"] for row in summary.table([restored])} == {"before"}
+
+
+def test_what_is_trained_but_not_measured_has_no_numbers_now(project, tmp_path):
+    only = rebuild(done(f"train@{RBM}"))
+    (before,) = summary.experiments(only, project)
+    assert not before.ran
+    copy = shutil.copytree(project, tmp_path / "copy")
+    path = f"models/{RBM}/weights.safetensors"
+    stages = {
+        f"train@{RBM}": {"outs": [{"path": path, "md5": "new"}]},
+        f"evaluate@{RBM}": {"deps": [{"path": path, "md5": "old"}]},
+    }
+    (copy / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": stages}))
+    assert not summary.experiments(only, copy)
 
 
 def test_what_params_say_no_more_is_left_out(project, tmp_path):
