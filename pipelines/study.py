@@ -198,7 +198,7 @@ def _storage(path: Path) -> JournalStorage:
         return JournalStorage(Journal(str(path), Held()))
     except ValueError as error:
         problem = f"a line is damaged ({error})"
-        raise EBMError(f"{path}: {problem}; without it the study begins anew") from None
+        raise EBMError(f"{path}: {problem}; without {path.parent} the study begins anew") from None
 
 
 def _key(study: optuna.Study, settings: Mapping[str, Any]) -> str:

@@ -89,10 +89,11 @@ def plan(
 
     params.experiment(root / "params.yaml", experiment)
     text = (root / "params.yaml").read_text(encoding="utf-8")
-    known = root / "metrics" / f"{experiment}.json"
-    if known.exists():
-        measured = stage.read_json(known, "report")
-        check_known("metric", metric, measured.keys() - {"seconds"})  # that of the training
+    evaluated = root / "models" / experiment / "evaluation" / "metrics.json"
+    reported = root / "metrics" / f"{experiment}.json"  # without what was not finite
+    if known := [path for path in (evaluated, reported) if path.exists()]:
+        measured = set[str]().union(*(stage.read_json(path, "report") for path in known))
+        check_known("metric", metric, measured - {"seconds"})  # that of the training
     better = better or direction(metric)
     spanned = space.parse(search, text, experiment)
     stages = dag.plan_when_free([f"evaluate@{experiment}"], root).stages
@@ -248,6 +249,7 @@ def conduct(
     finished, started = study.finished(), time.monotonic()
     run.show(f"study {sweep.recipe.folder.name}: {finished} of {sweep.trials} trials have ended")
     if finished >= sweep.trials:
+        write_table(sweep, study)  # a sweep that was cut short has none
         return
     with (
         _tracked(sweep, study) as tracked,

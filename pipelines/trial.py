@@ -10,6 +10,7 @@ was killed: after the last stage that is noted in `done`, within a training from
 import contextlib
 import math
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -117,6 +118,8 @@ class Trials:
                 raise
             run.tag({"sweep.state": state, **({"sweep.reason": reason} if reason else {})})
             run.close(CLOSED[state])
+        if state != "done":  # nothing goes on from its checkpoints
+            shutil.rmtree(attempt.folder / ".checkpoints", ignore_errors=True)
         seconds, lines = time.monotonic() - started, tuple(attempt.tail) if reason else ()
         return Outcome(trial, state, seconds, value, reason, lines)
 
@@ -152,7 +155,7 @@ class Attempt:
         self._recipe, self._study, self._launcher = recipe, study, launcher
         self._trial, self._show = trial, show
         self._spool = Spool(key)
-        self._folder = recipe.folder / f"trial-{trial.number}"
+        self.folder = recipe.folder / f"trial-{trial.number}"
         self._pruned = ""
         self._mistake: EBMError | OSError | None = None
         self.tail: deque[str] = deque(maxlen=LAST_LINES)
@@ -163,7 +166,7 @@ class Attempt:
             self._furnish()
         except EBMError as error:
             return "failed", None, str(error)
-        done = self._folder / "done"
+        done = self.folder / "done"
         over = done.read_text().splitlines() if done.exists() else []
         for one in self._recipe.stages:
             if one.name in over:
@@ -182,19 +185,19 @@ class Attempt:
         text = space.patched(recipe.params, recipe.experiment, self._trial.texts)
         params.parse(text)
         for path in map(Path, recipe.linked):
-            link = self._folder / path
+            link = self.folder / path
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
                 link.symlink_to(recipe.root / path)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "params.yaml").write_text(text, encoding="utf-8")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "params.yaml").write_text(text, encoding="utf-8")
 
     def _stage(self, one: "Stage") -> str:
         """Run a stage; why it did not succeed, or nothing."""
         process = self._launcher.start(
-            one.cmd, str(self._folder), self._environment(one), timeout=one.timeout
+            one.cmd, str(self.folder), self._environment(one), timeout=one.timeout
         )
-        with self._watched(process), (self._folder / "log.txt").open("a", buffering=1) as file:
+        with self._watched(process), (self.folder / "log.txt").open("a", buffering=1) as file:
             for line in process.lines():
                 self.tail.append(line)
                 self._show(line)
@@ -213,7 +216,7 @@ class Attempt:
             "PYTHONPATH": str(self._recipe.root),
             "DVC_ROOT": str(root().resolve()),
             "DVC_STAGE": one.name,
-            "EBM_SCRATCH": str(self._folder),
+            "EBM_SCRATCH": str(self.folder),
             "EBM_RUN": self._spool.key,
         }
 
@@ -253,7 +256,7 @@ class Attempt:
 
     def _value(self) -> float:
         name = self._recipe.experiment
-        path = self._folder / "models" / name / "evaluation" / "metrics.json"
+        path = self.folder / "models" / name / "evaluation" / "metrics.json"
         metrics = stage.read_json(path, f"evaluate@{name}")
         check_known("metric", self._recipe.metric, metrics)
         return float(metrics[self._recipe.metric])

@@ -132,6 +132,11 @@ def test_the_time_of_training_is_no_metric_of_a_trial(tmp_path):
     (tmp_path / "metrics" / "rbm-digits.json").write_text('{"log_likelihood": 1, "seconds": 2}')
     with pytest.raises(EBMError, match="no metric seconds; there are: log_likelihood"):
         sweep.plan("rbm-digits", "seconds", ["model.hidden=50,100"], root=tmp_path)
+    evaluation = tmp_path / "models" / "rbm-digits" / "evaluation"
+    evaluation.mkdir(parents=True)
+    (evaluation / "metrics.json").write_text('{"log_partition": NaN}')  # which is not reported
+    with pytest.raises(EBMError, match=r"there are: log_likelihood, log_partition$"):
+        sweep.plan("rbm-digits", "seconds", ["model.hidden=50,100"], root=tmp_path)
 
 
 @pytest.mark.parametrize("module", ["pipelines.sweep", "pipelines.sweep_flow"])
@@ -430,6 +435,16 @@ def test_a_trial_goes_on_after_the_last_stage_that_was_done(fresh_root, no_couri
     assert told == ["trained", "sampled"]
 
 
+@pytest.mark.parametrize(("code", "kept"), [(0, True), (3, False)])
+def test_of_a_trial_that_failed_no_checkpoint_is_kept(fresh_root, no_courier, shells, code, kept):
+    """Nothing can go on from it."""
+    with opened(fresh_root) as begun:
+        train = f"mkdir -p .checkpoints/e/1; exit {code}"
+        work = trials(begun, shells, train=train, evaluate=measure('"m": 1'))
+        work.run(begun.next(1), print)
+    assert (fresh_root / ".sweeps/s/trial-0/.checkpoints").exists() == kept
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity"])
 def test_a_metric_that_is_no_number_fails_its_trial(fresh_root, no_courier, shells, value):
     with opened(fresh_root) as begun:
@@ -573,7 +588,8 @@ def test_a_sweep_tells_as_its_trials_end_and_leaves_a_table(fresh_root, no_couri
     one = planned(prepared(fresh_root, "a"), trials=8)
     with sweep.begun(one) as begun:
         sweep.conduct(one, begun, 1, worker)
-        sweep.conduct(one, begun, 1, pytest.fail)  # nothing is left to do
+        (one.recipe.folder / "trials.csv").unlink()
+        sweep.conduct(one, begun, 1, pytest.fail)  # nothing is left to do but the table
         values = [record.value for record in begun.records()]
         events = [event for event, _ in Spool(begun.key).read()]
     lines = capsys.readouterr().out.splitlines()
