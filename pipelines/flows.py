@@ -114,10 +114,7 @@ def pipeline(
         keep_going: After a failure, go on with what does not depend on the failed stage.
         dask: The address of a Dask scheduler (`tcp://host:8786`) on whose workers the stages run.
     """
-    if runtime.deployment.id:
-        # The worker that started us gives us a session of our own: no signal to its own reaches
-        # us, and Prefect would ask a server that is gone for its consent, for minutes.
-        end_with_parent(POLL_SECONDS)
+    end_with_worker()
     started = time.time()
     plan = dag.plan_when_free(targets, made_elsewhere=bool(dask))
     stages = plan.stages if force else plan.stale
@@ -140,8 +137,19 @@ def pipeline(
     by = f"Prefect flow run {runtime.flow_run.name}"
     last = timeline.rebuild(by, targets, plan, results, started)
     run.keep_timeline(last, ROOT)
-    publish(last)
+    try:
+        publish(last)
+    except Exception as error:  # of the server; the rebuild is what it is
+        get_run_logger().warning("tables and figures are not in Prefect: %s", error)
     return conclude(results, last.seconds, cancelled)
+
+
+def end_with_worker() -> None:
+    """End with the worker that started this flow run, if one did. It gave us a session of our own:
+    no signal to its own reaches us, and Prefect would ask a server that is gone for its consent,
+    for minutes."""
+    if runtime.deployment.id:
+        end_with_parent(POLL_SECONDS)
 
 
 def publish(last: Rebuild) -> None:

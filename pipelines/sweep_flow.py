@@ -13,7 +13,12 @@ from typing import Any
 from uuid import UUID
 
 from pipelines import EBMError, run, serve, sweep
-from pipelines.flows import new_task, pipeline, watched  # and Prefect's settings, before Prefect
+from pipelines.flows import (
+    end_with_worker,
+    new_task,
+    pipeline,
+    watched,
+)  # and Prefect's settings, before Prefect
 from pipelines.study import Study, Trial
 from pipelines.supervise import Cancelled, Launcher
 from pipelines.sweep import Work
@@ -40,6 +45,7 @@ def search(
 ) -> State:
     """Search for the parameters of an experiment with which a metric is best. The parameters are
     the options of `python -m pipelines.sweep`; `better` is 1 for --higher, -1 for --lower."""
+    end_with_worker()
     try:
         planned = sweep.plan(experiment, metric, search, trials, prune_by, better, study, seed)
         if planned.upstream:
