@@ -10,6 +10,7 @@ import psutil
 import pytest
 from toy_house import alive, built, wait_for
 
+from pipelines import ROOT
 from pipelines.run import NOTHING_TO_DO
 
 slow = pytest.mark.slow
@@ -62,6 +63,30 @@ def test_what_is_up_to_date_ends_without_prefect(tmp_path_factory):
     assert code == 0
     assert NOTHING_TO_DO in output.splitlines()
     assert "prefect" not in output
+
+
+REFUSED = """
+from types import SimpleNamespace
+from pipelines import dag, flows, run
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("503")
+
+flows.create_table_artifact = refuse
+flows.get_run_logger = lambda: SimpleNamespace(warning=lambda text, *of: print(text % of))
+dag.plan_when_free = lambda *args, **kwargs: dag.Plan(())
+run.keep_timeline = lambda *args: None
+print(flows.pipeline.fn().type.value)
+"""
+
+
+def test_a_rebuild_whose_tables_prefect_refuses_has_not_failed():
+    """In a process of its own: Prefect reads its settings when it is imported."""
+    result = subprocess.run(
+        [sys.executable, "-c", REFUSED], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    told = "tables and figures are not in Prefect: 503"
+    assert result.stdout.splitlines() == [told, "COMPLETED"], result.stderr
 
 
 @slow
