@@ -262,9 +262,8 @@ def _draw_samples(result: Evaluation, samples: dict[str, Tensor]) -> None:
     labels, drawn = samples.get("labels"), samples.get("probability", samples["samples"])
     columns = 16 if labels is None else int(labels.max()) + 1
     shown = "Probabilities of the pixels" if "probability" in samples else "Points"
-    caption = shown
-    if "chain" in samples or samples.get("acceptance", torch.ones(0)).numel() > 1:
-        caption += " at the end of the chains"
+    chained = "chain" in samples or samples.get("acceptance", torch.ones(0)).numel() > 1
+    caption = f"{shown} {'at the end of the chains' if chained else 'that were drawn'}"
     caption += "." if labels is None else "; a column for each class that was asked for."
     result.draw("samples", "Samples", caption, _grid(drawn[: 6 * columns], columns))
 
