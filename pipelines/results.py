@@ -24,9 +24,6 @@ from ebm import EBMError
 
 T = TypeVar("T")
 
-DATA_STAGES = ("prepare", "reference")
-"""The stages of a data set."""
-
 COMPARISON = "samplers"
 """The stage that compares them, its section of params.yaml, its folder and its numbers."""
 
@@ -150,6 +147,15 @@ class Comparison:
     pictures: list[Picture]
 
 
+def _stages(name: str, params: Mapping[str, Any]) -> list[str]:
+    """The stages that results of an experiment, or of COMPARISON, come from."""
+    if name == COMPARISON:
+        return [COMPARISON]
+    data = params["experiments"][name]["dataset"]
+    own = [f"{stage}@{name}" for stage in ("train", "sample", "evaluate")]
+    return [f"prepare@{data}", f"reference@{data}", *own]
+
+
 @dataclass(frozen=True)
 class Used:
     """What a stage was run with last: parameters by their dotted keys, and the checksums of what
@@ -185,16 +191,13 @@ def _used(entry: Mapping[str, Any]) -> Used:
 def outdated(name: str, used: Mapping[str, Used], params: Mapping[str, Any]) -> bool:
     """Whether results of an experiment, or of COMPARISON, were made with parameters other than
     `params`, the whole of params.yaml, or measured on another training than lies there now."""
-    if name == COMPARISON:
-        own, data = [COMPARISON], []
-    else:
-        own = [f"{stage}@{name}" for stage in ("train", "sample", "evaluate")]
-        data = [f"{stage}@{params['experiments'][name]['dataset']}" for stage in DATA_STAGES]
-    ran = [used[stage] for stage in own if stage in used]
-    pairs = [pair for stage in own + data if stage in used for pair in used[stage].params.items()]
-    made = ChainMap(*(dict(one.made) for one in ran))
-    return any(_at(params, key) != value for key, value in pairs) or any(
-        made.get(path, checksum) != checksum for one in ran for path, checksum in one.read.items()
+    ran = [used[stage] for stage in _stages(name, params) if stage in used]
+    own = f"models/{name}/"
+    made = {path: md5 for one in ran for path, md5 in one.made.items() if path.startswith(own)}
+    return any(
+        any(_at(params, key) != value for key, value in one.params.items())
+        or any(made.get(path, md5) != md5 for path, md5 in one.read.items())
+        for one in ran
     )
 
 

@@ -73,23 +73,42 @@ def experiments(last: Rebuild, root: Path) -> list[Experiment]:
         if group in GROUPS and name:
             measured = group == "evaluate" and entry.ran and not entry.restored
             ran[path, name] = ran.get((path, name), False) or measured
-    return [found for (path, name), r in ran.items() for found in _read(root, path, name, r)]
+    graphs = {path: _graph(root / path) for path in {path for path, _ in ran}}
+    return [
+        found
+        for (path, name), r in ran.items()
+        for found in _read(root, path, name, r, *graphs[path])
+    ]
 
 
-def _read(root: Path, path: str, name: str, ran: bool) -> Iterator[Experiment]:
+def _graph(folder: Path) -> tuple[dict[str, Any], dict[str, results.Used]]:
+    """The parameters of a graph and what its stages were run with; of one that cannot be read no
+    experiment: the report will say why."""
+    try:
+        return params.load(folder / "params.yaml").model_dump(), results.used(folder / "dvc.lock")
+    except EBMError:
+        return {"experiments": {}}, {}
+
+
+def _read(
+    root: Path,
+    path: str,
+    name: str,
+    ran: bool,
+    settings: dict[str, Any],
+    used: dict[str, results.Used],
+) -> Iterator[Experiment]:
     """The experiment, unless something of it is missing or older than the rest."""
-    folder = root / path
-    if (folder / "models" / name / "evaluation").is_dir():
-        try:
-            settings = params.load(folder / "params.yaml").model_dump()
-            if name not in settings["experiments"]:  # any more
-                return
-            if results.outdated(name, results.used(folder / "dvc.lock"), settings):
-                return
-            result = results.read(folder / "models", name, settings)
-        except EBMError:  # the report will say what
-            return
-        yield Experiment(f"{path}{name}", result, ran)
+    models = root / path / "models"
+    if name not in settings["experiments"] or not (models / name / "evaluation").is_dir():
+        return
+    if results.outdated(name, used, settings):
+        return
+    try:
+        result = results.read(models, name, settings)
+    except EBMError:  # the report will say what
+        return
+    yield Experiment(f"{path}{name}", result, ran)
 
 
 def table(found: Sequence[Experiment]) -> list[dict[str, Any]]:

@@ -91,8 +91,9 @@ def plan(
     text = (root / "params.yaml").read_text(encoding="utf-8")
     evaluated = root / "models" / experiment / "evaluation" / "metrics.json"
     reported = root / "metrics" / f"{experiment}.json"  # without what was not finite
-    if known := [path for path in (evaluated, reported) if path.exists()]:
-        measured = set[str]().union(*(stage.read_json(path, "report") for path in known))
+    sources = {evaluated: f"evaluate@{experiment}", reported: "report"}
+    if known := {path: by for path, by in sources.items() if path.exists()}:
+        measured = set[str]().union(*(stage.read_json(path, by) for path, by in known.items()))
         check_known("metric", metric, measured - {"seconds"})  # that of the training
     better = better or direction(metric)
     spanned = space.parse(search, text, experiment)
