@@ -29,7 +29,7 @@ CURVE_ROWS = 200
 def main() -> None:
     here, checkout = Path().resolve(), stage.checkout()
     folder = here.relative_to(checkout) if here.is_relative_to(checkout) else Path()
-    write(Path(), params.load(stage.PARAMS).model_dump(mode="json"), folder)
+    write(Path(), params.load(stage.PARAMS).plain(), folder)
 
 
 def write(root: Path, settings: Mapping[str, Any], folder: Path = Path()) -> None:

@@ -85,7 +85,7 @@ def _graph(folder: Path) -> tuple[dict[str, Any], dict[str, results.Used]]:
     """The parameters of a graph and what its stages were run with; of one that cannot be read no
     experiment: the report will say why."""
     try:
-        return params.load(folder / "params.yaml").model_dump(), results.used(folder / "dvc.lock")
+        return params.load(folder / "params.yaml").plain(), results.used(folder / "dvc.lock")
     except EBMError:
         return {"experiments": {}}, {}
 

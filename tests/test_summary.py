@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from test_report import MEG, RBM, ROOT, make
+from test_report import MEG, RBM, ROOT, all_params, make
 
 from pipelines import summary
 from pipelines.spool import Spool, State
@@ -22,7 +22,17 @@ def project(tmp_path_factory):
         shutil.copy(ROOT / "params.yaml", folder)
         make(folder, MEG)
     make(root, RBM)
+    lock(root)
     return root
+
+
+def lock(root, **stages):
+    """What DVC says that the two were trained with: all that stands in params.yaml."""
+    written = all_params()["experiments"]
+    for name in (RBM, MEG):
+        used = {f"experiments.{name}.{key}": value for key, value in written[name].items()}
+        stages.setdefault(f"train@{name}", {})["params"] = {"params.yaml": used}
+    (root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": stages}))
 
 
 def rebuild(*entries):
@@ -88,7 +98,7 @@ def test_what_is_trained_but_not_measured_has_no_numbers_now(project, tmp_path):
         f"train@{RBM}": {"outs": [{"path": path, "md5": "new"}]},
         f"evaluate@{RBM}": {"deps": [{"path": path, "md5": "old"}]},
     }
-    (copy / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": stages}))
+    lock(copy, **stages)
     assert not summary.experiments(only, copy)
 
 

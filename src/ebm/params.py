@@ -51,6 +51,11 @@ class Params(Section):
     experiments: dict[Name, _AnyExperiment] = Field(min_length=1)
     samplers: Samplers | None = None
 
+    def plain(self) -> dict[str, Any]:
+        """The file as mappings, lists and scalars, comparable with what `dvc.lock` keeps of it:
+        tuples are no lists."""
+        return self.model_dump(mode="json")
+
 
 def load(path: Path = Path("params.yaml")) -> Params:
     """The configuration in `path`. Raises ParamsError, one line, for anything that is not
@@ -205,7 +210,10 @@ def _check_samples(where: str, experiment: Experiment, dataset: Dataset) -> None
         raise ParamsError(f"{where}.sample.count = 0: {problem}")
     if dataset.kind == "density" and experiment.sample.count < 2:
         raise ParamsError(f"{where}.sample.count = 1: one point has no covariance; should be more")
-    if dataset.kind == "density" and not getattr(experiment.evaluate, "grid", 0):
+    if dataset.kind == "density" and not (grid := getattr(experiment.evaluate, "grid", None)):
+        if grid is None:
+            problem = f"variant {experiment.variant} has no `evaluate.grid`, which such data need"
+            raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
         problem = f"should be the cells per axis, as {experiment.dataset} lies in the plane"
         raise ParamsError(f"{where}.evaluate.grid = 0: {problem}")
 
