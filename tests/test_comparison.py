@@ -22,7 +22,7 @@ from ebm.comparison import (
     weighted,
 )
 from ebm.oracles import ORACLES, TITLES, Banana, Funnel, Ising
-from ebm.samplers import HMC, MALA, ParallelTempering, RandomWalk, SpinGibbs
+from ebm.samplers import HMC, MALA, ParallelTempering, PowerTempering, RandomWalk, SpinGibbs
 from pipelines import words
 from pipelines.results import Line
 
@@ -86,6 +86,16 @@ def test_a_bias_shows_as_an_error_that_does_not_fall():
             ),
             3,
             2 * 3 + 2,
+        ),
+        (
+            lambda e: PowerTempering(
+                lambda beta, x: beta * e(x),
+                lambda beta: MALA(lambda x: beta * e(x), 0.1),
+                (0.1, 0.5, 1.0),
+                sweeps=2,
+            ),
+            3,
+            2 * 3,
         ),
     ],
 )

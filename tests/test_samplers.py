@@ -2,6 +2,9 @@
 biases. Chance has 4 standard errors, moments of exact kernels 3."""
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +12,15 @@ import torch
 from ebm.samplers import (
     MALA,
     DecoupledLangevin,
+    InSlices,
     Langevin,
     State,
     ais,
+    at_milestones,
     log_mean_exp,
     milestones,
     polynomial_decay,
     run,
-    trace,
 )
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -42,6 +46,21 @@ def test_unadjusted_langevin_has_its_known_bias(step_size):
     x = run(Langevin(gaussian, step_size), torch.randn(20000, 2), 60).x
     bias = 1 / (1 - step_size / 2)
     assert x.var() == pytest.approx(bias, abs=4 * bias * variance_error(x))
+
+
+def test_a_sliced_energy_moves_chains_as_the_whole_does_with_fewer_points_at_once():
+    sizes = []
+
+    def counted(x):
+        sizes.append(len(x))
+        return banana(x)
+
+    ends = []
+    for energy in (banana, InSlices(counted, 3)):
+        torch.manual_seed(0)
+        ends.append(run(MALA(energy, 0.1), torch.randn(8, 2), 5).x)
+    assert torch.equal(*ends)
+    assert sizes == [3, 3, 2] * 6
 
 
 @pytest.mark.parametrize("step_size", [0.05, 0.5])
@@ -329,7 +348,7 @@ def test_a_trace_shows_the_first_chains_at_its_milestones():
             return State(state.x + 1)
 
     x = torch.tensor([[0.0], [100.0], [200.0]])
-    state, frames, steps = trace(Count(), x, 45, chains=2)
+    state, frames, steps = at_milestones(Count(), x, 45, chains=2)
     assert steps == [0, 1, 3, 10, 30, 45]
     assert frames[..., 0].tolist() == [[0, 1, 3, 10, 30, 45], [100, 101, 103, 110, 130, 145]]
     assert state.x.flatten().tolist() == [45, 145, 245]
@@ -364,3 +383,23 @@ def test_annealing_weighs_small_differences_of_large_energies():
         [0, 1],
     )
     torch.testing.assert_close(weights, -gaussian(x), rtol=0, atol=1e-8)
+
+
+def test_what_the_guide_shows_is_what_comes_out():
+    """Chains that stay on their side are told of, tempered ones change it, log Z is bracketed."""
+    torch.set_default_dtype(torch.float32)
+    guide = (Path(__file__).parents[1] / "docs" / "samplers.md").read_text(encoding="utf-8")
+    shown: dict[str, Any] = {}
+    diagnoses = []
+    for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(block, shown)
+        diagnoses.append(shown["diagnose"](torch.stack(shown["seen"][500:], 1)))
+    stuck, tempered, _ = diagnoses
+    assert stuck.r_hat > 1.1
+    assert tempered.r_hat < 1.02
+    assert shown["state"].round_trips.min() > 10
+    u = torch.linspace(-3, 3, 60001).double()
+    one = torch.trapezoid(torch.exp(-8 * (u**2 - 1) ** 2), u).log()
+    exact = (one + math.log(2 * math.pi) / 2).item()
+    assert shown["low"].item() == pytest.approx(exact, abs=0.3)
+    assert shown["high"].item() == pytest.approx(exact, abs=0.3)

@@ -6,14 +6,27 @@ import math
 import pytest
 import torch
 
+from ebm import EBMError
 from ebm.diagnostics import swap_rates
 from ebm.oracles import Ising
-from ebm.samplers import HMC, MALA, ParallelTempering, RandomWalk, SpinGibbs, State, run
+from ebm.samplers import (
+    HMC,
+    MALA,
+    DecoupledLangevin,
+    Independence,
+    ParallelTempering,
+    PowerTempering,
+    RandomWalk,
+    SpinGibbs,
+    State,
+    run,
+)
 from ebm.variants.rbm import RBM
 
 pytestmark = pytest.mark.usefixtures("double")
 LATTICE = Ising(side=2, coupling=0.3)
 BETAS = (0.2, 0.6, 1.0)
+KINDS = [ParallelTempering, PowerTempering]
 
 
 def gaussian(x):
@@ -68,11 +81,14 @@ def flow(kernel, k):
 
 
 @pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cached", [False, True])
-def test_swaps_are_in_detailed_balance_with_the_product_of_the_rungs(k, cached):
+def test_swaps_are_in_detailed_balance_with_the_product_of_the_rungs(k, kind, cached):
     """With kernels that cache energies, and with those that know none."""
     kernel = (
-        tempered(LATTICE.energy, kernel=lambda e: RandomWalk(e, 1.0)) if cached else of_spins()
+        tempered(LATTICE.energy, kernel=lambda e: RandomWalk(e, 1.0), kind=kind)
+        if cached
+        else of_spins(kind)
     )
     forth = flow(kernel, k)
     torch.testing.assert_close(forth, forth.T)
@@ -183,10 +199,11 @@ def test_pairs_not_tried_yet_are_no_number_and_left_out_of_the_rates():
     torch.testing.assert_close(rates, second.swap_acceptance.mean(1))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kernel", [lambda e: MALA(e, 0.1), lambda e: HMC(e, 0.2, 2)])
-def test_what_is_cached_belongs_to_the_rung_after_a_swap(kernel):
+def test_what_is_cached_belongs_to_the_rung_after_a_swap(kernel, kind):
     torch.manual_seed(3)
-    ladder = tempered(two_wells, kernel=kernel)
+    ladder = tempered(two_wells, kernel=kernel, kind=kind)
     state = run(ladder, torch.randn(200, 2), 9)
     assert (state.swap_acceptance > 0.05).any()
     for rung, beta in zip(state.rungs, BETAS, strict=True):
@@ -194,6 +211,27 @@ def test_what_is_cached_belongs_to_the_rung_after_a_swap(kernel):
         torch.testing.assert_close(rung.energy, expected.energy)
         torch.testing.assert_close(rung.gradient, expected.gradient)
         assert rung.steps == 9
+
+
+@pytest.mark.parametrize("kernel", [lambda e: MALA(e, 0.1), lambda e: HMC(e, 0.2, 2)])
+def test_powers_of_a_density_trade_places_as_any_path_does_without_a_look(kernel):
+    """The same chains, at as many evaluations fewer as there are places offered."""
+    calls, ends, paid = 0, [], []
+
+    def counted(x):
+        nonlocal calls
+        calls += 1
+        return two_wells(x)
+
+    for kind in KINDS:
+        calls = 0
+        torch.manual_seed(3)
+        x = torch.randn(200, 2)
+        ends.append(run(tempered(counted, kernel=kernel, kind=kind), x, 9))
+        paid.append(calls)
+    for one, other in zip(ends[0].rungs, ends[1].rungs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert paid[0] - paid[1] == 2 * 9
 
 
 def test_the_top_of_the_ladder_is_the_target():
@@ -256,6 +294,32 @@ def test_a_replica_that_turns_round_half_way_makes_no_trip():
 
     kernel = Cut(lambda beta, x: torch.zeros(len(x)), lambda beta: Lazy(), BETAS)
     assert (run(kernel, torch.zeros(3, 1), 50).round_trips == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_that_keep_something_else_than_the_energy_are_refused(kind):
+    """The swap ratio would lack the density that they propose from, or be that of other points."""
+    normal = torch.distributions.Normal(torch.zeros(2), 1.0)
+
+    def draw(n):
+        x = normal.sample((n,))
+        return x, normal.log_prob(x).sum(1)
+
+    independent = Independence(gaussian, draw, lambda x: normal.log_prob(x).sum(1))
+    for kernel in (independent, DecoupledLangevin(gaussian, 0.1, 0.1)):
+        ladder = kind(lambda beta, x: beta * gaussian(x), lambda _, kernel=kernel: kernel, BETAS)
+        with pytest.raises(EBMError, match=f"^{type(kernel).__name__} is no kernel of a rung"):
+            ladder.init(torch.zeros(3, 2))
+
+
+def test_swaps_keep_no_graph_of_what_the_parameters_of_an_energy_went_through():
+    scale = torch.nn.Parameter(torch.ones(()))
+    spins = of_spins()
+    ladder = ParallelTempering(
+        lambda beta, x: scale * spins.energy_at(beta, x), spins.kernel_at, BETAS
+    )
+    state = run(ladder, LATTICE.states, 3)
+    assert not state.swap_acceptance.requires_grad
 
 
 def test_sweeps_are_transitions_between_swaps():

@@ -2,7 +2,8 @@
 know?
 
 An evaluation is a call of the energy, or of the conditionals of a block of spins, for all chains
-at once, with or without its gradient; parallel tempering pays for all rungs. Step sizes are
+at once, with or without its gradient; parallel tempering pays for all rungs, whose energies are
+multiples of one another: what a swap has to know costs at most two evaluations. Step sizes are
 adapted beforehand, which is not counted (that of unadjusted Langevin is a share of MALA's); all
 chains then begin where the oracle has them begin, and pay for their way from there.
 
@@ -42,7 +43,7 @@ from ebm.samplers import (
     HMC,
     MALA,
     Langevin,
-    ParallelTempering,
+    PowerTempering,
     RandomWalk,
     SpinFlip,
     SpinGibbs,
@@ -170,7 +171,7 @@ def _of_spins(
 
     yield Contender("spin flip", SpinFlip(energy), x)
     yield Contender("Gibbs", gibbs_at(1.0), x)
-    tempered = ParallelTempering(lambda beta, x: beta * energy(x), gibbs_at, betas)
+    tempered = PowerTempering(lambda beta, x: beta * energy(x), gibbs_at, betas)
     yield Contender("tempered Gibbs", tempered, x)
 
 
@@ -195,7 +196,7 @@ def _continuous(
         return adapt(partial(MALA, lambda x: beta * energy(x)), x, warmup, TARGETS["MALA"])[0]
 
     rungs = {beta: mala_at(beta) for beta in betas}
-    tempered = ParallelTempering(lambda beta, x: beta * energy(x), rungs.__getitem__, betas)
+    tempered = PowerTempering(lambda beta, x: beta * energy(x), rungs.__getitem__, betas)
     yield Contender("tempered MALA", tempered, x, rungs[betas[-1]].step_size)
 
 

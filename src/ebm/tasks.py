@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ebm.samplers import Energy, Kernel, trace
+from ebm.samplers import Energy, Kernel, at_milestones
 
 
 @runtime_checkable
@@ -70,4 +70,4 @@ def _energy(model: Chained, y: Tensor | None) -> Energy:
 
 
 def _chain(model: Chained, energy: Energy, start: Tensor, steps: int) -> Tensor:
-    return trace(model.kernel(energy), start, steps, len(start))[1].clamp(*model.bounds)
+    return at_milestones(model.kernel(energy), start, steps, len(start))[1].clamp(*model.bounds)

@@ -12,14 +12,15 @@ from ebm.samplers.gibbs import BlockGibbs, SpinGibbs, draw
 from ebm.samplers.hmc import HMC
 from ebm.samplers.kernel import (
     Energy,
+    InSlices,
     Interspersed,
     Kernel,
     Schedule,
     State,
+    at_milestones,
     by_row,
     milestones,
     run,
-    trace,
     value_and_gradient,
 )
 from ebm.samplers.langevin import MALA, DecoupledLangevin, Langevin, polynomial_decay
@@ -31,7 +32,7 @@ from ebm.samplers.metropolis import (
     SpinFlip,
 )
 from ebm.samplers.recorded import Recorded
-from ebm.samplers.tempering import ParallelTempering, Tempered
+from ebm.samplers.tempering import ParallelTempering, PowerTempering, Tempered
 
 __all__ = [
     "HMC",
@@ -40,12 +41,14 @@ __all__ = [
     "DecoupledLangevin",
     "DifferentialEvolution",
     "Energy",
+    "InSlices",
     "Independence",
     "Interspersed",
     "Kernel",
     "Langevin",
     "Metropolis",
     "ParallelTempering",
+    "PowerTempering",
     "RandomWalk",
     "Recorded",
     "Schedule",
@@ -55,12 +58,12 @@ __all__ = [
     "Tempered",
     "adapt",
     "ais",
+    "at_milestones",
     "by_row",
     "draw",
     "log_mean_exp",
     "milestones",
     "polynomial_decay",
     "run",
-    "trace",
     "value_and_gradient",
 ]

@@ -26,7 +26,8 @@ def ais(
     """
     log_weight = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for last, beta in pairwise(betas):
-        log_weight += (energy_at(last, x) - energy_at(beta, x)).double()
+        with torch.no_grad():
+            log_weight += (energy_at(last, x) - energy_at(beta, x)).double()
         kernel = kernel_at(beta)
         x = kernel.step(kernel.init(x)).x
     return log_weight

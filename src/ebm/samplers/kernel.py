@@ -82,7 +82,7 @@ def at(schedule: Schedule, step: int) -> float:
     return schedule(step) if callable(schedule) else schedule
 
 
-def trace(
+def at_milestones(
     kernel: Kernel[State], x: Tensor, steps: int, chains: int
 ) -> tuple[State, Tensor, list[int]]:
     """`run`, and on the way the first `chains` at some milestones: the last state, what they were
@@ -117,6 +117,23 @@ def value_and_gradient(
         value = energy(x)
         (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=differentiable)
     return value.detach(), gradient
+
+
+@dataclass(frozen=True)
+class InSlices:
+    """An `energy`, of whose points [B, *] no more than `rows` are differentiated at once."""
+
+    energy: Energy
+    rows: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.energy(x)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As the function of this name does it."""
+        found = [value_and_gradient(self.energy, part) for part in x.split(self.rows)]
+        values, gradients = zip(*found, strict=True)
+        return torch.cat(values), torch.cat(gradients)
 
 
 def by_row(values: Tensor, like: Tensor) -> Tensor:

@@ -16,8 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ebm import EBMError
 from ebm.samplers.kernel import Kernel, State, choose, probability
+from ebm.samplers.langevin import DecoupledLangevin
+from ebm.samplers.metropolis import Independence
 
+NO_RUNGS = (Independence, DecoupledLangevin)
 TO_TARGET, TO_START = 1, 2
 """Where a replica is headed: it has touched the path's start, or the target after that."""
 
@@ -60,9 +64,10 @@ class ParallelTempering:
     quicker: Syed et al. 2021).
 
     `energy_at` and `kernel_at` are those of `ais`: a path, and kernels that leave it invariant; a
-    kernel that caches energies caches those of its own rung. `betas` go from the easy end to the
-    target. A step costs `sweeps` transitions of each rung, and for a kernel with a cache one look
-    at each place that is offered.
+    kernel that caches energies caches energy_at(beta, x) at its points x, as not all do: EBMError
+    names those that keep something else. `betas` go from the easy end to the target. A step costs
+    `sweeps` transitions of each rung, and for a kernel with a cache one look at each place that is
+    offered.
     """
 
     energy_at: Callable[[float, Tensor], Tensor]
@@ -72,7 +77,11 @@ class ParallelTempering:
 
     @cached_property
     def kernels(self) -> tuple[Kernel[State], ...]:
-        return tuple(self.kernel_at(beta) for beta in self.betas)
+        kernels = tuple(self.kernel_at(beta) for beta in self.betas)
+        if odd := [kernel for kernel in kernels if isinstance(kernel, NO_RUNGS)]:
+            problem = "what its states keep is not the energy at their points"
+            raise EBMError(f"{type(odd[0]).__name__} is no kernel of a rung: {problem}")
+        return kernels
 
     def init(self, x: Tensor) -> Tempered:
         """All rungs at x [B, *]."""
@@ -122,5 +131,35 @@ class ParallelTempering:
         return stay - self._energy(k, to_below) - self._energy(k + 1, to_above)
 
     def _energy(self, k: int, state: State) -> Tensor:
-        known = state.energy
-        return self.energy_at(self.betas[k], state.x) if known is None else known
+        if state.energy is not None:
+            return state.energy
+        with torch.no_grad():
+            return self.energy_at(self.betas[k], state.x)
+
+
+@dataclass(frozen=True)
+class PowerTempering(ParallelTempering):
+    """Along the powers of one density: `energy_at(beta, x)` is beta E(x), every beta positive.
+    What is known of a place in one rung is then known in all, and a swap costs a kernel with a
+    cache nothing, one without two looks at the energy."""
+
+    def exchanged(self, k: int, below: State, above: State) -> tuple[State, State]:
+        ratio = self.betas[k + 1] / self.betas[k]
+        down = _scaled(above, 1 / ratio)._replace(steps=below.steps)
+        return down, _scaled(below, ratio)._replace(steps=above.steps)
+
+    def log_accept(
+        self, k: int, below: State, above: State, to_below: State, to_above: State
+    ) -> Tensor:
+        share = 1 - self.betas[k] / self.betas[k + 1]
+        return share * (self._energy(k + 1, above) - self._energy(k + 1, to_above))
+
+
+def _scaled(state: State, factor: float) -> State:
+    """The same places where the energy is `factor` times as high."""
+    energy, gradient = state.energy, state.gradient
+    return State(
+        state.x,
+        None if energy is None else factor * energy,
+        None if gradient is None else factor * gradient,
+    )

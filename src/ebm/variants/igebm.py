@@ -74,9 +74,9 @@ from ebm.samplers import (
     Kernel,
     Recorded,
     State,
+    at_milestones,
     by_row,
     run,
-    trace,
     value_and_gradient,
 )
 from ebm.variants.base import EBM, autocast, average_of, descend, update_average
@@ -266,7 +266,7 @@ class IGEBM(EBM):
         labels = torch.arange(n, device=self.replay.device) % max(self.classes, 1)
         y = labels if self.classes else None
         kernel = self.chains(lambda x: self.conditional_energy(x, y))
-        end, chain, marks = trace(kernel, self.starts(n), steps, chains=32)
+        end, chain, marks = at_milestones(kernel, self.starts(n), steps, chains=32)
         drawn = {
             "samples": end.x.clamp(*self.bounds),
             "chain": chain.clamp(*self.bounds),

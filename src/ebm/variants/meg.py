@@ -38,7 +38,7 @@ from torch.optim import Adam, Optimizer
 from ebm.networks import Joint, Kind, decoder, encoder
 from ebm.parallel import parts, shuffled
 from ebm.recorded import Loss
-from ebm.samplers import MALA, State, run
+from ebm.samplers import MALA, InSlices, State, run
 from ebm.variants.base import Generative, autocast, average_of, parameters_of, update_average
 
 SLICE = 4096
@@ -160,7 +160,8 @@ class MEG(Generative):
                 rates.append(state.acceptance.mean())
 
         z = self._prior(n)
-        kernel = MALA(lambda z: self.latent_energy(z, inverse_temperature), step_size)
+        energy = InSlices(lambda z: self.latent_energy(z, inverse_temperature), SLICE)
+        kernel = MALA(energy, step_size)
         drawn = {"samples": self._generated(z)}
         if steps:
             end = run(kernel, z, steps, observe).x

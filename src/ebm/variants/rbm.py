@@ -30,7 +30,7 @@ from torch.nn.functional import softplus
 from torch.optim import SGD, Optimizer
 
 from ebm import EBMError
-from ebm.samplers import BlockGibbs, ais, draw, log_mean_exp, run, trace
+from ebm.samplers import BlockGibbs, ais, at_milestones, draw, log_mean_exp, run
 from ebm.variants.base import EBM, descend
 
 ENUMERABLE = 20
@@ -121,7 +121,7 @@ class RBM(EBM):
         and `chain` [8, T, *], eight of the chains at steps 0, 1, 3, 10, 30 ... `chain_steps`
         [T]."""
         gibbs = self.gibbs()
-        state, chain, marks = trace(gibbs, self._base_rate_draws(n), steps, chains=8)
+        state, chain, marks = at_milestones(gibbs, self._base_rate_draws(n), steps, chains=8)
         probability = gibbs.p_visible(gibbs.p_hidden(state.x))
         return {
             "samples": state.x.view(n, *self.shape),
