@@ -10,7 +10,7 @@ import fnmatch
 import gc
 import graphlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,21 @@ def plan(targets: Sequence[str] = (), root: Path = ROOT, made_elsewhere: bool = 
             portable = all(stage.portable for stage in above) and _is_portable(found[name])
             stages[name] = _stage(name, found[name], tuple(needed[name]), stale, portable)
     return Plan(tuple(stages.values()))
+
+
+def sources(names: Collection[str], root: Path = ROOT) -> dict[str, str]:
+    """The checksums of what these stages read and no stage makes, their code, by path from the
+    root; parameters are not among it."""
+    with opened(root) as repo, lock_repo(repo):
+        made = {out.fs_path for out in repo.index.outs}
+        deps = [
+            dep
+            for stage in repo.index.graph
+            if _name(stage) in names
+            for dep in stage.deps
+            if dep.fs_path not in made and not hasattr(dep, "params")
+        ]
+        return {os.path.relpath(dep.fs_path, repo.root_dir): dep.get_hash().value for dep in deps}
 
 
 def _matching(targets: Sequence[str], found: Mapping[str, Any]) -> list[str]:

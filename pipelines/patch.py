@@ -61,7 +61,10 @@ def _node(text: str, key: str) -> Node:
     node = YAML(typ="safe", pure=True).compose(text)
     for part in key.split("."):
         if isinstance(node, MappingNode):
-            node = next(held for name, held in node.value if name.value == part)
+            held = next((held for name, held in node.value if name.value == part), None)
+            if held is None:
+                raise EBMError(f"{key}: comes from elsewhere (<<); write it out to change it here")
+            node = held
         elif isinstance(node, SequenceNode):
             node = node.value[int(part)]
     return node

@@ -49,6 +49,13 @@ def start(module: str, name: str) -> None:
         sys.exit(128 + interrupt.sigval)
 
 
+def end_with_torchrun() -> None:
+    """From now on a process that torchrun has started ends when that is gone. It has a session of
+    its own: no signal to the stage reaches it."""
+    if STARTED in os.environ:
+        end_with_parent(seconds=0.5)
+
+
 def share(threads: int) -> int:
     """How many of the threads of a training each process on this machine has."""
     return max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -63,7 +70,6 @@ def joined(device: "torch.device") -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    end_with_parent(seconds=0.5)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first = dist.get_rank() == 0
     if not first:

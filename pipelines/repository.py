@@ -5,16 +5,18 @@ import json
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from dvc import rwlock
 from dvc.exceptions import DvcException
-from dvc.lock import LockError
+from dvc.lock import LockError, make_lock
 from dvc.repo import Repo
 from dvc.scm import map_scm_exception
 
-from ebm import EBMError
+from ebm import EBMError, files
 from pipelines.supervise import restart_clock
 
 PATIENCE_SECONDS = 1.0
@@ -69,6 +71,26 @@ def mend(repo: Repo) -> None:
         return
     except ValueError:
         table.unlink()
+
+
+@contextlib.contextmanager
+def edited_rwlock(folder: str, fs: Any, hardlink: bool) -> Iterator[dict[str, Any]]:
+    """DVC's `_edit_rwlock`, which overwrites its table of locks in place: where the disk is full
+    for a moment it breaks, and trainings that end well beside that are not entered."""
+    table = Path(folder, rwlock.RWLOCK_FILE)
+    guard = str(Path(folder, rwlock.RWLOCK_LOCK))
+    with make_lock(guard, tmp_dir=folder, hardlink_lock=hardlink):
+        try:
+            lock = rwlock.SCHEMA(json.loads(table.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            lock = rwlock.SCHEMA({})
+        except ValueError as error:
+            raise rwlock.RWLockFileCorruptedError(str(table)) from error
+        lock["read"], lock["write"] = (
+            defaultdict(kind, lock[name]) for name, kind in (("read", list), ("write", dict))
+        )
+        yield lock
+        files.replace(table, json.dumps(lock).encode())
 
 
 @contextlib.contextmanager

@@ -7,21 +7,24 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from dvc import dvcfile
+import dvc.stage.run
+from dvc import dvcfile, rwlock
 from dvc.exceptions import CheckoutError, DvcException
 from dvc.repo import Repo
+from dvc.stage import Stage
 
 from ebm import EBMError
 from pipelines import ROOT
 from pipelines.lockfile import Entry, entries, lent, modified
-from pipelines.repository import opened, when_free
+from pipelines.repository import edited_rwlock, opened, when_free
 from pipelines.stage import CODE
 
-IN_PLACE = {"dump", "_edit_rwlock"}
+IN_PLACE = {"dump"}
 """The functions in which DVC overwrites files of its own."""
 
 DEAF = {"match"}
@@ -134,9 +137,10 @@ def _check_commit(repo: Repo, expected: str) -> None:
 
 def _edited(repo: Repo) -> str | None:
     """A tracked file that differs from the commit, and not because DVC or a stage wrote it, or a
-    new one among the code."""
+    new one among the code or in what a stage reads."""
     staged, unstaged, untracked = repo.scm.status(untracked_files="all")
-    new = [name for name in untracked if Path(name).parts[0] in CODE]
+    read = [*(Path(repo.root_dir, name) for name in CODE), *_folders_read(repo)]
+    new = [name for name in untracked if any(map(Path(repo.root_dir, name).is_relative_to, read))]
     made = [Path(out.fs_path) for out in repo.index.outs]
     for name in sorted({*unstaged, *new, *(name for names in staged.values() for name in names)}):
         file = Path(repo.root_dir, name)
@@ -145,13 +149,38 @@ def _edited(repo: Repo) -> str | None:
     return None
 
 
+def _folders_read(repo: Repo) -> Iterator[Path]:
+    """Where stages look for files that no stage makes."""
+    made = {out.fs_path for out in repo.index.outs}
+    return (Path(dep.fs_path) for dep in repo.index.deps if dep.fs_path not in made)
+
+
 def _prepare_process() -> None:
     """What `reproduce` and `travel` need of the process that they have for themselves."""
     for number in (signal.SIGINT, signal.SIGALRM):
         signal.signal(number, _give_up_unless_there_is_a_result)
     dvcfile.modify_yaml = modified
+    rwlock._edit_rwlock = edited_rwlock
+    _enter_what_was_read()
     for chatty in ("dvc.dvcfile", "dvc.repo.scm_context"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _enter_what_was_read() -> None:
+    """Have DVC enter into `dvc.lock` what a stage depends on as it was when its command began; it
+    looks when the command has ended. What is edited meanwhile then makes the stage stale, and no
+    result is one of parameters that it never saw."""
+    run, save = dvc.stage.run.cmd_run, Stage.save_deps
+
+    def begun(stage: Stage, *args: Any, **kwargs: Any) -> None:
+        stage.save_deps()
+        run(stage, *args, **kwargs)
+
+    def saved(stage: Stage, *args: Any, **kwargs: Any) -> None:
+        if not _command_has_ended():
+            save(stage, *args, **kwargs)
+
+    dvc.stage.run.cmd_run, Stage.save_deps = begun, saved
 
 
 def _command_has_ended() -> bool:
@@ -163,8 +192,8 @@ def _give_up_unless_there_is_a_result(_: int, frame: FrameType | None) -> None:
     """Handle SIGINT while DVC itself is at work; while it waits for the command, it ignores it.
 
     When the command has ended, its result is recorded first, which takes a moment. Files of its
-    own that DVC overwrites in place (`dvc.lock`, its table of locks) are written to the end, and
-    where an exception would be lost none is raised.
+    own that DVC overwrites in place are written to the end, and where an exception would be lost
+    none is raised.
     """
     if _command_has_ended():
         return

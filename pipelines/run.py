@@ -138,9 +138,14 @@ def start_launcher(
     """
     quiet = {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     keeping = {"MALLOC_MMAP_THRESHOLD_": KEPT_BYTES, "MALLOC_TRIM_THRESHOLD_": KEPT_BYTES}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    changed = {"PATH": path, "PYTHONUNBUFFERED": "1", **extra}
+    changed = {**our_python(), "PYTHONUNBUFFERED": "1", **extra}
     return Launcher(target, root, {**quiet, **keeping, **os.environ, **changed})
+
+
+def our_python() -> dict[str, str]:
+    """The PATH along which `python` is the one that runs us."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return {"PATH": path}
 
 
 def cores() -> int:
@@ -305,10 +310,19 @@ def main(
     def validated() -> bool:
         from ebm import params
 
-        params.load(ROOT / "params.yaml")
+        for file in sorted(_params_of(options.targets, ROOT)):
+            params.load(file)
         return execute(**vars(options))
 
     return command(validated)
+
+
+def _params_of(targets: Sequence[str], root: Path) -> set[Path]:
+    """The `params.yaml` beside each `dvc.yaml` that the targets name; else that of the root."""
+    graphs = [Path(target.partition(":")[0]) for target in targets]
+    folders = [graph.parent if graph.name == "dvc.yaml" else Path() for graph in graphs]
+    files = {root / folder / "params.yaml" for folder in folders or [Path()]}
+    return {file for file in files if file.parent == root or file.exists()}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ Where PREFECT_API_URL names a server, that one is used and none is started.
 
 import argparse
 import contextlib
+import http.client
 import ipaddress
 import json
 import os
@@ -24,13 +25,14 @@ from typing import Any, NoReturn
 
 from ebm import EBMError, files
 from pipelines import ROOT, run
-from pipelines.run import show
+from pipelines.run import LAST_LINES, our_python, show
 from pipelines.supervise import Ended, Launcher
 
 POOL = "ebm"  # as in prefect.yaml
 FOLDER = ROOT / ".prefect"
 PATIENCE = 180.0  # seconds in which a server has to be up; 20 are usual
-LAST_LINES = 12
+NO_ANSWER = (OSError, ValueError, http.client.HTTPException)
+"""What comes of an address that is none, and of servers that are not there or not Prefect's."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SETTINGS = {
     "DO_NOT_TRACK": "true",
@@ -87,7 +89,7 @@ def server_given() -> str | None:
         request(url.rstrip("/"), "health")
     except urllib.error.HTTPError:
         pass
-    except (OSError, ValueError) as error:  # the latter of what is no address, or no JSON
+    except NO_ANSWER as error:
         problem = getattr(error, "reason", error)
         raise EBMError(f"PREFECT_API_URL = {url}: no server answers ({problem})") from None
     return url
@@ -158,7 +160,7 @@ def server(host: str, port: int, url: str, ends: Ends) -> Iterator[None]:
 def _healthy(url: str) -> bool:
     try:
         return request(url, "health") is True
-    except OSError:
+    except NO_ANSWER:
         return False
 
 
@@ -215,14 +217,14 @@ def running(
 
     Each line that it prints is told; `ends` is told how it ended.
     """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    ours = {"PATH": path, "PWD": str(ROOT), "PREFECT_API_URL": url}
+    ours = {**our_python(), "PWD": str(ROOT), "PREFECT_API_URL": url}
     with Launcher("pipelines.serve:command", ROOT, {**SETTINGS, **os.environ, **ours}) as launcher:
         process = launcher.start(*arguments)
 
         def attend() -> None:
             for line in process.lines():
-                tell(line)
+                with contextlib.suppress(OSError):  # on a full disk: who reads no more, blocks it
+                    tell(line)
             ends.put((name, process.wait()))
 
         thread = threading.Thread(target=attend)

@@ -147,7 +147,7 @@ def opened(
     Args:
         settings: what makes results comparable, as JSON; has to be what the study began with.
         better: +1 if a higher value is better, -1 if a lower one.
-        steps: of a training, from which follows when pruning may begin.
+        steps: of the longest training, from which follows when pruning may begin.
 
     Raises:
         EBMError: another process has the study, or it began with other settings.

@@ -199,10 +199,14 @@ def supervise(
         caller.close()
         _exit_with(lead, function, output, arguments)
     os.close(output)
-    signals = _signals_as_a_file(*SUPERVISED)
     group = Group(leader)
-    with guarded(group):
-        ended = attend(group, caller, signals, timeout or 0)
+    try:
+        signals = _signals_as_a_file(*SUPERVISED)
+        with guarded(group):
+            ended = attend(group, caller, signals, timeout or 0)
+    except BaseException:  # no process more is to be had, say: nobody would end the group
+        group.end()
+        raise
     with contextlib.suppress(OSError):  # the caller has died
         caller.send(json.dumps(asdict(ended)).encode())
     return 0

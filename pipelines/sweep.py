@@ -22,9 +22,9 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ class Sweep:
     Attributes:
         needed: the stages that no trial changes, upstream first.
         better: +1 if a higher metric is better, -1 if a lower one.
+        sources: the checksums of what its stages read and no stage makes, their code, by path.
     """
 
     recipe: Recipe
@@ -57,6 +58,7 @@ class Sweep:
     better: int
     trials: int
     seed: int
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -85,9 +87,7 @@ def plan(
     Raises:
         EBMError: something of it is not right.
     """
-    from ebm import params
-
-    params.experiment(root / "params.yaml", experiment)
+    _check_place(experiment, root)
     text = (root / "params.yaml").read_text(encoding="utf-8")
     evaluated = root / "models" / experiment / "evaluation" / "metrics.json"
     reported = root / "metrics" / f"{experiment}.json"  # without what was not finite
@@ -111,7 +111,23 @@ def plan(
         stages=own,
         linked=[out for one in needed for out in one.outs],
     )
-    return Sweep(recipe, spanned, needed, better, trials, seed)
+    sources = dag.sources([one.name for one in own], root)
+    return Sweep(recipe, spanned, needed, better, trials, seed, sources)
+
+
+def _check_place(experiment: str, root: Path) -> None:
+    """EBMError unless the experiment stands in params.yaml; what to do if it is one of paper/."""
+    from ebm import params
+
+    paper = root / "paper" / "params.yaml"
+    own = params.load(root / "params.yaml").experiments
+    if experiment not in own and paper.exists() and experiment in params.load(paper).experiments:
+        change = f"-S paper/params.yaml:experiments.{experiment}.KEY=VALUE"
+        raise EBMError(
+            f"{experiment}: stands in paper/params.yaml, and sweeps search params.yaml; copy it "
+            f"and its data set, or `dvc exp run {change} paper/dvc.yaml:evaluate@{experiment}`"
+        )
+    params.experiment(root / "params.yaml", experiment)
 
 
 def dependent(stages: Sequence[dag.Stage], keys: Sequence[str]) -> list[dag.Stage]:
@@ -158,15 +174,23 @@ def begun(sweep: Sweep) -> "Iterator[Study]":
         "scalar to prune by": vars(recipe.prune_by) if recipe.prune_by else None,
         "data set": params["datasets"][content["dataset"]],
         "content of what its trials read": _read(sweep),
+        "code of its trials": dict(sweep.sources),
         "value of what is not searched": {
             key: value for key, value in _leaves(content) if not _within(key, searched)
         },
     }
-    steps = content.get("train", {}).get("steps", 0)
+    steps = _most_steps(sweep.space, content)
     with study.opened(
         recipe.folder, settings, sweep.space, sweep.better, steps, sweep.seed
     ) as opened:
         yield opened
+
+
+def _most_steps(searched: Space, content: Mapping[str, Any]) -> int:
+    """Of the longest training; 0 where there is none."""
+    steps = (one.extremes for one in searched if one.key == "train.steps")
+    own = content.get("train", {}).get("steps", 0)
+    return max((patch.value(text) for texts in steps for text in texts), default=own)
 
 
 def _read(sweep: Sweep) -> dict[str, str]:

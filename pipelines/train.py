@@ -31,6 +31,7 @@ def train(name: str) -> None:
     if processes.wanted() > 1:
         processes.start("pipelines.train", name)
         return
+    processes.end_with_torchrun()
 
     from ebm import data, seeds, variants
     from ebm.data import GREYS

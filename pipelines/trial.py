@@ -187,6 +187,8 @@ class Attempt:
         for path in map(Path, recipe.linked):
             link = self.folder / path
             link.parent.mkdir(parents=True, exist_ok=True)
+            if link.is_symlink() and link.readlink() != recipe.root / path:
+                link.unlink()  # of a checkout that has been moved since
             if not link.is_symlink():
                 link.symlink_to(recipe.root / path)
         self.folder.mkdir(parents=True, exist_ok=True)

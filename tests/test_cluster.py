@@ -320,6 +320,15 @@ def test_a_house_that_no_clone_could_work_for_is_told(home):
     assert "\n" not in str(error.value)
 
 
+def test_a_table_that_no_other_clone_would_have_is_told(home):
+    home.edit("dvc.yaml", "deps: [out/prepare]", "deps: [out/prepare, tables]")
+    home.commit()
+    (home.root / "tables").mkdir()
+    home.write("tables/mine.csv", "a,b\n")
+    with pytest.raises(EBMError, match=r"^tables/mine\.csv is changed and not committed"):
+        reproduce.commit(home.root)
+
+
 @pytest.fixture
 def clone(tmp_path, tmp_path_factory):
     """A clone of a house in which every stage has run: its lock without its outputs."""

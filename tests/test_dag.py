@@ -263,7 +263,7 @@ def launcher(tmp_path_factory):
 @pytest.mark.parametrize(
     ("owner", "name", "recorded"),
     [
-        ("dvc.rwlock:json", "dump", False),
+        ("pipelines.repository:files", "replace", False),
         ("dpath.segments", "fnmatchcase", False),  # within an `except` that swallows everything
         ("dvc.stage:Stage", "remove_outs", False),
         ("dvc.stage:Stage", "save", True),
@@ -273,7 +273,7 @@ def launcher(tmp_path_factory):
 def test_sigint_costs_no_result_and_breaks_none_of_dvcs_files(
     house, launcher, owner, name, recorded
 ):
-    """DVC overwrites its files in place. Before the command has run, there is nothing to lose."""
+    """Before the command has run, there is nothing to lose."""
     house.edit("params.yaml", "seed: 0", "seed: 1")
     process = launcher.start(str(house.root), owner, name)
     said = list(process.lines())

@@ -1,5 +1,6 @@
 """The runner does what `dvc repro` would, side by side, and however it ends leaves nothing."""
 
+import errno
 import os
 import random
 import resource
@@ -15,7 +16,7 @@ import pytest
 from ruamel.yaml import YAML
 from toy_house import House, alive, built, wait_for
 
-from pipelines import dag, gpu, run
+from pipelines import dag, gpu, repository, run
 from pipelines.dag import Stage
 from pipelines.timeline import Result
 
@@ -181,6 +182,61 @@ def test_a_failure_ends_what_depends_on_it_and_the_next_run_mends_it(house):
     assert house.ran() == ["train@a", "evaluate@a", "report"]
     kept = (house.root / ".checkpoints/logs/train@a.log").read_text()
     assert kept.count("ValueError: the dog ate it") == 1
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_edited_while_a_stage_runs_makes_it_stale(house, force):
+    """DVC itself would take the new parameters for those that the old results were made with."""
+    if force:
+        assert run.run(["train@a"], root=house.root)
+        house.forget()
+    house.tell("train@a", seconds=1.5)
+
+    def edit():
+        wait_for(lambda: "train@a" in [name for _, name, *_ in house.events("start")], 60)
+        house.edit("params.yaml", "  a:\n    train: {steps: 2}", "  a:\n    train: {steps: 3}")
+
+    with ThreadPoolExecutor(1) as pool:
+        edited = pool.submit(edit)
+        assert run.run(["train@a"], force=force, root=house.root)
+    edited.result()
+    (entered,) = house.lock()["train@a"]["params"].values()
+    assert entered == {"experiments.a.train": {"steps": 2}}
+    assert dag.plan(["train@a"], house.root).stages[-1].stale
+    house.edit("params.yaml", "{steps: 3}", "{steps: 2}")
+    assert not dag.plan(["train@a"], house.root).stages[-1].stale
+
+
+def test_a_full_disk_leaves_the_table_of_locks_as_it_was(tmp_path, monkeypatch):
+    """What others are at work on stands there; in the middle of a stage nobody mends it."""
+    from dvc.fs import localfs
+
+    table = tmp_path / "rwlock"
+    with repository.edited_rwlock(str(tmp_path), localfs, False) as lock:
+        lock["read"]["/a"] = [{"pid": 1, "cmd": "x"}]
+    before = table.read_bytes()
+    monkeypatch.setattr(repository.files, "replace", full_disk)
+    again = repository.edited_rwlock(str(tmp_path), localfs, False)
+    with pytest.raises(OSError, match="No space"), again as lock:
+        lock["read"].clear()
+    assert table.read_bytes() == before
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_params_are_checked_that_the_targets_read(tmp_path):
+    """And no others: what is wrong with those concerns nobody now."""
+    for folder in (tmp_path, tmp_path / "paper"):
+        folder.mkdir(exist_ok=True)
+        (folder / "params.yaml").touch()
+    own, paper = tmp_path / "params.yaml", tmp_path / "paper/params.yaml"
+    assert run._params_of([], tmp_path) == {own}
+    assert run._params_of(["train", "*@meg-*"], tmp_path) == {own}
+    assert run._params_of(["paper/dvc.yaml"], tmp_path) == {paper}
+    both = ["paper/dvc.yaml:train@a", "train@b", "nowhere/dvc.yaml"]
+    assert run._params_of(both, tmp_path) == {own, paper}
 
 
 def test_only_what_the_targets_need_runs_but_forced_even_if_up_to_date(house):

@@ -114,7 +114,7 @@ def test_a_server_that_is_named_has_to_answer_and_none_here_is_asked_through_a_p
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     serve.check_prefect()
-    for url in (f"http://127.0.0.1:{port}/api", "nonsense"):
+    for url in (f"http://127.0.0.1:{port}/api", "nonsense", "http://127.0.0.1:42oo/api"):
         monkeypatch.setenv("PREFECT_API_URL", url)
         with pytest.raises(EBMError, match=f"PREFECT_API_URL = {url}: no server answers"):
             serve.check_prefect()

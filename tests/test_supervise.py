@@ -1,8 +1,11 @@
 """Processes end with whoever asked for them, however that one ends; and not before they should."""
 
+import contextlib
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +16,7 @@ import psutil
 import pytest
 from toy_house import alive, wait_for
 
+from pipelines import supervise
 from pipelines.polling import polling
 from pipelines.supervise import Cancelled, Ended, Launcher
 
@@ -115,6 +119,33 @@ def test_the_time_limit_ends_all(launcher):
     _, ended = finish(process)
     assert ended.reason == str(ended) == "time limit reached"
     none_alive(pids, 1)
+
+
+def test_where_no_other_process_is_to_be_had_the_one_that_was_ends(tmp_path, monkeypatch):
+    """The guard is the second that a supervisor starts; without it nobody would end the first."""
+    ours, theirs = socket.socketpair()
+    fork, forks = os.fork, []
+
+    def exhausted():
+        forks.append(1)
+        if len(forks) == 2:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    told = tmp_path / "pid"
+    if not (supervisor := os.fork()):
+        with contextlib.suppress(BaseException):
+            ours.close()
+            os.fork = exhausted
+            with open(os.devnull, "w") as output:
+                command = [f"echo $$ > {told}; sleep 600; true"]
+                supervise.supervise(shell, theirs.detach(), os.dup(output.fileno()), command, None)
+        os._exit(9)
+    theirs.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) == 9
+    assert ours.recv(1) == b""
+    if told.exists() and (pid := told.read_text().strip()):
+        none_alive([int(pid)])
 
 
 def test_within_the_time_limit_nothing_happens(launcher):

@@ -106,6 +106,13 @@ def test_what_is_replaced_is_all_that_changes():
     assert patch.value(new)["experiments"]["rbm-digits-cd1"]["model"]["k"] == 1
 
 
+def test_a_value_that_is_merged_from_elsewhere_is_not_replaced():
+    merged = "a: &one {x: 1}\nb:\n  <<: *one\n  y: 2\n"
+    assert patch.replaced(merged, {"b.y": "3"}) == merged.replace("y: 2", "y: 3")
+    with pytest.raises(EBMError, match=r"^b\.x: comes from elsewhere \(<<\); write it out"):
+        patch.replaced(merged, {"b.x": "3"})
+
+
 def test_a_value_that_an_anchor_shares_is_not_replaced():
     shared = "a: {x: &one 1}\nb: {y: *one}\n"
     with pytest.raises(EBMError, match="cannot be changed each by itself"):
@@ -123,6 +130,18 @@ def test_the_patch_is_one_for_git(tmp_path):
         subprocess.run(command, input=difference, text=True, check=True, cwd=tmp_path)
         assert (tmp_path / "params.yaml").read_text() == new
         params.load(tmp_path / "params.yaml")
+
+
+def test_an_experiment_of_paper_is_told_how_it_can_be_varied(tmp_path):
+    for folder in (tmp_path, tmp_path / "paper"):
+        folder.mkdir(exist_ok=True)
+        source = CHECKOUT / folder.relative_to(tmp_path) / "params.yaml"
+        (folder / "params.yaml").write_text(source.read_text(encoding="utf-8"))
+    told = "igebm-mnist: stands in paper/params.yaml, and sweeps search params.yaml; copy it"
+    with pytest.raises(EBMError, match=f"^{told}"):
+        sweep.plan("igebm-mnist", "modes", ["model.step_size=1,2"], root=tmp_path)
+    with pytest.raises(EBMError, match=r"^params\.yaml: experiments: unknown name 'igebm-x'"):
+        sweep.plan("igebm-x", "modes", ["model.step_size=1,2"], root=tmp_path)
 
 
 def test_the_time_of_training_is_no_metric_of_a_trial(tmp_path):
@@ -352,6 +371,15 @@ def test_a_trial_worse_than_the_median_is_pruned_after_the_warm_up(tmp_path):
     assert asked[6] == [False, False] + [True] * 8
 
 
+@pytest.mark.parametrize(
+    ("searched", "steps"),
+    [("train.steps=200,20000,3000", 20000), ("train.steps=50..400", 400), ("model.k=1,5", 3)],
+)
+def test_the_warm_up_is_that_of_the_longest_training(searched, steps):
+    content = {"train": {"steps": 3}}
+    assert sweep._most_steps(parse(searched), content) == steps
+
+
 def test_a_trial_that_was_once_as_good_as_the_median_is_spared(tmp_path):
     with opened(tmp_path) as begun:
         for _ in range(study.STARTUP):
@@ -433,6 +461,19 @@ def test_a_trial_goes_on_after_the_last_stage_that_was_done(fresh_root, no_couri
     assert (broken.state, broken.reason) == ("failed", f"evaluate@{EXPERIMENT}: exit code 3")
     assert broken.lines == ("trained", "sampled")
     assert told == ["trained", "sampled"]
+
+
+def test_a_trial_that_a_moved_checkout_left_reads_what_lies_here_now(
+    fresh_root, no_courier, shells
+):
+    with opened(fresh_root) as begun:
+        tried = begun.next(1)
+        folder = fresh_root / ".sweeps/s/trial-0"
+        folder.mkdir(parents=True)
+        (folder / "data").symlink_to("/where/it/was/data")
+        work = trials(begun, shells, train="test -d data", evaluate=measure('"m": 1'))
+        assert work.run(tried, print).value == 1.0
+    assert (folder / "data").readlink() == fresh_root / "data"
 
 
 @pytest.mark.parametrize(("code", "kept"), [(0, True), (3, False)])
@@ -550,7 +591,9 @@ def test_trials_that_cannot_be_compared_are_no_study(tmp_path, changed, md5, bet
     other = planned(prepared(tmp_path, md5), params, better=better)
     if refused is None:
         with sweep.begun(other):
-            return
+            pass
+        other = replace(other, sources={"src/ebm/variants/rbm.py": "mended"})
+        refused = "code of its trials"
     with pytest.raises(EBMError, match=f"began with another {refused};"), sweep.begun(other):
         pass
 
