@@ -18,11 +18,13 @@ from test_data import AS_THEY_ARE
 from test_score import saved
 
 from ebm import EBMError, data, schema
-from ebm.data import folder, unit
+from ebm.data import folder, own, unit
 from ebm.outliers import outlier_sets
 from ebm.schema import FolderData
+from pipelines import words
 from pipelines.score import score
 
+pytestmark = pytest.mark.usefixtures("one_stage")
 SIDE = 8
 
 
@@ -72,6 +74,24 @@ def test_each_image_is_in_one_split_with_its_class_and_its_pixels(root):
             assert paths[row].parent.name == ["birch", "oak"][label]
             assert np.array_equal(image, np.asarray(Image.open(paths[row])))
     assert found.outliers()["stone"].shape == (5, SIDE, SIDE)
+
+
+def test_pixels_of_12_bits_in_files_of_16_are_told_of(root, caplog):
+    """Their upper 8 bits are 16 greys, of which a model learns little."""
+    prepared()
+    assert "no pixel is above" not in caplog.text
+    for path in folder.files(root):
+        levels = np.asarray(Image.open(path)).astype(np.uint16)
+        put(path, Image.fromarray(levels * 16))
+    prepared()
+    assert "images/leaves: no pixel is above 15 of 255; 16-bit files give" in caplog.text
+
+
+def test_images_that_no_memory_holds_are_told_of_before_they_are_read(root, monkeypatch):
+    monkeypatch.setattr(own, "memory", lambda: 10_000)
+    expected = r"images/leaves: 35 images of 8 x 8 pixels take 0\.0 GB, more than .* smaller size"
+    with pytest.raises(EBMError, match=expected):
+        prepared()
 
 
 def test_without_folders_there_are_no_classes(root):
@@ -208,6 +228,7 @@ def test_spaces_and_marks_of_other_scripts_are_part_of_a_name(root, mark):
 
 
 NAMES = [["a", "a"], ["uniform"], ["mean"], ["test"], ["a/b"], ["../a"], ["a_std"], ["a&b"]]
+NAMES += [["strict_2"]]
 
 
 @pytest.mark.parametrize("outliers", NAMES)
@@ -219,6 +240,10 @@ def test_outliers_are_names_of_folders_that_no_other_set_has(outliers):
 def test_the_names_of_the_sets_that_are_drawn_are_reserved(root):
     drawn = set(outlier_sets(prepared(), 3, seed=0)) - {"stone"}
     assert drawn == set(schema.RESERVED_SETS) - {"train", "test", "samples", "mean"}
+
+
+def test_names_of_what_is_measured_class_by_class_are_reserved():
+    assert {f"{area.partition('_')[2]}_" for area in words.AREAS} == set(schema.PROTOCOLS)
 
 
 def test_one_class_has_interpolations_too(root):

@@ -29,7 +29,7 @@ from test_data import AS_THEY_ARE, corrupt, density
 from test_params import GOOD, ROOT, complaint, put, remove
 
 from ebm import EBMError, data, params
-from ebm.data import files, kddcup99, table
+from ebm.data import files, kddcup99, own, table
 from ebm.data.transform import Transform, fit, numbers_of
 from ebm.schema import TumoursData
 
@@ -209,6 +209,9 @@ def test_a_frame_that_counts_in_another_way_is_named_in_its_own():
         fitted().apply(changed(size=[1.0, NAN, 2.0]).set_index(pd.Index(["a", "b", "c"])))
 
 
+PLAIN = {"label": None, "normal": [], "categorical": [], "ignore": []}
+
+
 @pytest.fixture
 def csv(tmp_path, monkeypatch):
     """What writes a table as `mine.csv` into the current folder, and prepares it."""
@@ -377,21 +380,32 @@ def test_an_empty_line_of_a_single_column_is_an_empty_cell(csv, tmp_path):
 
 
 def test_a_file_without_a_header_is_told_of(csv, caplog):
-    plain = {"label": None, "normal": [], "categorical": [], "ignore": []}
-    csv("a,2\n" + "1,2\n" * 20, **plain)
+    csv("a,2\n" + "1,2\n" * 20, **PLAIN)
     assert "all numbers" not in caplog.text
-    csv("0.5,-1e3\n" + "1,2\n" * 20, **plain)
+    csv("0.5,-1e3\n" + "1,2\n" * 20, **PLAIN)
     assert "its first line is taken for names of columns, and is all numbers" in caplog.text
+
+
+def test_a_table_in_a_linked_folder_is_refused(csv, tmp_path):
+    """DVC sees no change there; a link to the file itself it follows."""
+    csv("a,b\n" + "1,2\n" * 20, **PLAIN)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "mine.csv").rename(tmp_path / "there/mine.csv")
+    (tmp_path / "mine.csv").symlink_to("there/mine.csv")
+    data.prepare(settings("mine.csv", **PLAIN))
+    (tmp_path / "linked").symlink_to("there")
+    with pytest.raises(EBMError, match="linked: a link to a folder, in which DVC sees no change"):
+        data.prepare(settings("linked/mine.csv", **PLAIN))
 
 
 def test_a_table_that_no_memory_holds_is_told_before_it_is_made(csv, monkeypatch):
     rows = pd.DataFrame({"x": range(100), "colour": [f"c{k % 90}" for k in range(100)]})
-    monkeypatch.setattr(table, "_memory", lambda: 50_000)
-    plain = {"label": None, "normal": [], "ignore": [], "categorical": ["colour"]}
+    monkeypatch.setattr(own, "memory", lambda: 50_000)
+    plain = PLAIN | {"categorical": ["colour"]}
     expected = r"100 rows of \d+ numbers take .* column 'colour' takes \d+ of them"
     with pytest.raises(EBMError, match=rf"^mine\.csv: {expected}$"):
         csv(rows, **plain)
-    monkeypatch.setattr(table, "_memory", lambda: 200_000)
+    monkeypatch.setattr(own, "memory", lambda: 200_000)
     assert len(csv(rows, **plain).points("test"))
 
 

@@ -13,6 +13,8 @@ loaders added noise to some sets and not to others, which an energy sees before 
 | `interpolation` | mean of two test images of different classes; a half is rounded by a coin |
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor
 
@@ -33,15 +35,18 @@ def outlier_sets(prepared: Prepared, n: int, seed: int) -> dict[str, Tensor]:
         name: _some(images, n, _generator(name, seed))
         for name, images in sorted(prepared.outliers().items())
     }
-    drawn = {
-        "uniform": uniform((n, *prepared.shape), top, _generator("uniform", seed)),
-        "constant": constant((n, *prepared.shape), top, _generator("constant", seed)),
-        "interpolation": interpolation(
-            (unit(test) * top).round().long(), classes, n, _generator("interpolation", seed)
+    shape = (n, *prepared.shape)
+    draws: dict[str, Callable[[Generator], Tensor]] = {
+        "uniform": lambda generator: uniform(shape, top, generator),
+        "constant": lambda generator: constant(shape, top, generator),
+        "interpolation": lambda generator: interpolation(
+            (unit(test) * top).round().long(), classes, n, generator
         ),
     }
-    # of very unequal classes there may be no pair among those drawn
-    sets |= {name: _stored(level, top, test.dtype) for name, level in drawn.items() if len(level)}
+    for name, draw in draws.items():  # one after another: large images take much room
+        images = _stored(draw(_generator(name, seed)), top, test.dtype)
+        if len(images):  # of very unequal classes there may be no pair among those drawn
+            sets[name] = images
     return {name: unit(images) for name, images in sets.items()}
 
 
@@ -76,7 +81,7 @@ def interpolation(images: Tensor, labels: Tensor, n: int, generator: Generator) 
 
 def _stored(level: Tensor, top: int, dtype: torch.dtype) -> Tensor:
     """Levels as the data set stores its values."""
-    return (255 * level // top if dtype == torch.uint8 else level / top).to(dtype)
+    return (255 * level.int() // top if dtype == torch.uint8 else level / top).to(dtype)
 
 
 def _some(images: Tensor, n: int, generator: Generator) -> Tensor:

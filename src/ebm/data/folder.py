@@ -15,6 +15,7 @@ folders refused: DVC sees no change in those.
 
 import hashlib
 import logging
+import math
 import os
 import struct
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.data.made import Made
+from ebm.data.own import check_room, refuse_links
 from ebm.data.shares import by_class, repeated
 from ebm.schema import FEWEST, FolderData
 
@@ -49,7 +51,11 @@ BROKEN = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFE
 UNREADABLE = (OSError, *BROKEN)
 """What Pillow raises of a file that is no image, or a damaged one."""
 
-LINK = "a link to a folder, in which DVC sees no change; expected the folder itself"
+COPIES = 8
+"""Bytes in memory for each of a pixel's: the splits, what is written of them, and floats."""
+
+DARK = 16
+"""Of 256 levels, those that pixels of 10 or 12 bits leave in files of 16 bits."""
 
 
 def prepare(settings: FolderData) -> Made:
@@ -58,12 +64,14 @@ def prepare(settings: FolderData) -> Made:
     outliers'. The source ends in a digest of all files; the notes name the classes, if there are
     any, and count the test images that are training images too."""
     root = Path(settings.path)
-    if links := [path for path in (root, *root.parents) if path.is_symlink()]:
-        raise EBMError(f"{links[0]}: {LINK}")
+    refuse_links(root, *root.parents)
     paths = files(root)
     classes = _by_class(paths, root)
     outliers = {name: classes.pop(name) for name in _known(settings, list(classes))}
     shape = (3, settings.size, settings.size) if settings.colour else (settings.size,) * 2
+    pixels = len(paths) * math.prod(shape)
+    what = f"{settings.path}: {len(paths)} images of {settings.size} x {settings.size} pixels"
+    check_room(COPIES * pixels, what, "a smaller size takes less")
     inliers = [path for members in classes.values() for path in members]
     sizes = torch.tensor([len(members) for members in classes.values()])
     labels = torch.arange(len(classes)).repeat_interleave(sizes)
@@ -74,6 +82,9 @@ def prepare(settings: FolderData) -> Made:
             problem = f"{len(index[split])} {kind} images; expected at least {FEWEST}"
             raise EBMError(f"{settings.path}: {problem}")
     images, names = read_all(inliers, shape), [name for name in classes if name]
+    if images.max() < DARK:
+        advice = "16-bit files give their upper 8 bits: stretch pixels of 10 or 12 bits to all 16"
+        log.warning("%s: no pixel is above %d of 255; %s", settings.path, images.max(), advice)
     tensors = {split: images[rows] for split, rows in index.items()}
     tensors |= {f"{split}_index": rows for split, rows in index.items()}
     if names:
@@ -93,8 +104,7 @@ def files(root: Path) -> list[Path]:
     images, others = list[Path](), 0
     for folder, folders, names in os.walk(root, onerror=_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if links := [name for name in folders if Path(folder, name).is_symlink()]:
-            raise EBMError(f"{Path(folder, links[0])}: {LINK}")
+        refuse_links(*(Path(folder, name) for name in folders))
         for name in (name for name in names if not name.startswith(".")):
             path = Path(folder, name)
             if path.suffix.lower() not in SUFFIXES:

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import lzma
-import os
 import tarfile
 import warnings
 import zipfile
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ebm import EBMError
 from ebm.data.made import Made
+from ebm.data.own import check_room, refuse_links
 from ebm.data.shares import by_class, repeated
 from ebm.data.transform import (
     MISSING,
@@ -168,6 +168,7 @@ def prepare(settings: TableData) -> Made:
     import pandas as pd
 
     path = Path(settings.path)
+    refuse_links(*path.parents)
     names = header(path)
     _check_names(settings, names)
     others = [*settings.ignore, *([settings.label] if settings.label else [])]
@@ -178,7 +179,7 @@ def prepare(settings: TableData) -> Made:
     train = frame.iloc[index["train"].numpy()]
     categorical, missing = settings.categorical, settings.missing
     transform = fit(train, categorical, settings.scale, str(path), missing, others)
-    _check_room(frame, transform, str(path))
+    _check_room(len(frame), transform, str(path))
     points, unseen = transform.encode(frame, str(path))
     warn_of_unseen(unseen, str(path))
     rows = torch.from_numpy(frame.index.to_numpy(copy=True))
@@ -192,20 +193,15 @@ def prepare(settings: TableData) -> Made:
     return Made(source, tensors, notes=notes, transform=transform.to_json())
 
 
-def _check_room(frame: "DataFrame", transform: Transform, source: str) -> None:
+def _check_room(rows: int, transform: Transform, source: str) -> None:
     """EBMError if the points, and the copies of them that are made on their way, are more than the
     memory of this machine."""
-    needed = COPIES * len(frame) * transform.width * 4
-    if needed > (memory := _memory()):
-        widest = max(transform.columns, key=lambda column: column.width)
-        size = f"{len(frame)} rows of {transform.width} numbers take {needed / 1e9:.1f} GB"
-        most = f"column {short(widest.name)} takes {widest.width} of them"
-        raise EBMError(f"{source}: {size}, more than the {memory / 1e9:.1f} GB of memory; {most}")
-
-
-def _memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    widest = max(transform.columns, key=lambda column: column.width)
+    check_room(
+        COPIES * rows * transform.width * 4,
+        f"{source}: {rows} rows of {transform.width} numbers",
+        f"column {short(widest.name)} takes {widest.width} of them",
+    )
 
 
 def _check_names(settings: TableData, names: list[str]) -> None:

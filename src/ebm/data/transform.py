@@ -13,7 +13,7 @@ fitted on training rows and kept with the data and with every model that is trai
     empty, or NaN            an error, or the whole row is left out if `missing` is `drop`
 
 Categories are compared as text (`0` is not `0.0`). Messages count rows as an editor does: the
-header is row 1 (blank lines do not count).
+header is row 1 (blank lines do not count, nor do line breaks within a cell).
 """
 
 import json
