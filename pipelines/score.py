@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 PACKINGS = (".bz2", ".tar", ".xz", ".zip", ".zst")
 """What a file may be packed as for whoever reads it by its name, and is never written as."""
 BATCH, AT_ONCE = 4096, 2**19  # points, and numbers, that go through the network at once at most
+CHUNK, POINTS = 50_000, 2**25  # rows of a table, and numbers of their points, in memory at once
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ def score(
     input: Path,
     output: Path,
     threshold: float | None,
-    chunk: int,
+    chunk: int | None,
     threads: int | None,
 ) -> None:
     """Write the energies of the rows or images of `input` to `output`; what went by goes to the
-    log."""
+    log. Without a `chunk` as many rows are in memory at once as CHUNK says."""
     started = time.perf_counter()
     _check(input, output, threshold, chunk, threads)
     config = model / "config.json"
@@ -121,7 +122,8 @@ def score(
     if transform is None:
         found = _of_images(loaded, input)
     else:
-        found = _of_rows(loaded, transform, input, chunk, seen)
+        rows = chunk or max(1, min(CHUNK, POINTS // transform.width))
+        found = _of_rows(loaded, transform, input, rows, seen)
     with (
         _complete_or_absent(output) as file,
         tqdm(unit=f" {seen.things}", unit_scale=True, disable=None) as bar,
@@ -134,7 +136,7 @@ def score(
 
 
 def _check(
-    source: Path, target: Path, threshold: float | None, chunk: int, threads: int | None
+    source: Path, target: Path, threshold: float | None, chunk: int | None, threads: int | None
 ) -> None:
     for name, value in (("chunk", chunk), ("threads", threads)):
         if value is not None and value < 1:
@@ -336,8 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
     add(
         "--chunk",
         type=int,
-        default=50_000,
-        help="rows of a table in memory at once (default: 50000)",
+        help=f"rows of a table in memory at once (default: {CHUNK}, fewer of very wide ones)",
     )
     add("--threads", type=int, help="of the CPU (default: all)")
     options = vars(parser.parse_args(arguments))

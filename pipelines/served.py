@@ -2,7 +2,8 @@
 
     a model of   takes
     a table      its columns by name, numbers and text as in the CSV file; MLflow drops others.
-                 A category spelled NA or None is empty in MLflow's CSV: send it as JSON
+                 A category that pandas reads as missing (NA, null, None and the like) is empty in
+                 MLflow's CSV: send it as JSON. No name in a CSV header may begin with a blank
     vectors      their numbers [B, D]; of a CSV file all columns in their order, under any names
     images       their levels [B, *shape], 0 and 1 alone where the data were binarised; no CSV
 

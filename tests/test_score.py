@@ -21,12 +21,13 @@ from test_data import density, digits
 from test_train import MODELS
 
 from ebm import EBMError, data, variants
-from ebm.data import kddcup99
+from ebm.data import kddcup99, table
 from ebm.data.transform import Transform
 from ebm.variants.base import EBM
 from pipelines import train
-from pipelines.score import Model, main, score
+from pipelines.score import CHUNK, Model, main, score
 
+pytestmark = pytest.mark.usefixtures("one_stage")
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 200
 
@@ -220,6 +221,32 @@ def peak(chunk):
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return most
+
+
+@pytest.mark.parametrize("variant", ["of-a-newer-checkout", None])
+def test_a_model_of_a_variant_that_is_not_known_is_one_line(home, variant):
+    config = Path("models/mine/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"variant": variant}))
+    with pytest.raises(EBMError, match=r"config\.json: not a usable model configuration"):
+        scored()
+
+
+@pytest.mark.parametrize(("points", "rows"), [(10**9, CHUNK), (100, None), (1, 1)])
+def test_a_chunk_is_of_as_many_rows_as_their_width_allows(home, first, monkeypatch, points, rows):
+    """One-hot columns of a thousand categories would otherwise take gigabytes."""
+    content = json.loads(Path("models/mine/config.json").read_text())["transform"]
+    width = Transform.from_json(content, "it").width
+    asked, chunks = [], table.chunks
+
+    def watched(path, names, text, rows):
+        asked.append(rows)
+        return chunks(path, names, text, rows)
+
+    monkeypatch.setattr(table, "chunks", watched)
+    monkeypatch.setattr("pipelines.score.POINTS", points)
+    whole = scored(chunk=ROWS)
+    assert scored(chunk=None).equals(whole)
+    assert asked == [ROWS, rows or points // width]
 
 
 def test_memory_is_that_of_a_chunk_and_not_of_the_file(home, first):

@@ -109,3 +109,27 @@ def test_one_that_was_fitted_without_steps_comes_back_from_its_files(tmp_path, n
     loaded = variants.load(tmp_path / "weights.safetensors", tmp_path / "config.json")
     assert torch.equal(loaded.energy(rows()), model.energy(rows()))
     assert results._history(tmp_path / "history.csv", "train@it") == {"step": []}
+
+
+def test_a_gradient_over_many_points_keeps_none_of_their_kernels(monkeypatch):
+    """Of a million rows and 4000 to compare them with they would be 32 GB."""
+    monkeypatch.setattr(rbf, "SLICE", 3)
+    torch.manual_seed(0)
+    compared, gamma = torch.randn(500, 2).double(), torch.tensor(0.7).double()
+    x = torch.randn(8, 2).double().requires_grad_()
+
+    def similarity(part):
+        return rbf.kernel(part, compared, gamma).sum(1)
+
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        total = rbf.in_slices(similarity, x).sum()
+    assert max(kept, default=0) < len(compared)
+    (found,) = torch.autograd.grad(total, x)
+    (expected,) = torch.autograd.grad(similarity(x).sum(), x)
+    torch.testing.assert_close(found, expected)

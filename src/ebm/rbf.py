@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ebm import EBMError
 from ebm.scoring import Scorer
@@ -66,5 +67,7 @@ def some_rows(data: Tensor, points: int) -> Tensor:
 
 
 def in_slices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x) [N] for points x [N, D], slice by slice."""
-    return torch.cat([function(part) for part in x.split(SLICE)])
+    """function(x) [N] for points x [N, D], slice by slice; for a gradient each slice is computed
+    again, and none is kept."""
+    parts = [checkpoint(function, part, use_reentrant=False) for part in x.split(SLICE)]
+    return torch.cat(parts)

@@ -38,7 +38,8 @@ def build(
     an `ensemble` of such models."""
     from ebm.ensemble import Ensemble
 
-    kind = getattr(import_module(f"ebm.variants.{variant}"), VARIANTS[variant])
+    name = VARIANTS[variant]
+    kind = getattr(import_module(f"ebm.variants.{variant}"), name)
     return Ensemble(lambda: kind(shape, **model), **ensemble) if ensemble else kind(shape, **model)
 
 
