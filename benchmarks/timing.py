@@ -61,6 +61,7 @@ def race(title: str, runs: dict[str, Chain], options: argparse.Namespace) -> dic
     """Seconds of a step, by contender; the first is the peer."""
     print(f"\n{title}", flush=True)
     peer = next(iter(runs))
+    runs[peer](1)
     steps = max(1, round(options.seconds / seconds(runs[peer], 1)))
     for contender in runs.values():
         contender(min(steps, 3))

@@ -273,17 +273,22 @@ def device(_: Path, environment: Environment) -> Iterator[Finding]:
     if name and not gpu.known_device(name):
         yield wrong(f"EBM_DEVICE is {name}", f"`unset EBM_DEVICE`, or set it to {gpu.DEVICES}")
         return
-    if name.partition(":")[0] != "cuda":
+    there = gpu.count()
+    if name.partition(":")[0] != "cuda" and (name or not there):
         yield ok(f"EBM_DEVICE {name or 'not set'}")
         return
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(name.partition(":")[2] or 0) < count:
-        yield ok(f"EBM_DEVICE {name}, of {count}")
-    else:
+        yield ok(f"EBM_DEVICE {name or 'not set'}, of {count}")
+    elif name:
         text = f"EBM_DEVICE is {name}, and PyTorch {torch.__version__} sees GPUs: {count}"
         yield wrong(text, "`unset EBM_DEVICE`, or see to the driver: `nvidia-smi`")
+    else:
+        text = f"PyTorch {torch.__version__} cannot use the GPU that is here"
+        aside = "or `EBM_DEVICE=cpu`, so that stages run side by side"
+        yield wrong(text, f"see to the driver: `nvidia-smi`; {aside}")
 
 
 def disk(root: Path, _: Environment) -> Iterator[Finding]:
@@ -292,7 +297,8 @@ def disk(root: Path, _: Environment) -> Iterator[Finding]:
         free = shutil.disk_usage(_existing(folder)).free / 1e9
         text = f"{free:.1f} GB free for {what} ({folder})"
         if free < ENOUGH_GB:
-            yield wrong(f"only {text}", "make room; `dvc gc -w` drops what no result here uses")
+            unused = "`dvc gc -A --all-experiments` drops what no commit names"
+            yield wrong(f"only {text}", f"make room; {unused}")
         else:
             yield ok(text)
 

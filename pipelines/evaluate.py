@@ -33,7 +33,8 @@ def evaluate(name: str) -> None:
     _write(folder, result)
     drawing = experiment.sample.model_dump(exclude={"count"})
     serving = {"threshold": result.thresholds.get("energy"), "sample": drawing}
-    _track(name, folder, result, serving, _example(prepared))
+    measured_by = experiment.model_dump(include={"sample", "evaluate"})
+    _track(name, folder, measured_by, result, serving, _example(prepared))
 
 
 def _samples(path: Path) -> "dict[str, Tensor]":
@@ -77,14 +78,16 @@ def _example(prepared: "Prepared") -> dict[str, Any]:
 def _track(
     name: str,
     folder: Path,
+    settings: dict[str, Any],
     result: "Evaluation",
     serving: dict[str, Any],
     example: dict[str, Any],
 ) -> None:
-    """Continue the MLflow run of the training with the model, what was measured and drawn."""
+    """Continue the MLflow run of the training with the model, what was measured and drawn, and the
+    `settings` of that."""
     record = stage.read_json(folder / "run.json", f"train@{name}")
     key = record["tracking_key"]
-    with tracking.Run.start(name, key=key, params={}, tags={}, dataset=None) as run:
+    with tracking.Run.start(name, key=key, params=settings, tags={}, dataset=None) as run:
         run.tag({"data.sha256": record["data_sha256"]})  # a trial that trained nothing has none
         run.model(folder / "weights.safetensors", folder / "config.json", serving, example)
         run.log_final(result.metrics)

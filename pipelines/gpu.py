@@ -8,6 +8,7 @@ of them, all or none, so that two such groups never wait for each other's.
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import logging
@@ -167,10 +168,16 @@ def _lock(card: str) -> int | None:
 
 
 def _open(name: str) -> int:
-    """A file that every user of the machine can lock."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.open(_path(name), os.O_RDWR)
-    descriptor = os.open(_path(name), os.O_RDWR | os.O_CREAT)
+    """A file that every user of the machine can lock; EBMError if somebody put a link there."""
+    path, flags = _path(name), os.O_RDWR | os.O_NOFOLLOW
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, flags)
+        descriptor = os.open(path, flags | os.O_CREAT)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise EBMError(f"{path}: a link, where stages lock a GPU; remove it") from None
     os.fchmod(descriptor, 0o666)
     return descriptor
 

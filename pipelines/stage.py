@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ PARAMS = Path("params.yaml")
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 """What the system may refuse that its user can give: room, the right to write, a folder where
 there is a file."""
+OUT_OF_MEMORY = r"can't allocate memory(: you tried to allocate \d+ bytes)?"
+"""What PyTorch says, among other things, where the machine has no more."""
+LESS = "fewer points or rows, or a smaller batch, take less"
 CODE = "src", "pipelines"
 """Folders whose files make results, whether or not git was told of them."""
 
@@ -56,10 +60,15 @@ def guarded(run: Callable[[], None]) -> None:
         if error.errno not in MENDABLE:
             raise
         sys.exit(f"error: {error.filename or 'disk'}: {os.strerror(error.errno)}")
+    except MemoryError as error:
+        sys.exit(f"error: {str(error) or 'out of memory'}; {LESS}")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; not every stage has imported it
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; not every stage has imported it
+            problem = str(error).partition(". ")[0]
+            sys.exit(f"error: {problem}; EBM_DEVICE=cpu computes without a GPU")
+        if not (asked := re.search(OUT_OF_MEMORY, str(error))):
             raise
-        sys.exit(f"error: {str(error).partition('. ')[0]}; EBM_DEVICE=cpu computes without a GPU")
+        sys.exit(f"error: {asked[0]}; {LESS}")
 
 
 def scratch() -> Path:

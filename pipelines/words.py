@@ -293,7 +293,8 @@ KINDS = {
     "possible ranking score",
     "chance": "what scores that know nothing get",
     "published": "as printed in the paper named beside it",
-    "baseline": "a simple model, fitted to the same data here",
+    "baseline": "a simple model, fitted to the same data here, or the same measured on the "
+    "validation split",
 }
 
 

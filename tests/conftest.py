@@ -39,6 +39,22 @@ def double():
 
 
 @pytest.fixture
+def one_stage():
+    """What a stage sets for its whole process ends with the test."""
+    import torch
+
+    deterministic = torch.utils.deterministic
+    threads, fill = torch.get_num_threads(), deterministic.fill_uninitialized_memory
+    only, tf32 = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(only, warn_only=warns)
+    deterministic.fill_uninitialized_memory = fill
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+@pytest.fixture
 def bfloat16(monkeypatch):
     """Layers that are to compute in bfloat16 do, whatever the processor is good at."""
     from ebm.variants import base

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipelines import doctor
+from pipelines import doctor, gpu
 from pipelines.doctor import Finding
 from pipelines.spool import Spool, State
 
@@ -309,6 +309,15 @@ def test_a_gpu_that_is_asked_for_and_is_not_there(tmp_path, monkeypatch, name, g
     assert only(doctor.device, tmp_path, EBM_DEVICE=name).kind == kind
 
 
+@pytest.mark.parametrize(("usable", "kind"), [(False, "wrong"), (True, "ok")])
+def test_a_gpu_that_is_there_and_pytorch_cannot_use(tmp_path, monkeypatch, usable, kind):
+    """One stage at a time would wait for it, and compute on the CPU."""
+    monkeypatch.setattr(gpu, "count", lambda: 1)
+    cuda = SimpleNamespace(is_available=lambda: usable, device_count=lambda: 1)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, __version__="2.11"))
+    assert only(doctor.device, tmp_path).kind == kind
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:01", "0", "mps"])
 def test_what_is_no_device(tmp_path, name):
     assert only(doctor.device, tmp_path, EBM_DEVICE=name).kind == "wrong"
@@ -316,6 +325,7 @@ def test_what_is_no_device(tmp_path, name):
 
 @pytest.mark.parametrize("environment", [{}, {"EBM_DEVICE": ""}, {"EBM_DEVICE": "cpu"}])
 def test_without_cuda_torch_is_not_imported(tmp_path, monkeypatch, environment):
+    monkeypatch.setattr(gpu, "count", lambda: 0)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert only(doctor.device, tmp_path, **environment).kind == "ok"
 

@@ -8,11 +8,15 @@ import torch
 from test_train import MODELS
 
 from ebm import EBMError, data, figures, metrics, reference, seeds, variants
+from ebm.densities import DENSITIES
 from ebm.evaluation import EVALUATORS, Evaluation, contrast, evaluate, images
+from ebm.evaluation.density import sample_scores
+from ebm.evaluation.result import bound
 from ebm.outliers import outlier_sets
 from ebm.reference import Reference
 from ebm.schema import ClassifierReference, Dataset, DensityData, DigitsData
 from ebm.variants.base import EBM
+from pipelines import words
 
 CPU = torch.device("cpu")
 DISTANCES = ("frechet_distance", "frechet_distance_extrapolated", "kernel_distance")
@@ -668,6 +672,13 @@ def test_an_estimate_that_is_off_by_the_same_every_time_has_an_error(monkeypatch
     found, density = Evaluation(), plane().density
     contrast._theory(found, against_a_gaussian(), density, metrics.cell_centres(-2.0, 2.0, 20))
     assert found.metrics["log_partition_error"] == 100  # of the last of RATIOS
+
+
+def test_real_data_are_the_floor_of_what_is_better_lower_and_the_ceiling_of_the_rest():
+    x = torch.randn(50, 2).double()
+    names = sample_scores(x, x, DENSITIES["8gaussians"]()).keys() | IMAGE_METRICS
+    for name in names - {"modes_total"}:
+        assert bound(name) == ("floor" if words.METRICS[name].better < 0 else "ceiling")
 
 
 def test_densities_are_drawn_under_their_own_names():

@@ -326,6 +326,13 @@ def test_divergence_and_direction_in_closed_form():
     assert torch.equal(direction(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 3e-24, 1.0, 1e30])
+def test_a_direction_has_the_norm_1_however_small_what_it_is_of(size):
+    """Squares of numbers below 1e-23 are 0 in float32. A gradient that is nearly flat has such."""
+    x = torch.tensor([[3.0, -4.0]])
+    torch.testing.assert_close(direction(size * x), x / 5)
+
+
 def test_samples_come_with_the_flow_s_own_draws_and_every_acceptance():
     fce, _ = ready(defence=0.2)
     drawn = fce.sample(30, steps=12)

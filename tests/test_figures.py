@@ -53,6 +53,9 @@ def spot(x, y, value=0.0, size=4):
     return field
 
 
+FLAT = np.zeros((N, N))
+
+
 def panels(true, learned, samples=((0.0, 0.0),), before=None):
     points = {"Samples": samples} if before is None else {"Before": before, "After": samples}
     arrays = {title: np.array(x) for title, x in points.items()}
@@ -85,7 +88,7 @@ def test_equal_densities_have_equal_colours_in_both_panels():
 
 
 def test_samples_land_where_they_are_and_before_and_after_are_not_confused():
-    figure = panels(None, np.zeros((N, N)), [(2.0, 1.0)], before=[(-1.0, -2.0)])
+    figure = panels(FLAT, FLAT, [(2.0, 1.0)], before=[(-1.0, -2.0)])
     pixels = drawn(figure)
     before, after = titled(figure, "Before"), titled(figure, "After")
     assert darkness(pixels, after, 2, 1) > 100
@@ -113,9 +116,9 @@ def test_the_contour_stands_at_four_standard_deviations():
 
 
 def test_samples_outside_the_frame_are_counted():
-    figure = panels(None, np.zeros((N, N)), [(0, 0), (9, 0), (0, -3.1)])
+    figure = panels(FLAT, FLAT, [(0, 0), (9, 0), (0, -3.1)])
     assert [text.get_text() for text in titled(figure, "Samples").texts] == ["2 of 3 outside"]
-    inside = panels(None, np.zeros((N, N)), [(0, 0), (3, -3)])
+    inside = panels(FLAT, FLAT, [(0, 0), (3, -3)])
     assert not titled(inside, "Samples").texts
 
 

@@ -65,14 +65,10 @@ STAGES = [
 
 
 @pytest.fixture
-def small(fresh_root, monkeypatch):
+def small(fresh_root, one_stage, monkeypatch):
     """A folder with small parameters, where nothing is tracked."""
     (fresh_root / "params.yaml").write_text(json.dumps(PARAMS))  # JSON is YAML
     monkeypatch.setenv("EBM_TRACKING", "0")
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def run(generator_seed):
@@ -136,4 +132,7 @@ def test_an_experiment_is_one_run_with_all_that_came_of_it_and_leaves_no_checkpo
     assert kept == {("samples", "samples.npz"), *pictures}
     [model] = [event for event in events if event["op"] == "model"]
     assert model["serving"]["sample"] == {"steps": 2}
+    first, second = (event["params"] for event in events if event["op"] == "start")
+    assert first["model.ratio"] == str(MODELS["nce"]["ratio"])
+    assert {name.partition(".")[0] for name in second} == {"sample", "evaluate"}
     assert not list(Path(".checkpoints").rglob("*.ckpt"))

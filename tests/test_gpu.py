@@ -139,6 +139,16 @@ def test_more_processes_than_cards_is_an_error_and_no_endless_wait(monkeypatch):
         gpu.claim(CARDS)
 
 
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
+    """Whoever put it there would have us write into a file of ours."""
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    (gpu.LOCKS / "ebm-gpu-turn.lock").symlink_to(mine)
+    with pytest.raises(EBMError, match=r"turn\.lock: a link, where stages lock a GPU; remove it"):
+        gpu._take({0: "a"}, 1)
+    assert mine.read_text() == "precious"
+
+
 def test_every_user_of_the_machine_can_lock_a_card(machine):
     gpu.claim(CARDS)
     assert {path.stat().st_mode & 0o777 for path in machine.iterdir()} == {0o666}
@@ -183,7 +193,7 @@ def test_without_a_driver_there_is_no_card(monkeypatch):
 
 
 @pytest.fixture
-def cuda(monkeypatch):
+def cuda(one_stage, monkeypatch):
     """PyTorch, as it is on that machine; the list of the devices that it is told to use."""
     used = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -9,6 +9,7 @@ from test_train import MODELS
 from ebm.contrastive import equilibrium, value
 from ebm.metrics import cell_centres
 from ebm.variants.nce import NCE
+from pipelines import words
 
 RATES = {"learning_rate": 2e-2, "constant_learning_rate": 5e-2}
 COUPLING = {"kind": "coupling", "transforms": 2, "width": 8}
@@ -129,6 +130,10 @@ def test_it_learns_log_z():
     ]
     assert near[1] == pytest.approx(near[0], abs=0.06)
     assert near[2] < near[0] - 0.07
+
+
+def test_the_page_draws_the_value_at_rest_where_it_is():
+    assert words.EQUILIBRIA["fce"]["value"] == pytest.approx(equilibrium())
 
 
 def test_a_batch_has_a_draw_beside_it_at_any_ratio():

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from test_train import MODELS, Killed, weights
+from test_train import MODELS, Killed, same, weights
 
 from ebm import EBMError, parallel, variants
 from ebm.checkpoint import Checkpoints
@@ -49,6 +49,7 @@ CASES = {
         {"members": 2, "snapshots": 1, "every": 4, "without": []},
     ),
 }
+JUMPS = {"igebm, jumps": ("igebm", VECTORS, {"noise": "coupled", "jumps": 2}, None)}
 OPTIONS = {"batch_size": 8, "seed": 3, "log_every": 4, "checkpoint_every": 8, "cooldown": 0.5}
 STEPS = 20  # the first 12 warm the flows up
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}  # Adam makes much of the rounding of a small gradient
@@ -58,7 +59,7 @@ ROUNDED = {"fce, semi-supervised": ROUGH}  # its roughness is a difference over 
 
 def train(case, folder, steps=STEPS, batch_size=8, dying_at=None):
     """The model of a case after so many steps, and their history."""
-    variant, shape, changes, ensemble = CASES[case]
+    variant, shape, changes, ensemble = (CASES | JUMPS)[case]
     seed("model", 0)
     model = variants.build(variant, shape, MODELS[variant] | changes, ensemble)
     if dying_at is not None:
@@ -172,6 +173,19 @@ def test_two_processes_end_with_the_weights_of_one(double, stratified, shared, t
     for row, other in zip(history, expected, strict=True):
         close = pytest.approx(other["energy_gap"], rel=1e-2 if case in ROUNDED else 1e-6, abs=1e-9)
         assert row["energy_gap"] == close
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - MODELS.keys() | JUMPS.keys()))
+@pytest.mark.parametrize("at", [9, 14])
+def test_a_killed_run_ends_with_the_same_bits(double, tmp_path, case, at):
+    """As `test_train` has it of the plain variants."""
+    whole, history = train(case, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(case, tmp_path / "killed", dying_at=at)
+    torch.rand(17)  # whatever else draws meanwhile
+    resumed, again = train(case, tmp_path / "killed")
+    assert same(weights(whole), weights(resumed))
+    assert again == history
 
 
 def test_every_variant_is_among_the_cases():

@@ -268,6 +268,16 @@ def test_images_that_dvc_does_not_watch_are_refused(tmp_path, path):
     assert line.startswith(f"params.yaml: datasets.mine.path = {path!r}: should lie in images/")
 
 
+@pytest.mark.parametrize(("classes", "labelled"), [(2, 0), (0, 7)])
+def test_classes_and_labelled_points_come_together(tmp_path, classes, labelled):
+    """Without labels the twin that is measured beside the energy would never be trained."""
+    content = broken(put("experiments.fce-spirals-semi.model.classes", classes))
+    content["experiments"]["fce-spirals-semi"]["model"]["labelled"] = labelled
+    line = complaint(tmp_path, content)
+    told = f"model.labelled = {labelled}: should be 0 where `classes` is, and nowhere else"
+    assert line.endswith(told)
+
+
 def test_an_ensemble_is_one_of_detectors(tmp_path):
     """Samples of several trainings would be measured as one: together they miss no mode."""
     members = {"members": 2, "snapshots": 0, "every": 1, "without": []}

@@ -52,6 +52,18 @@ def test_a_gpu_that_is_too_small_is_one_line():
         stage.guarded(run)
 
 
+@pytest.mark.parametrize(
+    ("allocate", "line"),
+    [
+        (lambda: torch.empty(2**55), "error: can't allocate memory: you tried to allocate "),
+        (lambda: np.empty(2**55), "error: Unable to allocate "),
+    ],
+)
+def test_more_memory_than_there_is_is_one_line(allocate, line):
+    with pytest.raises(SystemExit, match=f"^{line}.*; fewer points or rows"):
+        stage.guarded(allocate)
+
+
 def test_an_error_of_our_own_keeps_its_traceback():
     def run():
         raise RuntimeError("a shape that does not fit")

@@ -354,7 +354,7 @@ def test_the_id_is_known_once_the_run_is_delivered_or_at_once_if_hopeless(store,
     run = start()
     begin = time.monotonic()
     assert run.mlflow_run_id(wait=0.2) is None
-    assert time.monotonic() - begin > 0.2
+    assert 0.2 < time.monotonic() - begin < 2
     assert not deliver()
     begin = time.monotonic()
     assert run.mlflow_run_id(wait=60) is None

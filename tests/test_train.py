@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_house import wait_for
 
 from ebm import EBMError, variants
 from ebm.checkpoint import Checkpoints
@@ -602,6 +603,10 @@ def test_sigkill_at_random_moments_leaves_a_folder_to_resume_from(tmp_path):
             print(victim, flush=True)
             print(os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]), flush=True)
     """)
+
+    def checkpoints():
+        return [path.name for path in Checkpoints(tmp_path / "run").paths()]
+
     with subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=tmp_path,
@@ -612,14 +617,10 @@ def test_sigkill_at_random_moments_leaves_a_folder_to_resume_from(tmp_path):
         text=True,
     ) as template:
         for delay in (0.0, 0.05, 0.13):
-            before = [path.name for path in Checkpoints(tmp_path / "run").paths()]
+            before = checkpoints()
             print(file=template.stdin, flush=True)
             victim = int(template.stdout.readline())
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline:
-                if [path.name for path in Checkpoints(tmp_path / "run").paths()] > before:
-                    break
-                time.sleep(0.02)
+            wait_for(lambda before=before: checkpoints() > before, 60)
             time.sleep(delay)
             os.kill(victim, signal.SIGKILL)
             assert int(template.stdout.readline()) == -signal.SIGKILL

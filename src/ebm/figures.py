@@ -92,7 +92,7 @@ def _pixels(figure: Figure) -> Image.Image:
 
 @rc_context(STYLE)
 def density_panels(
-    true_log_density: Array | None,
+    true_log_density: Array,
     learned_log_density: Array,
     points: Mapping[str, Array],
     extent: Extent,
@@ -102,20 +102,16 @@ def density_panels(
     Densities [n, n] are normalised log densities in nats at the centres of the cells that fill
     `extent` (x_min, x_max, y_min, y_max), row 0 at the lowest y. They share one colour scale,
     whose top is the highest value of the first panel, so that a spike in the learned density
-    cannot fade the truth. A true density that is None gets no panel. Points are [m, 2], each set
-    under its name. A thin contour around them shows where the first density has fallen by 8 nats,
-    as a Gaussian has at 4 standard deviations.
+    cannot fade the truth. Points are [m, 2], each set under its name. A thin contour around them
+    shows where the true density has fallen by 8 nats, as a Gaussian has at 4 standard deviations.
     """
-    densities = {"Learned density": learned_log_density}
-    if true_log_density is not None:
-        densities = {"True density": true_log_density} | densities
+    densities = {"True density": true_log_density, "Learned density": learned_log_density}
     count = len(densities) + len(points)
     figure = Figure(figsize=(2.35 * count + 0.8, 2.6), layout="constrained")
     axes = list(figure.subplots(1, count, sharex=True, sharey=True))
     _draw_log_densities(axes, densities, extent)
-    reference = next(iter(densities.values()))
     for ax, (title, x) in zip(axes[len(densities) :], points.items(), strict=True):
-        _contour(ax, reference, float(reference.max()) - NATS_OF_FOUR_SIGMA, extent)
+        _contour(ax, true_log_density, float(true_log_density.max()) - NATS_OF_FOUR_SIGMA, extent)
         _scatter(ax, x, extent)
         ax.set_title(title)
     return figure

@@ -139,15 +139,20 @@ COMPANIONS = ("_generator", "_gradient", "_total", "_lower", "_upper", "_std")
 """How the names of numbers end that say more of another (`ebm.evaluation`): the report's page has
 them in its row."""
 
+PROTOCOLS = ("released_", "strict_", "tenth_")
+"""How they go on after the metric where every class is the anomaly once (`ebm.evaluation`)."""
+
 
 def _own_names(names: list[str]) -> list[str]:
-    reserved, endings = ", ".join(RESERVED_SETS), ", ".join(COMPANIONS)
+    reserved, endings, beginnings = map(", ".join, (RESERVED_SETS, COMPANIONS, PROTOCOLS))
     if len(set(names)) < len(names) or set(names) & set(RESERVED_SETS):
         raise ValueError(f"should name folders, each once and none of them {reserved}")
     if odd := [name for name in names if not re.fullmatch(r"\w[\w .-]*", name)]:
         raise ValueError(f"should be letters, digits, '_', '-', '.' and blanks, not {odd[0]!r}")
     if any(name.endswith(COMPANIONS) for name in names):
         raise ValueError(f"should end in none of {endings}")
+    if any(name.startswith(PROTOCOLS) for name in names):
+        raise ValueError(f"should begin with none of {beginnings}")
     return names
 
 

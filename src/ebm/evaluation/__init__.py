@@ -3,8 +3,8 @@
 A reference is of one of six kinds: `exact` (the truth, known in closed form), `ceiling` and
 `floor` (what draws of the true distribution itself score, or what the metric allows: no model can
 honestly do better, but for the precision of samples at the price of their recall, and the
-reverse), `chance` (scores that know nothing), `baseline` (a simple model fitted here) and
-`published`.
+reverse), `chance` (scores that know nothing), `baseline` (a simple model fitted here, or the same
+measured on the validation split) and `published`.
 
 Names of metrics, the same in every experiment:
 

@@ -12,7 +12,7 @@ from ebm.contrastive import Contrasted
 from ebm.densities import EXTENT, GaussianMixture
 from ebm.evaluation.classes import measure_classes
 from ebm.evaluation.contrast import measure_contrast
-from ebm.evaluation.result import Case, Evaluation, measure_acceptance
+from ebm.evaluation.result import Case, Evaluation, bound, measure_acceptance
 from ebm.evaluation.scores import variant
 from ebm.flows import Density
 from ebm.variants.base import EBM
@@ -72,8 +72,7 @@ def _refer_to_true_draws(
     scores = sample_scores(exact, test, density)
     source = f"{len(exact)} exact draws of the density, scored alike"
     for name in sorted(scores.keys() - {"modes_total"}):
-        kind = "floor" if name in ("mode_kl", "frechet_distance") else "ceiling"
-        result.refer(name, scores[name], kind, source)
+        result.refer(name, scores[name], bound(name), source)
 
 
 def _grid_scores(result: Evaluation, case: Case, test: Tensor, density: GaussianMixture) -> None:

@@ -14,7 +14,7 @@ from ebm.demonstrations import animate, demonstrate
 from ebm.evaluation.classes import agreement, measure_classes
 from ebm.evaluation.contrast import measure_constant
 from ebm.evaluation.published import MNIST_BINARY, refer_to_published
-from ebm.evaluation.result import Case, Evaluation, measure_acceptance
+from ebm.evaluation.result import Case, Evaluation, bound, measure_acceptance
 from ebm.outliers import outlier_sets
 from ebm.reference import KEPT, Reference
 from ebm.schema import FEWEST_DRAWN
@@ -170,8 +170,7 @@ def measure_samples(
     if len(real) < len(drawn):
         source += f"; fewer than the {len(drawn)} samples, so distances are a little too large"
     for name, value in image_scores(real, reference).items():
-        kind = "floor" if name.endswith(("distance", "extrapolated")) else "ceiling"
-        result.refer(name, value, kind, source)
+        result.refer(name, value, bound(name), source)
     source = f"the test split, scored alike by {described(reference)}"
     for name, value in class_scores(test, reference).items():
         result.refer(name, value, "ceiling", source)

@@ -54,6 +54,20 @@ class Case:
         return self.reference.classify(self.points("test"))
 
 
+LOWER_IS_BETTER = {
+    "frechet_distance",
+    "frechet_distance_extrapolated",
+    "kernel_distance",
+    "mode_kl",
+}
+"""Of the scores of samples, those of which real data get the least that a model honestly can."""
+
+
+def bound(score: str) -> str:
+    """The kind of reference that real data, scored alike, are for a `score` of samples."""
+    return "floor" if score in LOWER_IS_BETTER else "ceiling"
+
+
 @dataclass
 class Evaluation:
     """Numbers by name, references by the number's name, titled pictures in display order, and the

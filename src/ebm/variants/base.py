@@ -46,7 +46,7 @@ class EBM(nn.Module):
     @property
     def fused(self) -> bool | None:
         """What optimisers take as `fused`: True where training is compiled, else None, PyTorch's
-        choice. Those of flows and of contrastive models always are."""
+        choice. Those of flows and contrastive models, but for FCE's twin, always are."""
         return self.compiled or None
 
     sharded: tuple[str, ...] = ()
@@ -67,7 +67,15 @@ class EBM(nn.Module):
         raise NotImplementedError
 
     def sample(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """`samples` [n, *] and, under names of their own, what else is worth keeping."""
+        """`samples` [n, *], which may be none, and what else is worth keeping, under names that
+        evaluation knows, or others:
+
+            generator            [n, *], where the chains began whose ends the samples are
+            acceptance           of each step, or of each chain's last
+            labels               [n], the classes that were asked for
+            probability          [n, *], of pixels of which the samples are draws
+            chain, chain_steps   [m, T, *], the way of some chains, and after which T steps
+        """
         raise NotImplementedError
 
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:

@@ -246,7 +246,10 @@ class FCE(Contrasted):
 
 
 def direction(x: Tensor) -> Tensor:
-    """x [B, *] with every point brought to the norm 1."""
+    """x [B, *] with every point brought to the norm 1, but for zeros; by a power of 2 to the size
+    of 1 first, as squares of small numbers are 0."""
+    largest = x.flatten(1).abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)
+    x = torch.ldexp(x, by_row(-largest.frexp().exponent, x))
     norm = x.flatten(1).norm(dim=1).clamp(min=1e-30)
     return x / by_row(norm, x)
 

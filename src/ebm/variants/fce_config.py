@@ -1,9 +1,18 @@
 """Settings of flow-contrastive estimation, as they stand in `params.yaml`."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ValidationInfo
 
 from ebm import schema
 from ebm.schema import Flow, NonNegative, Positive, Share, Size
+
+
+def _of_classes(labelled: int, section: ValidationInfo) -> int:
+    classes = section.data.get("classes")  # none if they are wrong themselves
+    if classes is not None and (labelled > 0) != (classes > 0):
+        raise ValueError("should be 0 where `classes` is, and nowhere else")
+    return labelled
 
 
 class Model(schema.Contrasted):
@@ -16,7 +25,7 @@ class Model(schema.Contrasted):
     threshold: Share
     flow_learning_rate: Positive
     classes: Size
-    labelled: Size
+    labelled: Annotated[Size, AfterValidator(_of_classes)]
     supervision: NonNegative
     smoothness: NonNegative
     radius: Positive
