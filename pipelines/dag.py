@@ -19,7 +19,7 @@ from dvc.repo import lock_repo
 
 from ebm import EBMError, did_you_mean
 from pipelines import ROOT
-from pipelines.repository import mend, opened, when_free
+from pipelines.repository import mend, opened, unmade, when_free
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,8 @@ def sources(names: Collection[str], root: Path = ROOT) -> dict[str, str]:
     """The checksums of what these stages read and no stage makes, their code, by path from the
     root; parameters are not among it."""
     with opened(root) as repo, lock_repo(repo):
-        made = {out.fs_path for out in repo.index.outs}
-        deps = [
-            dep
-            for stage in repo.index.graph
-            if _name(stage) in names
-            for dep in stage.deps
-            if dep.fs_path not in made and not hasattr(dep, "params")
-        ]
+        own = [stage for stage in repo.index.stages if stage.cmd and _name(stage) in names]
+        deps = [dep for dep in unmade(repo, own) if not hasattr(dep, "params")]
         return {os.path.relpath(dep.fs_path, repo.root_dir): dep.get_hash().value for dep in deps}
 
 

@@ -87,8 +87,9 @@ def _track(
     `settings` of that."""
     record = stage.read_json(folder / "run.json", f"train@{name}")
     key = record["tracking_key"]
-    with tracking.Run.start(name, key=key, params=settings, tags={}, dataset=None) as run:
-        run.tag({"data.sha256": record["data_sha256"]})  # a trial that trained nothing has none
+    with tracking.Run.start(name, key=key, params={}, tags={}, dataset=None) as run:
+        about = {"data.sha256": record["data_sha256"]}  # a trial that trained nothing has none
+        run.tag(about | dict(tracking.flat(settings)))  # no params, which would stay as they were
         run.model(folder / "weights.safetensors", folder / "config.json", serving, example)
         run.log_final(result.metrics)
         for picture in sorted((folder / "evaluation" / "figures").iterdir()):

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +15,9 @@ from dvc.exceptions import DvcException
 from dvc.lock import LockError, make_lock
 from dvc.repo import Repo
 from dvc.scm import map_scm_exception
+from voluptuous import Invalid
 
-from ebm import EBMError, files
+from ebm import EBMError
 from pipelines.supervise import restart_clock
 
 PATIENCE_SECONDS = 1.0
@@ -86,11 +87,24 @@ def edited_rwlock(folder: str, fs: Any, hardlink: bool) -> Iterator[dict[str, An
             lock = rwlock.SCHEMA({})
         except ValueError as error:
             raise rwlock.RWLockFileCorruptedError(str(table)) from error
+        except Invalid as error:
+            raise rwlock.RWLockFileFormatError(str(table)) from error
         lock["read"], lock["write"] = (
             defaultdict(kind, lock[name]) for name, kind in (("read", list), ("write", dict))
         )
         yield lock
-        files.replace(table, json.dumps(lock).encode())
+        fresh = table.with_name("rwlock.new")  # a power cut ends all who stand in it: no fsync
+        fresh.write_text(json.dumps(lock), encoding="utf-8")
+        fresh.replace(table)
+
+
+rwlock._edit_rwlock = edited_rwlock
+
+
+def unmade(repo: Repo, stages: Iterable[Any]) -> list[Any]:
+    """What DVC's `stages` depend on that no stage makes: code, and data of a user's own."""
+    made = {out.fs_path for out in repo.index.outs}
+    return [dep for stage in stages for dep in stage.deps if dep.fs_path not in made]
 
 
 @contextlib.contextmanager

@@ -7,13 +7,12 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import dvc.stage.run
-from dvc import dvcfile, rwlock
+from dvc import dvcfile
 from dvc.exceptions import CheckoutError, DvcException
 from dvc.repo import Repo
 from dvc.stage import Stage
@@ -21,7 +20,7 @@ from dvc.stage import Stage
 from ebm import EBMError
 from pipelines import ROOT
 from pipelines.lockfile import Entry, entries, lent, modified
-from pipelines.repository import edited_rwlock, opened, when_free
+from pipelines.repository import opened, unmade, when_free
 from pipelines.stage import CODE
 
 IN_PLACE = {"dump"}
@@ -139,7 +138,8 @@ def _edited(repo: Repo) -> str | None:
     """A tracked file that differs from the commit, and not because DVC or a stage wrote it, or a
     new one among the code or in what a stage reads."""
     staged, unstaged, untracked = repo.scm.status(untracked_files="all")
-    read = [*(Path(repo.root_dir, name) for name in CODE), *_folders_read(repo)]
+    read = [Path(repo.root_dir, name) for name in CODE]
+    read += [Path(dep.fs_path) for dep in unmade(repo, repo.index.stages)]
     new = [name for name in untracked if any(map(Path(repo.root_dir, name).is_relative_to, read))]
     made = [Path(out.fs_path) for out in repo.index.outs]
     for name in sorted({*unstaged, *new, *(name for names in staged.values() for name in names)}):
@@ -149,38 +149,32 @@ def _edited(repo: Repo) -> str | None:
     return None
 
 
-def _folders_read(repo: Repo) -> Iterator[Path]:
-    """Where stages look for files that no stage makes."""
-    made = {out.fs_path for out in repo.index.outs}
-    return (Path(dep.fs_path) for dep in repo.index.deps if dep.fs_path not in made)
-
-
 def _prepare_process() -> None:
     """What `reproduce` and `travel` need of the process that they have for themselves."""
     for number in (signal.SIGINT, signal.SIGALRM):
         signal.signal(number, _give_up_unless_there_is_a_result)
     dvcfile.modify_yaml = modified
-    rwlock._edit_rwlock = edited_rwlock
     _enter_what_was_read()
     for chatty in ("dvc.dvcfile", "dvc.repo.scm_context"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _enter_what_was_read() -> None:
-    """Have DVC enter into `dvc.lock` what a stage depends on as it was when its command began; it
-    looks when the command has ended. What is edited meanwhile then makes the stage stale, and no
+    """Have DVC enter into `dvc.lock` what a stage depends on as it was when its command began, and
+    not as it is when that has ended. What is edited meanwhile then makes the stage stale, and no
     result is one of parameters that it never saw."""
-    run, save = dvc.stage.run.cmd_run, Stage.save_deps
+    run, save = Stage._run_stage, Stage.save_deps
 
-    def begun(stage: Stage, *args: Any, **kwargs: Any) -> None:
-        stage.save_deps()
-        run(stage, *args, **kwargs)
+    def begun(stage: Stage, dry: bool, force: bool, **kwargs: Any) -> None:
+        if force:  # else DVC itself looks at once, for the sake of its run cache
+            stage.save_deps()
+        run(stage, dry, force, **kwargs)
 
     def saved(stage: Stage, *args: Any, **kwargs: Any) -> None:
         if not _command_has_ended():
             save(stage, *args, **kwargs)
 
-    dvc.stage.run.cmd_run, Stage.save_deps = begun, saved
+    Stage._run_stage, Stage.save_deps = begun, saved
 
 
 def _command_has_ended() -> bool:

@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class Sweep:
     better: int
     trials: int
     seed: int
-    sources: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, str]
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -111,23 +111,25 @@ def plan(
         stages=own,
         linked=[out for one in needed for out in one.outs],
     )
-    sources = dag.sources([one.name for one in own], root)
-    return Sweep(recipe, spanned, needed, better, trials, seed, sources)
+    code = dag.sources([one.name for one in own], root)
+    return Sweep(recipe, spanned, needed, better, trials, seed, code)
 
 
 def _check_place(experiment: str, root: Path) -> None:
     """EBMError unless the experiment stands in params.yaml; what to do if it is one of paper/."""
     from ebm import params
 
-    paper = root / "paper" / "params.yaml"
-    own = params.load(root / "params.yaml").experiments
-    if experiment not in own and paper.exists() and experiment in params.load(paper).experiments:
+    try:
+        params.experiment(root / "params.yaml", experiment)
+    except EBMError:
+        paper = root / "paper" / "params.yaml"
+        if not (paper.exists() and experiment in params.load(paper).experiments):
+            raise
         change = f"-S paper/params.yaml:experiments.{experiment}.KEY=VALUE"
         raise EBMError(
             f"{experiment}: stands in paper/params.yaml, and sweeps search params.yaml; copy it "
             f"and its data set, or `dvc exp run {change} paper/dvc.yaml:evaluate@{experiment}`"
-        )
-    params.experiment(root / "params.yaml", experiment)
+        ) from None
 
 
 def dependent(stages: Sequence[dag.Stage], keys: Sequence[str]) -> list[dag.Stage]:

@@ -94,15 +94,15 @@ def tasks(trials: Trials, launcher: Launcher) -> Iterator[Work]:
 
 
 def report(planned: sweep.Sweep, study: Study, apply: bool) -> State:
-    """Conclude the sweep and write the table of trials; the state of the flow run."""
-    found = sweep.conclude(planned, study, apply)
-    about = "The trials of this study"
+    """Write the table of trials and conclude the sweep; the state of the flow run."""
+    rows = sweep.rows(study)
     try:
-        create_table_artifact(sweep.rows(study), key="trials", description=about)
+        create_table_artifact(rows, key="trials", description="The trials of this study")
     except Exception as error:  # of the server; the study is what it is
         get_run_logger().warning("the table of trials is not in Prefect: %s", error)
-    make = states.Completed if found else states.Failed
-    return make(message=sweep.tally(study))
+    if not sweep.conclude(planned, study, apply):
+        return states.Failed(message=sweep.tally(study))
+    return states.Completed(message=sweep.tally(study))
 
 
 def main() -> int:

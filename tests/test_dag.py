@@ -263,7 +263,7 @@ def launcher(tmp_path_factory):
 @pytest.mark.parametrize(
     ("owner", "name", "recorded"),
     [
-        ("pipelines.repository:files", "replace", False),
+        ("pathlib:Path", "replace", False),
         ("dpath.segments", "fnmatchcase", False),  # within an `except` that swallows everything
         ("dvc.stage:Stage", "remove_outs", False),
         ("dvc.stage:Stage", "save", True),
@@ -281,6 +281,19 @@ def test_sigint_costs_no_result_and_breaks_none_of_dvcs_files(
     assert (house.ran() == ["prepare"]) == recorded
     (prepare,) = dag.plan(["prepare"], house.root).stages
     assert prepare.stale != recorded
+
+
+def test_sources_are_what_no_stage_makes_and_tell_of_an_edit(house):
+    house.edit("dvc.yaml", "deps: [out/prepare]", "deps: [out/prepare, code, stage.py]")
+    (house.root / "code").mkdir()
+    house.write("code/a.py", "1")
+    before = dag.sources(["train@a", "evaluate@a"], house.root)
+    assert before.keys() == {"code", "stage.py"}
+    assert dag.sources(["evaluate@a"], house.root) == {}
+    house.write("code/a.py", "2")
+    after = dag.sources(["train@a"], house.root)
+    assert after["code"] != before["code"]
+    assert after["stage.py"] == before["stage.py"]
 
 
 def test_a_table_of_locks_that_a_killed_process_left_broken_stops_nobody(house):

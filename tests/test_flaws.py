@@ -132,7 +132,10 @@ def test_an_experiment_is_one_run_with_all_that_came_of_it_and_leaves_no_checkpo
     assert kept == {("samples", "samples.npz"), *pictures}
     [model] = [event for event in events if event["op"] == "model"]
     assert model["serving"]["sample"] == {"steps": 2}
-    first, second = (event["params"] for event in events if event["op"] == "start")
-    assert first["model.ratio"] == str(MODELS["nce"]["ratio"])
-    assert {name.partition(".")[0] for name in second} == {"sample", "evaluate"}
+    [tags] = [event["tags"] for event in events if event["op"] == "tags"]
+    assert {
+        "sample.count": "40",
+        "sample.steps": "2",
+        "evaluate.grid": "20",
+    }.items() <= tags.items()
     assert not list(Path(".checkpoints").rglob("*.ckpt"))

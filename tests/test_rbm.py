@@ -121,6 +121,18 @@ def test_the_annealing_path_ends_where_it_says():
     torch.testing.assert_close(rbm._annealed_energy(0.0, v), free)
 
 
+def test_the_training_gradient_is_the_likelihood_gradient_once_the_chains_have_mixed():
+    """grad mean F(data) - E_model[grad F], both sides exact."""
+    rbm = machine()
+    data = states(6)[torch.tensor([3, 17, 40, 63])]
+    p = log_p(rbm).exp().detach()
+    contrast = rbm.energy(data).mean() - p @ rbm.energy(states(6))
+    likelihood = -log_p(rbm)[torch.tensor([3, 17, 40, 63])].mean()
+    ours = torch.autograd.grad(contrast, list(rbm.parameters()))
+    exact = torch.autograd.grad(likelihood, list(rbm.parameters()))
+    torch.testing.assert_close(ours, exact)
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_training_step_follows_the_exact_gradient(persistent):
     """Of the likelihood from chains that have mixed; from the data that of CD-1, whose second

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -215,14 +216,25 @@ def test_a_full_disk_leaves_the_table_of_locks_as_it_was(tmp_path, monkeypatch):
     with repository.edited_rwlock(str(tmp_path), localfs, False) as lock:
         lock["read"]["/a"] = [{"pid": 1, "cmd": "x"}]
     before = table.read_bytes()
-    monkeypatch.setattr(repository.files, "replace", full_disk)
+    monkeypatch.setattr(Path, "write_text", full_disk)
     again = repository.edited_rwlock(str(tmp_path), localfs, False)
     with pytest.raises(OSError, match="No space"), again as lock:
         lock["read"].clear()
     assert table.read_bytes() == before
 
 
-def full_disk(*_):
+@pytest.mark.parametrize("table", ["[]", '{"write": {"/a": {"cmd": "dvc"}}}', "{"])
+def test_a_table_of_locks_that_is_none_is_told_in_dvc_s_words(tmp_path, table):
+    from dvc.exceptions import DvcException
+    from dvc.fs import localfs
+
+    (tmp_path / "rwlock").write_text(table)
+    edited = repository.edited_rwlock(str(tmp_path), localfs, False)
+    with pytest.raises(DvcException, match="RWLock-file"), edited:
+        pass
+
+
+def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

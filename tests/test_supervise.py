@@ -121,7 +121,7 @@ def test_the_time_limit_ends_all(launcher):
     none_alive(pids, 1)
 
 
-def test_where_no_other_process_is_to_be_had_the_one_that_was_ends(tmp_path, monkeypatch):
+def test_where_no_other_process_is_to_be_had_the_one_that_was_ends(tmp_path):
     """The guard is the second that a supervisor starts; without it nobody would end the first."""
     ours, theirs = socket.socketpair()
     fork, forks = os.fork, []
@@ -130,22 +130,23 @@ def test_where_no_other_process_is_to_be_had_the_one_that_was_ends(tmp_path, mon
         forks.append(1)
         if len(forks) == 2:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return fork()
+        if leader := fork():
+            told.write_text(str(leader))
+        return leader
 
-    told = tmp_path / "pid"
+    told = tmp_path / "leader"
     if not (supervisor := os.fork()):
         with contextlib.suppress(BaseException):
             ours.close()
             os.fork = exhausted
             with open(os.devnull, "w") as output:
-                command = [f"echo $$ > {told}; sleep 600; true"]
-                supervise.supervise(shell, theirs.detach(), os.dup(output.fileno()), command, None)
+                line, copy = theirs.detach(), os.dup(output.fileno())
+                supervise.supervise(shell, line, copy, ["sleep 60"], None)
         os._exit(9)
     theirs.close()
     assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) == 9
-    assert ours.recv(1) == b""
-    if told.exists() and (pid := told.read_text().strip()):
-        none_alive([int(pid)])
+    none_alive([int(told.read_text())])
+    ours.close()
 
 
 def test_within_the_time_limit_nothing_happens(launcher):

@@ -563,7 +563,7 @@ def planned(root, params=SMALL, trials=5, **changes):
     """A sweep over SPACE, whose root has prepared its data."""
     recipe = trial.Recipe(root, root / ".sweeps/s", params, EXPERIMENT, "m", None, (), ())
     needed = (dag.Stage("prepare@digits", "true", (), False),)
-    return replace(sweep.Sweep(recipe, SPACE, needed, 1, trials, 0), **changes)
+    return replace(sweep.Sweep(recipe, SPACE, needed, 1, trials, 0, {}), **changes)
 
 
 def prepared(root, md5):
