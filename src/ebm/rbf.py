@@ -2,10 +2,12 @@
 a point with some of the training rows by it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ebm import EBMError
 from ebm.scoring import Scorer
@@ -67,7 +69,24 @@ def some_rows(data: Tensor, points: int) -> Tensor:
 
 
 def in_slices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x) [N] for points x [N, D], slice by slice; for a gradient each slice is computed
-    again, and none is kept."""
-    parts = [checkpoint(function, part, use_reentrant=False) for part in x.split(SLICE)]
-    return torch.cat(parts)
+    """function(x) [N] for points x [N, D], slice by slice; for its gradient in x each slice is
+    computed again, and none is kept."""
+    return torch.cat([_Slice.apply(part, function) for part in x.split(SLICE)])
+
+
+class _Slice(Function):
+    """PyTorch's own `checkpoint` would import its compiler, which takes seconds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            value = ctx.function(x)
+        return torch.autograd.grad(value, x, weight)[0], None
