@@ -51,8 +51,8 @@ BROKEN = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFE
 UNREADABLE = (OSError, *BROKEN)
 """What Pillow raises of a file that is no image, or a damaged one."""
 
-COPIES = 8
-"""Bytes in memory for each of a pixel's: the splits, what is written of them, and floats."""
+NEEDED = 8
+"""Bytes of memory for each byte of the images: the splits, what is written of them, floats."""
 
 DARK = 16
 """Of 256 levels, those that pixels of 10 or 12 bits leave in files of 16 bits."""
@@ -71,7 +71,7 @@ def prepare(settings: FolderData) -> Made:
     shape = (3, settings.size, settings.size) if settings.colour else (settings.size,) * 2
     pixels = len(paths) * math.prod(shape)
     what = f"{settings.path}: {len(paths)} images of {settings.size} x {settings.size} pixels"
-    check_room(COPIES * pixels, what, "a smaller size takes less")
+    check_room(NEEDED * pixels, what, "a smaller size takes less")
     inliers = [path for members in classes.values() for path in members]
     sizes = torch.tensor([len(members) for members in classes.values()])
     labels = torch.arange(len(classes)).repeat_interleave(sizes)

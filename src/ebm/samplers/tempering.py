@@ -22,6 +22,8 @@ from ebm.samplers.langevin import DecoupledLangevin
 from ebm.samplers.metropolis import Independence
 
 NO_RUNGS = (Independence, DecoupledLangevin)
+"""Kernels whose states keep something else than the energy at their points."""
+
 TO_TARGET, TO_START = 1, 2
 """Where a replica is headed: it has touched the path's start, or the target after that."""
 
