@@ -17,7 +17,7 @@ from dvc.repo import Repo
 from dvc.scm import map_scm_exception
 from voluptuous import Invalid
 
-from ebm import EBMError
+from ebm import EBMError, files
 from pipelines.supervise import restart_clock
 
 PATIENCE_SECONDS = 1.0
@@ -93,9 +93,8 @@ def edited_rwlock(folder: str, fs: Any, hardlink: bool) -> Iterator[dict[str, An
             defaultdict(kind, lock[name]) for name, kind in (("read", list), ("write", dict))
         )
         yield lock
-        fresh = table.with_name("rwlock.new")  # a power cut ends all who stand in it: no fsync
-        fresh.write_text(json.dumps(lock), encoding="utf-8")
-        fresh.replace(table)
+        # not synced, which others would wait for: a power cut ends all who stand in it
+        files.replace(table, json.dumps(lock).encode(), sync=False)
 
 
 rwlock._edit_rwlock = edited_rwlock

@@ -216,11 +216,12 @@ def test_a_full_disk_leaves_the_table_of_locks_as_it_was(tmp_path, monkeypatch):
     with repository.edited_rwlock(str(tmp_path), localfs, False) as lock:
         lock["read"]["/a"] = [{"pid": 1, "cmd": "x"}]
     before = table.read_bytes()
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "replace", full_disk)
     again = repository.edited_rwlock(str(tmp_path), localfs, False)
     with pytest.raises(OSError, match="No space"), again as lock:
         lock["read"].clear()
     assert table.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"rwlock", "rwlock.lock"}
 
 
 @pytest.mark.parametrize("table", ["[]", '{"write": {"/a": {"cmd": "dvc"}}}', "{"])

@@ -9,15 +9,17 @@ from pathlib import Path
 from ebm import EBMError
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes, sync: bool = True) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never a part,
-    and so does whoever comes after a kill or a power cut, or finds the disk full."""
+    and so does whoever comes after a kill or finds the disk full, or, unless not to `sync`, comes
+    after a power cut."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with fresh.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
