@@ -13,6 +13,7 @@ from pipelines.tracking import flat
 from pipelines.typeset import duration, measured, number, template
 from pipelines.words import (
     AREAS,
+    BEFORE,
     DATA,
     EQUILIBRIA,
     KINDS,
@@ -85,6 +86,7 @@ def render(
             r.name: matrix(r.record.dataset, [r], list(AREAS)) for r in results if classes(r)
         },
         curves={r.name: curves(r.history, EQUILIBRIA.get(r.record.variant)) for r in results},
+        beside={r.name: BEFORE.get(r.record.variant, "Before MCMC") for r in results},
         settings={result.name: dict(flat(_settings(result))) for result in results},
         glossary=[metric for name, metric in METRICS.items() if name in shown],
         kinds={kind: text for kind, text in KINDS.items() if kind in kinds},
@@ -161,7 +163,7 @@ LIKELIHOODS = {
     name: METRICS[name]
     for name in (
         *("log_likelihood", "bits_per_dim", "grid_kl", "outside", "log_density_mse"),
-        *("log_partition", "log_partition_ess"),
+        *("log_partition", "log_partition_left", "log_partition_ess"),
     )
 }
 """What says how good a model is as a density."""
@@ -338,10 +340,20 @@ def data_uri(picture: Picture) -> str:
 
 def curves(history: History, equilibria: Mapping[str, float] | None = None) -> list[Curve]:
     """A line for each scalar over the steps, beside its equilibrium where it has one; none for
-    those that are always 0, of terms that are not in use."""
+    those that are always 0, of terms that are not in use, and a line begins where its scalar is
+    first another: until there a warm-up does not compute it."""
     levels = equilibria or {}
     names = [name for name in history if name != "step" and any(history[name])]
-    return [_curve(name, history["step"], history[name], levels.get(name)) for name in names]
+    return [
+        _curve(name, history["step"], _once_computed(history[name]), levels.get(name))
+        for name in names
+    ]
+
+
+def _once_computed(values: Sequence[float]) -> list[float]:
+    """NaN for the zeros that they begin with, if there are several."""
+    zeros = next(i for i, value in enumerate(values) if value)
+    return [math.nan] * zeros + list(values[zeros:]) if zeros > 1 else list(values)
 
 
 def _curve(

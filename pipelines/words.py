@@ -21,7 +21,8 @@ METRICS = {
         "Modes found",
         +1,
         "Modes of the data that at least one sample lies near: of stacks of images, tuples of "
-        "classes that the reference network sees in at least one.",
+        "classes that the reference network sees in at least one; it sees one in every stack, "
+        "however bad.",
     ),
     "high_quality_share": Metric(
         "High-quality share",
@@ -29,7 +30,7 @@ METRICS = {
         "Share of the samples within 4 standard deviations of a mode, or of the data's curve.",
     ),
     "mode_kl": Metric(
-        "Mode KL", -1, "KL divergence of the samples' mode histogram from the true one.", "nats"
+        "Mode KL", -1, "KL divergence of the samples' mode histogram from the uniform one.", "nats"
     ),
     "grid_kl": Metric(
         "Density KL", -1, "KL(true density ‖ learned density), integrated on a grid.", "nats"
@@ -81,8 +82,15 @@ METRICS = {
     "log_partition": Metric(
         "log Z",
         0,
-        "Logarithm of the partition function; of a model with a constant of its own what is left "
-        "of it, so that 0 is right: by a grid in the plane, of images by importance sampling.",
+        "Logarithm of the partition function, in the middle of two estimates.",
+        "nats",
+        False,
+    ),
+    "log_partition_left": Metric(
+        "log Z left over",
+        0,
+        "Of an energy that has learned its constant: log of the integral of exp(−E), which is 0 "
+        "where that constant is right; by a grid in the plane, of images by importance sampling.",
         "nats",
         False,
     ),
@@ -121,15 +129,11 @@ METRICS = {
         "Sample precision",
         +1,
         "Share of the samples within reach of test images: how good they look.",
-        "",
-        False,
     ),
     "sample_recall": Metric(
         "Sample recall",
         +1,
         "Share of the test images within reach of samples: how much of the data they cover.",
-        "",
-        False,
     ),
     "inception_score": Metric(
         "Inception-style score",
@@ -268,7 +272,11 @@ SAMPLERS = {
         "R-hat", -1, "Rank-normalised and split; of the worst known expectation. Trust below 1.01."
     ),
     "tau": Metric(
-        "Autocorrelation", -1, "Autocorrelation time of the energy, in evaluations.", "evaluations"
+        "Autocorrelation",
+        -1,
+        "Autocorrelation time of the energy. It believes the chains: where R-hat is high, it "
+        "means nothing.",
+        "evaluations",
     ),
     "acceptance": Metric("Acceptance", 0, "Mean acceptance probability of the proposals."),
     "swaps": Metric("Swaps", 0, "Smallest mean swap acceptance of two neighbours of a ladder."),
@@ -284,13 +292,17 @@ ORACLES = {
     "8gaussians": "Eight Gaussians",
     "ising": "Ising lattice, 4 × 4 spins",
 }
+BEFORE = {"nce": "Of its noise", "fce": "Of its flow"}
+"""By variant, whose the numbers are beside those of the energy, without a defence; of all others
+those of the same model's generator, before MCMC."""
+
 KINDS = {
     "exact": "the value of a perfect model, known in closed form",
     "ceiling": "the most a model can honestly get: what real data, exact samples, the true "
     "density or the best possible ranking score (precision of samples alone can be higher, at the "
     "price of their recall, and the reverse)",
-    "floor": "the least a model can honestly get: what real data, exact samples or the worst "
-    "possible ranking score",
+    "floor": "the least a model can honestly get, but for the noise of its own draw: what real "
+    "data, exact samples or the worst possible ranking score",
     "chance": "what scores that know nothing get",
     "published": "as printed in the paper named beside it",
     "baseline": "a simple model, fitted to the same data here, or the same measured on the "

@@ -118,7 +118,7 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path):
 
 
 def test_nothing_left_to_train_on_is_an_error():
-    with pytest.raises(EBMError, match="leaves nothing"):
+    with pytest.raises(EBMError, match="expected at most 1791: 6 images to train on"):
         digits(test=1700)
 
 

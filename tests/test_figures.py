@@ -350,8 +350,10 @@ def test_error_curves_that_lie_on_one_another_show_all_their_marks():
 
 def test_paths_lie_over_the_density_they_explore():
     path = np.array([[2.0, 1.0], [-1.0, -2.0]])
-    figure = figures.chain_paths(spot(0, 0), EXTENT, {"a": path, "b": path[::-1]})
+    figure = figures.chain_paths(spot(0, 0), EXTENT, {"a": path, "b": path[::-1]}, ("v", "x"))
     pixels = drawn(figure)
+    assert [ax.get_xlabel() for ax in figure.axes] == ["v", "v"]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["x", ""]
     for ax, start in zip(figure.axes, path, strict=True):
         assert ax.get_xlim() == EXTENT[:2]
         assert ax.get_ylim() == EXTENT[2:]

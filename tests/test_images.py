@@ -242,7 +242,7 @@ def test_bytes_to_draw_anew_are_kept_beside_bits_drawn_once():
 
 @pytest.mark.usefixtures("mirror")
 def test_grey_images_become_equal_channels():
-    outliers = images("cifar10", ["mnist"], validation=5).outliers()["mnist"]
+    outliers = images("cifar10", ["mnist"], validation=4).outliers()["mnist"]
     assert outliers.shape == (20, 3, 32, 32)
     assert torch.equal(outliers[:, 0], reshaped(TEST, torch.Size([32, 32])))
     assert torch.equal(outliers[:, 0], outliers[:, 2])
@@ -291,7 +291,7 @@ def test_usps_is_the_same_from_either_file(mirror, monkeypatch):
 
 
 def test_cifar10_is_the_archive_or_named_as_reduced(mirror, monkeypatch, caplog):
-    reduced = images("cifar10", [], 5)
+    reduced = images("cifar10", [], 4)
     tensors = reduced.tensors
     order = torch.cat([tensors["train_index"], tensors["validation_index"]]).argsort()
     pixels = torch.cat([tensors["train"], tensors["validation"]])[order].flatten(1)
@@ -302,8 +302,8 @@ def test_cifar10_is_the_archive_or_named_as_reduced(mirror, monkeypatch, caplog)
     batches = {f"data_batch_{k}.bin": (BATCH ^ k).numpy().tobytes() for k in range(1, 6)}
     archive = tarred(batches | {"test_batch.bin": BATCH.numpy().tobytes()})
     publish(mirror, monkeypatch, "cifar10/cifar-10-binary.tar.gz", archive)
-    full = images("cifar10", [], 5)
-    assert full.manifest["counts"] == {"train": 20, "validation": 5, "test": 5}
+    full = images("cifar10", [], 4)
+    assert full.manifest["counts"] == {"train": 21, "validation": 4, "test": 5}
     assert "reduced" not in full.manifest["source"]
     index = full.tensors["train_index"]
     assert torch.equal(full.tensors["train"][index == 24].flatten(), BATCH[4, 1:] ^ 5)
@@ -386,7 +386,7 @@ def test_a_mirror_may_be_an_address(mirror, monkeypatch, serve):
 
 @pytest.mark.usefixtures("mirror")
 def test_nothing_left_to_train_on_is_an_error():
-    with pytest.raises(EBMError, match="validation = 30 leaves nothing of 30 images"):
+    with pytest.raises(EBMError, match="validation = 30; expected at most 24: 6 images"):
         images(validation=30)
 
 
@@ -398,10 +398,10 @@ def on_levels(images, count):
 
 MAKERS = {
     "bytes": (images, 256, 6),
-    "colour": (lambda: images("cifar10", ["mnist", "omniglot"], 5), 256, 5),
+    "colour": (lambda: images("cifar10", ["mnist", "omniglot"], 4), 256, 5),
     "digits": (lambda: digits(binarize="none"), 17, 3),
-    "binary": (lambda: digits(binarize="sample"), 2, 3),
-    "binary bytes": (lambda: images(binarize="sample"), 2, 6),
+    "binary": (lambda: digits(binarize="sample"), 2, 2),  # constants would be of two kinds
+    "binary bytes": (lambda: images(binarize="sample"), 2, 5),
 }
 
 
@@ -418,6 +418,7 @@ def test_all_sets_have_the_form_of_the_test_split(name):
         assert points.shape[1:] == test.shape[1:]
         assert on_levels(points, count)
         assert 0 <= points.min() <= points.max() <= 1
+    assert ("constant" in found) == (count > 2)
     assert found["uniform"].unique().equal(torch.arange(count) / (count - 1))
     assert not on_levels(test + torch.rand_like(test) / 512, count)  # the rule can fail
 

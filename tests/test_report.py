@@ -425,7 +425,7 @@ def test_metrics_of_images_have_their_own_words_and_few_stand_in_the_overview():
     assert len({metric.label for metric in found.values()}) == len(found)
     assert [found[name].better for name in found] == [-1] * 3 + [+1] * 4
     shown = [name for name, metric in found.items() if metric.overview]
-    assert shown == ["frechet_distance", "conditional_accuracy", "auroc_mean"]
+    assert shown == ["frechet_distance", *shares, "auroc_mean"]
     outliers = page.metric("auroc_fashion-mnist")
     assert (outliers.label, outliers.better) == ("AUROC, fashion-mnist", +1)
     assert not outliers.overview
@@ -468,9 +468,9 @@ def test_the_comparison_of_samplers_is_a_table_of_what_applies(html):
     assert list(found) == ["MALA", "Langevin", "tempered &lt;Gibbs&gt;"]
     assert found["MALA"]["Acceptance"] == "0.5741"
     assert found["MALA"]["Swaps"] == "—"
-    assert found["MALA"]["ESS"] == "2.125"
-    assert found["Langevin"]["Error"] == "undefined 25 % diverged"
-    assert found["tempered &lt;Gibbs&gt;"]["Round trips"] == "44.50"
+    assert found["MALA"]["ESS ↑, per 1000"] == "2.125"
+    assert found["Langevin"]["Error ↓"] == "undefined 25 % diverged"
+    assert found["tempered &lt;Gibbs&gt;"]["Round trips ↑"] == "44.50"
     section = html.split('<section id="samplers"')[1].split("</section>")[0]
     assert "Banana" in section
     assert "Ising lattice" in section
@@ -502,16 +502,16 @@ def cells(html, experiment):
 
 def test_the_overview_shows_numbers_with_their_references(html):
     assert cells(html, MEG) == {
-        "Modes found": "8 / 8 ceiling 8 published 7.5",
-        "High-quality share": "0.9123",
-        "Mode KL": "undefined",
-        "Density KL": "0.2500 exact 0",
-        "Training time": "1 min 33 s",
+        "Modes found ↑": "8 / 8 ceiling 8 published 7.5",
+        "High-quality share ↑": "0.9123",
+        "Mode KL ↓, nats": "undefined",
+        "Density KL ↓, nats": "0.2500 exact 0",
+        "Training time ↓": "1 min 33 s",
     }
     assert cells(html, RBM) == {
-        "Log-likelihood": "−22.57 −22.572 and −22.571 baseline −27.00",
-        "Fréchet distance": "1.23 × 10⁻⁵",
-        "Training time": "1 min 33 s",
+        "Log-likelihood ↑, nats": "−22.57 estimates −22.572 and −22.571 baseline −27.00",
+        "Fréchet distance ↓": "1.23 × 10⁻⁵",
+        "Training time ↓": "1 min 33 s",
     }
 
 
@@ -519,7 +519,7 @@ def test_what_is_known_as_a_density_stands_in_one_table_whatever_the_data(html):
     group = html.split("Densities of all families")[1].split("</table>")[0]
     assert {name for name in (RBM, MEG) if f'href="#{name}"' in group} == {RBM, MEG}
     shown = set(re.findall('data-label="(.*?)"', group))
-    assert shown == {"Log-likelihood", "Density KL"}
+    assert shown == {"Log-likelihood ↑, nats", "Density KL ↓, nats"}
     rows = re.findall(r"<tr>.*?</tr>", group, re.DOTALL)
     (meg,) = (row for row in rows if f'href="#{MEG}"' in row)
     assert "0.2500" in meg
@@ -535,8 +535,8 @@ def test_a_metric_that_was_not_measured_is_a_dash_and_no_zero(project):
     settings["experiments"]["meg-25gaussians"] = settings["experiments"][MEG]
     report.write(project, settings)
     html = (project / "reports" / "index.html").read_text()
-    assert cells(html, MEG)["Modes found"] == "—"
-    assert cells(html, "meg-25gaussians")["Modes found"].startswith("8 / 8")
+    assert cells(html, MEG)["Modes found ↑"] == "—"
+    assert cells(html, "meg-25gaussians")["Modes found ↑"].startswith("8 / 8")
 
 
 def test_the_section_has_the_source_of_every_reference_and_the_number_before_mcmc(html):
@@ -652,6 +652,21 @@ def test_a_gap_lifts_the_pen_and_a_constant_runs_through_the_middle():
     assert (none.path, none.last) == ("", "undefined")
 
 
+def test_a_curve_begins_where_its_scalar_is_first_computed():
+    found = page.curves(
+        {
+            "step": [0.0, 1.0, 2.0, 3.0],
+            "game": [0.0, 0.0, -1.5, -1.4],
+            "loss": [0.0, 3.0, 2.0, 0.0],
+        },
+        {"game": -1.4},
+    )
+    game, loss = found
+    assert len(points(game.path)) == 2
+    assert game.summary == "from −1.5 to −1.4"
+    assert len(points(loss.path)) == 4  # one zero is a value
+
+
 def test_what_is_always_zero_has_no_curve():
     (kept,) = page.curves({"step": [0.0, 1.0], "off": [0.0, 0.0], "on": [0.0, 1e-9]})
     assert kept.name == "on"
@@ -742,13 +757,13 @@ def test_a_number_by_the_gradient_stands_in_the_row_of_that_by_the_energy(detect
     shown = cells(detectors, "a")
     spoken = "by the norm of the gradient"
     both = f"0.9300 ± 0.012 ceiling 0.9900 ∇ {spoken} 0.6000 ± 0.00050 published 0.9389"
-    assert shown["F1"] == both
+    assert shown["F1 ↑"] == both
     rows = re.findall('<tr id="a_(.*?)"', detectors)
     assert rows == ["f1", "seconds"]
     row = detectors.split('<tr id="a_f1"')[1].split("</tr>")[0]
     for text in ("0.6000 ± 0.00050", "published of f1_gradient", "ceiling of f1"):
         assert text in row
-    assert "∇" not in cells(detectors, "c")["F1"]
+    assert "∇" not in cells(detectors, "c")["F1 ↑"]
 
 
 def test_protocols_of_one_benchmark_are_one_table_whose_rows_name_their_data(detectors):

@@ -14,6 +14,7 @@ from ebm.samplers import (
     MALA,
     DecoupledLangevin,
     Independence,
+    Interspersed,
     ParallelTempering,
     PowerTempering,
     RandomWalk,
@@ -307,9 +308,12 @@ def test_kernels_that_keep_something_else_than_the_energy_are_refused(kind):
 
     independent = Independence(gaussian, draw, lambda x: normal.log_prob(x).sum(1))
     for kernel in (independent, DecoupledLangevin(gaussian, 0.1, 0.1)):
-        ladder = kind(lambda beta, x: beta * gaussian(x), lambda _, kernel=kernel: kernel, BETAS)
-        with pytest.raises(EBMError, match=f"^{type(kernel).__name__} is no kernel of a rung"):
-            ladder.init(torch.zeros(3, 2))
+        name = type(kernel).__name__
+        jumping = Interspersed(Interspersed(kernel, kernel, 2, 1), kernel, 2, 1)
+        for rung in (kernel, jumping):
+            ladder = kind(lambda beta, x: beta * gaussian(x), lambda _, rung=rung: rung, BETAS)
+            with pytest.raises(EBMError, match=f"^{name} is no kernel of a rung"):
+                ladder.init(torch.zeros(3, 2))
 
 
 def test_swaps_keep_no_graph_of_what_the_parameters_of_an_energy_went_through():

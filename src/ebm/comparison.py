@@ -316,8 +316,12 @@ def _picture(
         for chains in found
         if chains.log_weight is None
     }
-    caption = f"One chain each over the density, for {SHOWN} evaluations, from the cross on."
-    return name, title, caption, figures.chain_paths(_density(oracle), oracle.extent, paths)
+    caption = (
+        f"One chain each, for {SHOWN} evaluations, from the cross on; blue: the density of the "
+        "two coordinates."
+    )
+    picture = figures.chain_paths(_density(oracle), oracle.extent, paths, oracle.axes)
+    return name, title, caption, picture
 
 
 def _path(chains: Chains) -> Tensor:

@@ -28,11 +28,13 @@ def demonstrate(
     known = torch.zeros(x.shape[-2:], dtype=torch.bool, device=x.device)
     known[: x.shape[-2] // 2] = True
     frames = tasks.complete(model, x, known, y, steps)
-    caption = "The upper half is given, the rest begins as noise and follows p(rest | given)."
+    given = "The upper half is given" if y is None else "The upper half and the class are given"
+    caption = f"{given}; the rest begins as noise, and its chains follow the energy of the whole."
     draw("completion", "Completion", caption, _strips(x, frames, steps))
     noisy = (x + NOISE * torch.randn_like(x)).clamp(*model.bounds)
     frames = tasks.denoise(model, noisy, y, steps)
-    caption = f"Test images with Gaussian noise of standard deviation {NOISE}, then their chains."
+    caption = f"Test images with Gaussian noise of standard deviation {NOISE}, then their chains"
+    caption += "." if y is None else ", to which the class is given."
     draw("denoising", "Denoising", caption, _strips(x, frames, steps))
     if y is not None:
         _demonstrate_classes(model, x, y, steps, draw)

@@ -111,4 +111,4 @@ def log_partition_variance(log_p: Tensor, log_q: Tensor, ratio: float, cell: flo
     """
     share = torch.sigmoid(math.log(ratio) + log_q - log_p)
     information = (log_p.exp() * share).sum() * cell
-    return max(0.0, (1 / information - (1 + 1 / ratio)).item())
+    return (1 / information - (1 + 1 / ratio)).clamp(min=0.0).item()

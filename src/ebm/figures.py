@@ -61,6 +61,7 @@ FRAME_TIME = 250  # milliseconds
 MARKS = "osD^vXP"  # with SERIES, a look of its own for each of 42 lines
 SPACING = 0.3  # of the marks on a line, in diagonals of its panel
 NEAR = 3.0  # times three quarters of the rows' distance to a threshold: histograms stop there
+LOWEST = 0.3  # rows of a set: where the axis of their shares begins
 FAR = 4.0  # widths of the data's energies: beyond, histograms stop
 SMOOTH: Any = {"interpolation": "bilinear", "interpolation_stage": "data"}
 
@@ -269,7 +270,7 @@ def energy_histogram(energies: Mapping[str, Array]) -> Figure:
     """Energies [n] of several sets over common bins, a row for each, each of an area of one.
 
     The bins reach FAR times the width of the first set's energies beyond it; all that lies further
-    out is counted in the outermost bin. A line marks the median.
+    out is counted in the outermost bin. A line marks a median within the frame.
     """
     clipped, bins = _framed(energies)
     figure = Figure(figsize=(5.4, 0.5 + 0.36 * len(energies)), layout="constrained")
@@ -278,7 +279,8 @@ def energy_histogram(energies: Mapping[str, Array]) -> Figure:
         ax.hist(
             energy, bins.tolist(), density=True, histtype="stepfilled", alpha=0.45, color=colour
         )
-        ax.axvline(float(np.median(energy)), color=colour)
+        if bins[0] < (median := float(np.median(energy))) < bins[-1]:
+            ax.axvline(median, color=colour)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
         ax.set_yticks([])
         ax.spines[["top", "left", "right"]].set_visible(False)
@@ -289,7 +291,8 @@ def energy_histogram(energies: Mapping[str, Array]) -> Figure:
 @rc_context(STYLE)
 def score_histograms(panels: Mapping[str, tuple[Mapping[str, Array], float]]) -> Figure:
     """A panel for each score, below each other: its values [n] in several sets of rows and its
-    threshold, dashed. The height of a bin is its share of a set, on a logarithmic axis.
+    threshold, dashed. The height of a bin is its share of a set, on a logarithmic axis that begins
+    at LOWEST rows of the largest.
 
     The frame reaches NEAR times as far from the threshold as three quarters of all rows lie, and
     no further than the rows do: few that are far away, of whatever set, cannot squeeze the others.
@@ -314,7 +317,8 @@ def score_histograms(panels: Mapping[str, tuple[Mapping[str, Array], float]]) ->
         if middle == threshold:
             ax.axvline(threshold, color=INK, ls="--", lw=0.9, label="threshold")
         ax.set(xscale="log" if logarithmic else "linear", xlim=(bins[0], bins[-1]))
-        ax.set(xlabel=f"score: {name}", yscale="log", ylabel="share of rows")
+        ax.set(xlabel=f"score: {name}", yscale="log", ylabel="share of its kind")
+        ax.set_ylim(bottom=LOWEST / max(map(len, sets.values())))
         if not logarithmic:  # 1.2 and 1e-4 beside the axis: 0.00012 has no room between ticks
             ax.ticklabel_format(axis="x", scilimits=(-3, 6))
         ax.spines[["top", "right"]].set_visible(False)
@@ -380,14 +384,15 @@ def detection_curves(
 @rc_context(STYLE)
 def mode_shares(shares: Mapping[str, Array]) -> Figure:
     """Shares [K] of the modes in several sets, each from its largest to its smallest, as multiples
-    of 1 / K, dashed. A line ends at the number of modes that its set has."""
+    of 1 / K. A line ends at the number of modes that its set has."""
     figure = Figure(figsize=(5.4, 2.6), layout="constrained")
     ax = figure.subplots()
-    for (name, share), colour in zip(shares.items(), cycle(SERIES), strict=False):
+    looks = zip(cycle(SERIES), cycle(("-", "--", ":")), strict=False)
+    for (name, share), (colour, form) in zip(shares.items(), looks, strict=False):
         found = np.sort(share[share > 0])[::-1] * len(share)
-        ax.semilogy(np.arange(1, len(found) + 1), found, color=colour, label=name)
-    ax.axhline(1, color=MUTED, ls="--", lw=0.9)
-    ax.set(xlabel="modes, the most frequent first", ylabel="relative share")
+        ax.semilogy(np.arange(1, len(found) + 1), found, color=colour, ls=form, label=name)
+    ax.axhline(1, color=FAINT, lw=0.9, zorder=0)
+    ax.set(xlabel="modes, the most frequent first", ylabel="share × number of modes")
     ax.set_xlim(0, max(map(len, shares.values())))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8)
@@ -457,11 +462,14 @@ def error_curves(curves: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> Fig
 
 
 @rc_context(STYLE)
-def chain_paths(log_density: Array, extent: Extent, paths: Mapping[str, Array]) -> Figure:
+def chain_paths(
+    log_density: Array, extent: Extent, paths: Mapping[str, Array], labels: tuple[str, str]
+) -> Figure:
     """A panel for each sampler: the path [T, 2] of one chain over the density it should explore.
 
     `log_density` [n, n] in nats at the centres of the cells that fill `extent`, row 0 at the
-    bottom. A cross marks where the chain began; what leaves the frame is cut off.
+    bottom, and `labels` name its axes. A cross marks where the chain began; what leaves the frame
+    is cut off.
     """
     figure = Figure(figsize=(2.1 * len(paths) + 0.2, 2.4), layout="constrained")
     axes = list(figure.subplots(1, len(paths), sharex=True, sharey=True, squeeze=False)[0])
@@ -472,7 +480,8 @@ def chain_paths(log_density: Array, extent: Extent, paths: Mapping[str, Array]) 
         ax.plot(path[:, 0], path[:, 1], color=SERIES[1], lw=0.4, alpha=0.6)
         ax.plot(path[:, 0], path[:, 1], ".", color=SERIES[1], ms=1.8)
         ax.plot(*path[0], "x", color=INK, ms=6)
-        ax.set(title=title, xlim=extent[:2], ylim=extent[2:], aspect="auto")
+        ax.set(title=title, xlabel=labels[0], xlim=extent[:2], ylim=extent[2:], aspect="auto")
+    axes[0].set_ylabel(labels[1])
     return figure
 
 

@@ -60,6 +60,10 @@ class Planar(Oracle, Protocol):
     """A continuous oracle, whose first two coordinates can be drawn in a plane."""
 
     @property
+    def axes(self) -> tuple[str, str]:
+        """What these coordinates are called."""
+
+    @property
     def extent(self) -> tuple[float, float, float, float]:
         """What to show of that plane: x_min, x_max, y_min, y_max."""
 
@@ -83,6 +87,7 @@ class Banana:
     a: float = 2.0
     b: float = 0.5
     extent: tuple[float, float, float, float] = (-7.0, 7.0, -6.0, 16.0)
+    axes: tuple[str, str] = ("x₁", "x₂")
 
     def energy(self, x: Tensor) -> Tensor:
         return _normal(x[:, 0], self.a**2) + _normal(x[:, 1] - self._bend(x[:, 0]), 1.0)
@@ -114,6 +119,7 @@ class Funnel:
     s: float = 3.0
     n: int = 9
     extent: tuple[float, float, float, float] = (-9.0, 9.0, -20.0, 20.0)
+    axes: tuple[str, str] = ("v", "x₁")
 
     def energy(self, x: Tensor) -> Tensor:
         v, rest = x[:, 0], x[:, 1:]
@@ -142,6 +148,7 @@ class Mixture:
 
     density: GaussianMixture
     extent: tuple[float, float, float, float] = (-2.0, 2.0, -2.0, 2.0)
+    axes: tuple[str, str] = ("x₁", "x₂")
 
     def energy(self, x: Tensor) -> Tensor:
         return self.density.energy(x)

@@ -35,17 +35,17 @@ def outlier_sets(prepared: Prepared, n: int, seed: int) -> dict[str, Tensor]:
         name: _some(images, n, _generator(name, seed))
         for name, images in sorted(prepared.outliers().items())
     }
-    shape = (n, *prepared.shape)
+    shape, none = (n, *prepared.shape), (0, *prepared.shape)  # of two levels: a coin's two sides
     draws: dict[str, Callable[[Generator], Tensor]] = {
         "uniform": lambda generator: uniform(shape, top, generator),
-        "constant": lambda generator: constant(shape, top, generator),
+        "constant": lambda generator: constant(shape if top > 1 else none, top, generator),
         "interpolation": lambda generator: interpolation(
             (unit(test) * top).round().long(), classes, n, generator
         ),
     }
     for name, draw in draws.items():  # one after another: large images take much room
         images = _stored(draw(_generator(name, seed)), top, test.dtype)
-        if len(images):  # of very unequal classes there may be no pair among those drawn
+        if len(images):  # of very unequal classes there may be no pair among those drawn either
             sets[name] = images
     return {name: unit(images) for name, images in sets.items()}
 

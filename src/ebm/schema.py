@@ -16,9 +16,11 @@ Count = Annotated[int, Field(gt=0)]
 Size = Annotated[int, Field(ge=0)]
 FEWEST_DRAWN = 30
 """Fewer samples of images have no distances worth a number."""
-FEWEST = 4
-"""Test images that distances take: three neighbours of each are looked for."""
-TestSize = Annotated[int, Field(ge=FEWEST)]
+FEWEST = 6
+"""Images of a split that distances take: those of thirds of them are extrapolated, and three
+neighbours of each are looked for."""
+Images = Annotated[int, Field(ge=FEWEST)]
+Several = Annotated[int, Field(ge=2)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -82,9 +84,9 @@ class DensityData(Section):
 
     kind: Literal["density"]
     density: Literal["8gaussians", "25gaussians", "swissroll", "rings", "2spirals"]
-    train: Count
+    train: Several
     validation: Count
-    test: Count
+    test: Several
     seed: Seed
     reference: CoordinatesReference
 
@@ -95,7 +97,7 @@ class DigitsData(Section):
     kind: Literal["digits"]
     binarize: Binarize
     validation: Count
-    test: TestSize
+    test: Images
     seed: Seed
     reference: Reference
 
@@ -197,9 +199,9 @@ class StackedData(Section):
     kind: Literal["stacked"]
     base: Literal["digits", "mnist", "fashion-mnist"]
     parts: Annotated[int, Field(ge=2, le=4)]
-    train: Count
+    train: Images
     validation: Count
-    test: TestSize
+    test: Images
     held_out: Count
     seed: Seed
     reference: ClassifierReference

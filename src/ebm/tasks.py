@@ -44,7 +44,8 @@ def denoise(model: Chained, x: Tensor, y: Tensor | None, steps: int) -> Tensor:
 
 def complete(model: Chained, x: Tensor, known: Tensor, y: Tensor | None, steps: int) -> Tensor:
     """Points of which only the coordinates `known` (boolean, broadcast to x) are to be believed:
-    the rest starts as noise and follows p(rest | known, y)."""
+    the rest starts as noise, and its chains follow the energy of the whole, of classes y [n] if
+    they are given."""
     energy = _energy(model, y)
     start = torch.where(known, x, model.noise_like(x))
     frames = _chain(model, lambda z: energy(torch.where(known, x, z)), start, steps)

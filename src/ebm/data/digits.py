@@ -6,7 +6,7 @@ from torch import Tensor
 from ebm import EBMError
 from ebm.data import GREYS, SPLITS
 from ebm.data.made import Made, binarised, chosen
-from ebm.schema import DigitsData
+from ebm.schema import FEWEST, DigitsData
 
 
 def prepare(settings: DigitsData) -> Made:
@@ -23,9 +23,9 @@ def splits(binarize: str, validation: int, test: int, seed: int) -> dict[str, Te
     bunch = load_digits()
     images = torch.from_numpy(bunch.images / 16).float()
     labels = torch.from_numpy(bunch.target).long()
-    if validation + test >= len(images):
-        wanted = f"validation + test = {validation + test}"
-        raise EBMError(f"digits: {wanted} leaves nothing of {len(images)} images to train on")
+    if validation + test > len(images) - FEWEST:
+        wanted, most = f"validation + test = {validation + test}", len(images) - FEWEST
+        raise EBMError(f"digits: {wanted}; expected at most {most}: {FEWEST} images to train on")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     greys, images = images, binarised(images, binarize, generator)

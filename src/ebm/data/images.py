@@ -7,7 +7,7 @@ from torch.nn.functional import interpolate
 from ebm import EBMError
 from ebm.data import GREYS, SPLITS, published, unit
 from ebm.data.made import Made, binarised, chosen
-from ebm.schema import ImageData
+from ebm.schema import FEWEST, ImageData
 
 OUTLIERS_AT_MOST = 10_000
 LUMA = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
@@ -37,11 +37,9 @@ def splits(name: str, validation: int, seed: int) -> tuple[str, dict[str, Tensor
     """What it is, and the images with labels and rows: `validation` of the train part set
     apart."""
     train, test = (published.part(name, which) for which in ("train", "test"))
-    if validation >= len(train.images):
-        wanted = f"validation = {validation}"
-        raise EBMError(
-            f"{name}: {wanted} leaves nothing of {len(train.images)} images to train on"
-        )
+    if validation > (most := len(train.images) - FEWEST):
+        wanted = f"validation = {validation}; expected at most {most}"
+        raise EBMError(f"{name}: {wanted}: {FEWEST} images to train on")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train.images), generator=generator)
     tensors = (

@@ -21,9 +21,10 @@ Names of metrics, the same in every experiment:
                             noise may cross; `_train` is the same of the training split; in the
                             plane Z is the integral over the square and the 8 around it, where
                             the model has support; that of a flow is 1
-    log_partition           log Z, nats; of a model with a constant of its own what is left of it,
-                            by a grid, of images by importance sampling from the noise that the
-                            energy was trained against; `_ess`, that sample's effective size
+    log_partition           log Z, nats; `_left`, of an energy that has learned its constant, is 0
+                            where that is right: by a grid, of images by importance sampling from
+                            the noise that the energy was trained against; `_ess`, that sample's
+                            effective size
     log_partition_error     root mean square error of log Z of the true density, estimated from
                             the model's noise, over several trials
     log_density_mse         mean squared error of log p at the test points, nats^2
@@ -54,10 +55,10 @@ Names of metrics, the same in every experiment:
     auprc_<protocol>_<d>    class d as the anomaly, by protocol (`ebm.evaluation.novelty`):
     auroc_<test>_<d>        `released`, `strict`, `tenth`; `..._mean` over all classes
 
-The suffix `_generator` marks a number of the generator's samples before any MCMC, or of the noise
-that an energy was trained against; `_gradient` one of |grad E|^2 as score of anomaly instead of E.
-Of several trainings a number is the mean (of the snapshots of each first), and the suffix `_std`
-marks their standard deviation.
+The suffix `_generator` marks a number of the generator's samples before any MCMC, or of the flow
+or Gaussian that an energy was trained against, without its defence; `_gradient` one of |grad E|^2
+as score of anomaly instead of E. Of several trainings a number is the mean (of the snapshots of
+each first), and the suffix `_std` marks their standard deviation.
 """
 
 import math

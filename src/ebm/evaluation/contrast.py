@@ -38,9 +38,9 @@ def measure_constant(result: Evaluation, model: Contrasted) -> None:
         log_p.append(model.log_density(v).double())
         log_q.append(known.double())
     p, q = torch.cat(log_p), torch.cat(log_q)
-    result.metrics["log_partition"] = importance_log_partition(-p, q).item()
+    result.metrics["log_partition_left"] = importance_log_partition(-p, q).item()
     result.metrics["log_partition_ess"] = kish(p - q).item()
-    result.refer("log_partition", 0.0, "exact", "the model's own constant is right")
+    result.refer("log_partition_left", 0.0, "exact", "the model's own constant is right")
     result.refer("log_partition_ess", len(p), "ceiling", "the noise is the model's own density")
 
 
@@ -57,7 +57,7 @@ def measure_contrast(
             f"Class {k}": log_p[:, k].view(side, side).cpu().numpy() for k in range(model.outputs)
         }
     picture = figures.log_density_fields(fields, (*EXTENT, *EXTENT))
-    caption = "The density that the energy was trained against"
+    caption = "On a colour scale of its own: the density that the energy was trained against"
     if model.defence:
         caption += f" (and a broad Gaussian, {model.defence:.0%} of the draws)"
     caption += (

@@ -81,10 +81,14 @@ def _in_shares_of_test(case: Case) -> dict[str, Tensor]:
 def _draw(result: Evaluation, case: Case, test: Tensor) -> None:
     """Pictures of samples, data and chains, and of what else the model can do."""
     model, draws = case.model, len(case.drawn) > 0
+    columns = 16 if max(test.shape[-2:]) <= 16 else 10
+    caption = "What is held for usual."
     if draws:
-        _draw_samples(result, case.samples)
-    caption = "What the samples should look like." if draws else "What is held for usual."
-    result.draw("data", "Test images", caption, _grid(test[:64], 16))
+        _draw_samples(result, case.samples, columns)
+        caption = "What the samples should look like."
+        if "probability" in case.samples:
+            caption = "What is to be drawn by the probabilities above: pixels that are on or off."
+    result.draw("data", "Test images", caption, _grid(test[: 6 * columns], columns))
     _draw_chains(result, model, case.samples)
     steps = case.settings.get("steps")
     if steps and isinstance(model, Chained):
@@ -95,7 +99,8 @@ def _draw(result: Evaluation, case: Case, test: Tensor) -> None:
 def draw_energies(result: Evaluation, energies: dict[str, Tensor]) -> None:
     """Histograms of the energies [N] of several sets, by name."""
     caption = (
-        "The lower, the more likely. What lies beyond the frame counts in its outermost bins."
+        "The lower, the more usual to the model. Line: the median, where it lies within the "
+        "frame; what lies beyond counts in the outermost bins. Each row has a height of its own."
     )
     picture = figures.energy_histogram({k: e.cpu().numpy() for k, e in energies.items()})
     result.draw("energies", "Energies", caption, picture)
@@ -141,7 +146,7 @@ def _bits(result: Evaluation, model: EBM, train: Tensor, test: Tensor, suffix: s
 def _correct_bits(result: Evaluation, dimensions: int) -> None:
     """Put what is left of log Z into the bits of an energy whose constant was learned; where it is
     not known, neither are they."""
-    left, ess = (result.metrics[name] for name in ("log_partition", "log_partition_ess"))
+    left, ess = (result.metrics[f"log_partition_{name}"] for name in ("left", "ess"))
     known = left if ess >= FEWEST_EFFECTIVE else math.nan
     for name in ("bits_per_dim", "bits_per_dim_train"):
         result.metrics[name] += known / (dimensions * math.log(2))
@@ -255,11 +260,13 @@ def _anomalies(result: Evaluation, test: Tensor, outliers: dict[str, Tensor]) ->
     scores = {f"auroc_{name}": metrics.auroc(test, energy) for name, energy in outliers.items()}
     if scores:
         result.metrics |= {"auroc_mean": sum(scores.values()) / len(scores)} | scores
+    for name in scores:
+        result.refer(name, 0.5, "chance", "scores that know nothing")
 
 
-def _draw_samples(result: Evaluation, samples: dict[str, Tensor]) -> None:
+def _draw_samples(result: Evaluation, samples: dict[str, Tensor], columns: int) -> None:
     labels, drawn = samples.get("labels"), samples.get("probability", samples["samples"])
-    columns = 16 if labels is None else int(labels.max()) + 1
+    columns = columns if labels is None else int(labels.max()) + 1
     shown = "Probabilities of the pixels" if "probability" in samples else "Points"
     chained = "chain" in samples or samples.get("acceptance", torch.ones(0)).numel() > 1
     caption = f"{shown} {'at the end of the chains' if chained else 'that were drawn'}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ebm import EBMError
-from ebm.samplers.kernel import Kernel, State, choose, probability
+from ebm.samplers.kernel import Interspersed, Kernel, State, choose, probability
 from ebm.samplers.langevin import DecoupledLangevin
 from ebm.samplers.metropolis import Independence
 
@@ -59,6 +59,13 @@ class Tempered(NamedTuple):
         return self.rungs[-1].acceptance
 
 
+def _innermost(kernel: Kernel[State]) -> Kernel[State]:
+    """The kernel that makes the states."""
+    while isinstance(kernel, Interspersed):
+        kernel = kernel.kernel
+    return kernel
+
+
 @dataclass(frozen=True)
 class ParallelTempering:
     """`sweeps` transitions in every rung, then swaps: of the even pairs after an even number of
@@ -80,9 +87,10 @@ class ParallelTempering:
     @cached_property
     def kernels(self) -> tuple[Kernel[State], ...]:
         kernels = tuple(self.kernel_at(beta) for beta in self.betas)
-        if odd := [kernel for kernel in kernels if isinstance(kernel, NO_RUNGS)]:
-            problem = "what its states keep is not the energy at their points"
-            raise EBMError(f"{type(odd[0]).__name__} is no kernel of a rung: {problem}")
+        for kernel in map(_innermost, kernels):
+            if isinstance(kernel, NO_RUNGS):
+                problem = "what its states keep is not the energy at their points"
+                raise EBMError(f"{type(kernel).__name__} is no kernel of a rung: {problem}")
         return kernels
 
     def init(self, x: Tensor) -> Tempered:
