@@ -17,7 +17,7 @@ EXAMPLES = 8  # test points in the example of a request
 
 
 def evaluate(name: str) -> None:
-    experiment, _ = params.experiment(stage.PARAMS, name)
+    experiment = params.experiment(stage.PARAMS, name)
 
     from ebm import data, reference, seeds, variants
     from ebm.evaluation import evaluate
@@ -89,7 +89,7 @@ def _track(
     key = record["tracking_key"]
     with tracking.Run.start(name, key=key, params={}, tags={}, dataset=None) as run:
         about = {"data.sha256": record["data_sha256"]}  # a trial that trained nothing has none
-        run.tag(about | dict(tracking.flat(settings)))  # no params, which would stay as they were
+        run.tag(about | params.dotted(settings))  # no params, which would stay as they were
         run.model(folder / "weights.safetensors", folder / "config.json", serving, example)
         run.log_final(result.metrics)
         for picture in sorted((folder / "evaluation" / "figures").iterdir()):

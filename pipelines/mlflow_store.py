@@ -1,5 +1,6 @@
 """MLflow, as a courier uses it: a store of runs. Nothing else imports mlflow but
-`pipelines.mlflow_registry`, `pipelines.machine`, and `pipelines.served`, which MLflow itself runs.
+`pipelines.mlflow_registry`, `pipelines.machine`, and `pipelines.mlflow_model`, which MLflow itself
+runs.
 
 Every call may be repeated after a kill, with the same effect as once: a run is found again by its
 tag `ebm.key`; params, tags, data sets and files replace themselves; MLflow drops a metric of which
@@ -270,7 +271,7 @@ def save_model(files: Path, event: Event, model: Model) -> None:
     mlflow.pyfunc.save_model(
         target,
         mlflow_model=model,
-        python_model=str(files / "served.py"),
+        python_model=str(files / "mlflow_model.py"),
         code_paths=[str(files / "ebm")],
         artifacts={"weights": str(files / event["weights"]), "config": str(config)},
         model_config=event["serving"],
@@ -281,8 +282,8 @@ def save_model(files: Path, event: Event, model: Model) -> None:
 
 
 def signature(config: Mapping[str, Any]) -> ModelSignature:
-    """What the served model takes and answers, by its configuration (`pipelines.served` has the
-    words). Columns of a table by name and type; images as a tensor. Vectors the model checks
+    """What the served model takes and answers, by its configuration (`pipelines.mlflow_model` has
+    the words). Columns of a table by name and type; images as a tensor. Vectors the model checks
     itself: MLflow reads no CSV for a tensor, and of columns it drops those that are too many."""
     shape, transform = config["shape"], config.get("transform")
     answer = [ColSpec(DataType.double, "energy"), ColSpec(DataType.boolean, "anomaly")]

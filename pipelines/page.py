@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ebm.params import dotted
 from ebm.schema import COMPANIONS
 from pipelines.results import Comparison, History, Line, Picture, Reference, Result
-from pipelines.tracking import flat
 from pipelines.typeset import duration, measured, number, template
 from pipelines.words import (
     AREAS,
@@ -87,14 +87,14 @@ def render(
         },
         curves={r.name: curves(r.history, EQUILIBRIA.get(r.record.variant)) for r in results},
         beside={r.name: BEFORE.get(r.record.variant, "Before MCMC") for r in results},
-        settings={result.name: dict(flat(_settings(result))) for result in results},
+        settings={result.name: dotted(_settings(result)) for result in results},
         glossary=[metric for name, metric in METRICS.items() if name in shown],
         kinds={kind: text for kind, text in KINDS.items() if kind in kinds},
         lanes=lanes(results),
         comparison=comparison,
         bench=by_oracle(comparison.table) if comparison else {},
         bench_columns=SAMPLERS,
-        bench_settings=dict(flat(comparison.settings)) if comparison else {},
+        bench_settings=dotted(comparison.settings) if comparison else {},
         prefix="" if folder == "." else f"{folder}/",
         variants=VARIANTS,
         width=WIDTH,

@@ -15,7 +15,6 @@ from dvc.exceptions import DvcException
 from dvc.lock import LockError, make_lock
 from dvc.repo import Repo
 from dvc.scm import map_scm_exception
-from voluptuous import Invalid
 
 from ebm import EBMError, files
 from pipelines.supervise import restart_clock
@@ -87,7 +86,7 @@ def edited_rwlock(folder: str, fs: Any, hardlink: bool) -> Iterator[dict[str, An
             lock = rwlock.SCHEMA({})
         except ValueError as error:
             raise rwlock.RWLockFileCorruptedError(str(table)) from error
-        except Invalid as error:
+        except rwlock.Invalid as error:
             raise rwlock.RWLockFileFormatError(str(table)) from error
         lock["read"], lock["write"] = (
             defaultdict(kind, lock[name]) for name, kind in (("read", list), ("write", dict))

@@ -9,7 +9,7 @@ from pipelines import stage
 
 
 def sample(name: str) -> None:
-    experiment, _ = params.experiment(stage.PARAMS, name)
+    experiment = params.experiment(stage.PARAMS, name)
     import numpy as np  # torch: only once the parameters are known to be right
 
     from ebm import seeds, variants

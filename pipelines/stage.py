@@ -72,16 +72,14 @@ def guarded(run: Callable[[], None]) -> None:
 
 
 def scratch() -> Path:
-    """What owns the checkpoints: EBM_SCRATCH, as each trial of a sweep has its own, or the
-    checkout."""
-    named = os.environ.get("EBM_SCRATCH")
+    """What owns the checkpoints: EBM_SCRATCH, as each trial of a sweep has its own; DVC_ROOT,
+    where DVC was called, also for stages that it runs in a copy; or the checkout."""
+    named = os.environ.get("EBM_SCRATCH") or os.environ.get("DVC_ROOT")
     return Path(named).resolve() if named else checkout()
 
 
 def checkout() -> Path:
-    """What DVC names in stages and experiments, and who runs a stage by hand is in."""
-    if named := os.environ.get("DVC_ROOT"):
-        return Path(named).resolve()
+    """The repository, or the copy of it that DVC made for an experiment, around this folder."""
     here = Path().resolve()
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 

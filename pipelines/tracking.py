@@ -21,19 +21,20 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ebm.params import dotted
 from pipelines import ROOT, stage
 from pipelines.spool import Echo, Spool, State, root, tracking_uri
 
 log = logging.getLogger(__name__)
 
 CODE = ROOT / "src" / "ebm"
-SERVED = ROOT / "pipelines" / "served.py"
+SERVED = ROOT / "pipelines" / "mlflow_model.py"
 SETTLE = 2.0  # seconds for a courier to end when all is delivered, unless it waits behind another
 LISTEN_EVERY = 2.0  # seconds between two looks of a busy stage at what the courier says
 
@@ -83,7 +84,7 @@ class Run:
             experiment=experiment,
             uri=tracking_uri(),
             stage=os.environ.get("DVC_STAGE", "").partition("@")[0] or "later",
-            params=dict(flat(params)),
+            params=dotted(params),
             tags={"ebm.experiment": experiment, **_environment(), **tags},
             dataset=dataset,
             parent=parent,
@@ -125,8 +126,8 @@ class Run:
         self, weights: Path, config: Path, serving: dict[str, Any], example: dict[str, Any]
     ) -> None:
         """Have the model logged as an MLflow model: its weights and config, the code of `ebm` as
-        it is now, what `serving` needs beside them (`pipelines.served` has it), and the `example`
-        of a request. Results that are logged afterwards are also those of this model."""
+        it is now, what `serving` needs beside them (`pipelines.mlflow_model` has it), and the
+        `example` of a request. Results that are logged afterwards are also those of this model."""
         if place := self._keep(weights, config, CODE, SERVED, request=example):
             names = {"weights": weights.name, "config": config.name}
             self._append("model", files=place, **names, serving=serving)
@@ -266,15 +267,6 @@ def _copy(sources: tuple[Path, ...], request: dict[str, Any] | None, place: Path
     except OSError:
         shutil.rmtree(place, ignore_errors=True)
         raise
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings under dotted names, as params.yaml and MLflow call them."""
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(value)
 
 
 def _floats(metrics: dict[str, float]) -> dict[str, float]:

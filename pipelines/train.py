@@ -27,7 +27,7 @@ DECLARES = re.compile(r"ebm\.(params|schema|variants|variants\.\w+_config)")
 
 
 def train(name: str) -> None:
-    experiment, _ = params.experiment(stage.PARAMS, name)
+    experiment = params.experiment(stage.PARAMS, name)
     if processes.wanted() > 1:
         processes.start("pipelines.train", name)
         return

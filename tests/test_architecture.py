@@ -17,7 +17,7 @@ from pipelines.train import SECTIONS
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 MACHINERY = {
-    "mlflow": "machine mlflow_registry mlflow_store served",
+    "mlflow": "machine mlflow_model mlflow_registry mlflow_store",
     "prefect": "flows sweep_flow",
     "optuna": "study",
     "prefect_dask": "flows",
@@ -37,7 +37,7 @@ ROUTING = {
     "pipelines/gpu.py": "chooses among cards",
     "pipelines/supervise.py": "starts and ends processes",
     "pipelines/stage.py": "arguments, errors; device and threads change rounding at most",
-    "pipelines/tracking.py": "reports what was computed, and spells parameters",
+    "pipelines/tracking.py": "reports what was computed",
     "pipelines/spool.py": "reports what was computed",
 }
 """Modules that can change no result, with the reason: they need not be dependencies."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import save_file
-from test_served import MODELS
+from test_mlflow_model import MODELS
 from test_tracking import log_model
 from tracking_store import MLFLOW_WARNS, Lookup, deliver, start
 

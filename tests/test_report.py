@@ -225,7 +225,7 @@ def test_the_page_links_to_the_timeline_of_the_checkout_and_names_commands_for_i
     """Also where nobody but a reader asks for it, by the command that paper/README.md names."""
     with (project / "params.yaml").open("w") as file:
         YAML(typ="safe").dump(all_params(), file)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(project.parent))  # which calls, as for queued experiments
     monkeypatch.chdir(project)
     (project / ".dvc").mkdir()
     report.main()

@@ -1,5 +1,5 @@
 """`mlflow models serve` with a registered model: a real server, many clients, bodies of all kinds.
-What is answered to which request in detail: test_served.py."""
+What is answered to which request in detail: test_mlflow_model.py."""
 
 import http.client
 import json
@@ -15,7 +15,7 @@ import pytest
 import torch
 from made_up_tables import made_up, settings
 from test_courier import answers
-from test_served import column, log_model
+from test_mlflow_model import column, log_model
 from toy_house import free_port
 from tracking_store import MLFLOW_WARNS, deliver, start, wait_until
 

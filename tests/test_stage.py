@@ -83,7 +83,7 @@ def test_a_stage_by_hand_has_its_checkpoints_in_the_checkout(tmp_path, monkeypat
     assert stage.scratch() == tmp_path / "paper"
     monkeypatch.setenv("EBM_SCRATCH", str(tmp_path / "trial"))
     assert stage.scratch() == tmp_path / "trial"
-    assert stage.checkout() == tmp_path / "paper"
+    assert stage.checkout() == tmp_path
 
 
 @pytest.mark.parametrize("path", [None, "/nowhere"])

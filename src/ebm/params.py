@@ -1,7 +1,7 @@
 """`params.yaml` -> typed, frozen configuration, or one line that says which key is wrong and
 why."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from importlib import import_module
 from operator import or_
@@ -102,13 +102,21 @@ def value(text: str) -> Any:
         raise ParamsError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def experiment(path: Path, name: str) -> tuple[Experiment, Dataset]:
-    """One experiment and the settings of its data set."""
-    params = load(path)
-    if name not in params.experiments:
-        raise ParamsError(f"{path.name}: experiments: {_unknown(name, params.experiments)}")
-    found = params.experiments[name]
-    return found, params.datasets[found.dataset]
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as text under dotted names, as DVC and MLflow call them."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, Mapping)
+        found |= dotted(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": str(value)}
+    return found
+
+
+def experiment(path: Path, name: str) -> Experiment:
+    """The settings of one experiment."""
+    known = load(path).experiments
+    if name not in known:
+        raise ParamsError(f"{path.name}: experiments: {_unknown(name, known)}")
+    return known[name]
 
 
 def dataset(path: Path, name: str) -> Dataset:

@@ -312,11 +312,11 @@ def test_blanks_behind_a_comma_do_not_make_another_category(packed, ask):
 
 
 def test_a_category_that_is_known_with_its_blank_keeps_it():
-    from pipelines import served
+    from pipelines import mlflow_model
 
     fitted = fit(pd.DataFrame({"a": [1.0, 2.0], "b": ["x", " x"]}), ["b"], "none", "drop", "it")
     rows = pd.DataFrame({"a": [1.0, 1.0, 1.0], "b": ["x", " x", "  x"]})
-    assert served._without_padding(rows, fitted)["b"].tolist() == ["x", " x", "x"]
+    assert mlflow_model._without_padding(rows, fitted)["b"].tolist() == ["x", " x", "x"]
 
 
 def test_a_category_is_text_and_one_never_seen_is_none_of_them(packed, ask):
