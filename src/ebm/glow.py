@@ -87,10 +87,6 @@ class Glow(Flow):
             h, log_det = F.pixel_shuffle(h, 2), log_det + change
         return h.reshape(len(z), *self.shape), log_det
 
-    def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """`to_latent`."""
-        return self.to_latent(v)
-
     def log_prob(self, v: Tensor) -> Tensor:
         """log p(v) [B] in nats, normalised, for v [B, *shape]."""
         z, log_det = self.to_latent(v)
