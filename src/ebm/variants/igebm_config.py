@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from ebm import schema
 from ebm.schema import (
@@ -79,8 +79,21 @@ class Evaluate(Section):
     steps: Size
 
 
+def _watched(model: Model, section: ValidationInfo) -> Model:
+    """Chains that no longer find what they are to find leave the gap where its penalty holds it:
+    E = -1 / 2 alpha of data, +1 / 2 alpha of chains."""
+    train = section.data.get("train")  # none if it is wrong itself
+    limit = train.watch.limits.get("energy_gap") if train else None
+    if limit is None or model.kl or model.entropy or limit * model.energy_penalty < 1:
+        return model
+    raise ValueError(
+        f"energy_penalty = {model.energy_penalty:g} keeps |energy_gap| below "
+        f"{1 / model.energy_penalty:g}: train.watch.limits.energy_gap should be less than that"
+    )
+
+
 class Experiment(schema.Experiment):
     variant: Literal["igebm"]
-    model: Model
+    model: Annotated[Model, AfterValidator(_watched)]
     sample: Sample
     evaluate: Evaluate
