@@ -278,6 +278,25 @@ def test_classes_and_labelled_points_come_together(tmp_path, classes, labelled):
     assert line.endswith(told)
 
 
+def watched(limit, kl):
+    content = broken(put("experiments.igebm-digits.train.watch.limits.energy_gap", limit))
+    content["experiments"]["igebm-digits"]["model"] |= {"energy_penalty": 0.125, "kl": kl}
+    return content
+
+
+def test_a_gap_that_its_penalty_keeps_below_the_limit_is_not_watched(tmp_path):
+    """Where chains find nothing, gap + a (E_data^2 + E_chains^2) is least at a gap of -1 / a."""
+    file = tmp_path / "params.yaml"
+    for limit, kl in ((7.9, 0.0), (80.0, 1.0)):
+        YAML().dump(watched(limit, kl), file)
+        params.load(file)
+    for limit in (8.0, 80.0):
+        line = complaint(tmp_path, watched(limit, 0.0))
+        told = "keeps |energy_gap| below 8: train.watch.limits.energy_gap should be less than that"
+        assert line.startswith("params.yaml: experiments.igebm-digits.model = ")
+        assert line.endswith(told)
+
+
 def test_an_ensemble_is_one_of_detectors(tmp_path):
     """Samples of several trainings would be measured as one: together they miss no mode."""
     members = {"members": 2, "snapshots": 0, "every": 1, "without": []}
