@@ -2,7 +2,7 @@
 draws."""
 
 import math
-from statistics import fmean
+from statistics import mean
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def _refer_to_true_draws(
     if len(parts) > 1:
         source = f"mean of {len(parts)} times {source}"
     for name in sorted(scores[0].keys() - {"modes_total"}):
-        result.refer(name, fmean(score[name] for score in scores), bound(name), source)
+        result.refer(name, mean(score[name] for score in scores), bound(name), source)
 
 
 def _grid_scores(result: Evaluation, case: Case, test: Tensor, density: GaussianMixture) -> None:
