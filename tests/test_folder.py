@@ -95,10 +95,10 @@ def test_images_that_no_memory_holds_are_told_of_before_they_are_read(root, monk
 
 
 def test_without_folders_there_are_no_classes(root):
-    found = prepared(path="images/leaves/oak", outliers=[])
+    found = prepared(path="images/leaves/oak", outliers=[], test=0.3)
     assert found.labels("train") is None
     assert "classes" not in found.manifest
-    assert found.manifest["counts"] == {"train": 14, "validation": 2, "test": 4}
+    assert found.manifest["counts"] == {"train": 12, "validation": 2, "test": 6}
 
 
 def test_the_same_images_give_the_same_files_and_a_changed_one_others(root, tmp_path):
@@ -208,7 +208,7 @@ def damaged(root, name):
             lambda r: put(r / "oak/\udce9.png", pixels(0, 4, 4)),
             "a name that is no line",
         ),
-        ({"test": 0.1}, None, "images/leaves: 3 test images; expected at least 4"),
+        ({"test": 0.1}, None, "images/leaves: 3 test images; expected at least 6"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_that_names_it(root, changes, spoil, line):
@@ -248,7 +248,7 @@ def test_names_of_what_is_measured_class_by_class_are_reserved():
 
 def test_one_class_has_interpolations_too(root):
     """Of any two images: there are no two of different classes."""
-    sets = outlier_sets(prepared(outliers=["birch", "stone"]), 3, seed=0)
+    sets = outlier_sets(prepared(outliers=["birch", "stone"], test=0.3), 3, seed=0)
     assert {name: len(images) for name, images in sets.items()} == {
         "birch": 3,
         "stone": 3,

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_train import MODELS, OPTIONS, Killed, same, train, weights
+from test_train import MODELS, OPTIONS, Killed, same, weights
 from test_train import data as bits
 
 from ebm import data, files, metrics, reference, variants
@@ -397,64 +397,6 @@ def test_bits_are_drawn_of_the_greys_of_the_same_rows(tmp_path):
     for step, (x, _) in enumerate(model.seen):
         assert torch.equal(x, greys[order(step)] / 255)
     assert torch.equal(model.begun[0], 1 - greys / 255)
-
-
-class Stumbling(EBM):
-    """Diverges once, at its 13th step; its weight is a sum of what it drew."""
-
-    stumbled = False
-
-    def __init__(self):
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.zeros(()))
-        self.register_buffer("total", torch.zeros(()))
-        self.register_buffer("steps", torch.tensor(0))
-
-    def configure_optimizers(self):
-        return {"w": torch.optim.SGD([self.w], lr=0.1)}
-
-    def training_step(self, x, y=None):
-        self.steps += 1
-        self.total += torch.randn(())
-        gap = self.total.clone()
-        if int(self.steps) == 13 and not Stumbling.stumbled:
-            Stumbling.stumbled = True
-            gap = gap * math.inf
-        return {"energy_gap": gap}
-
-
-@pytest.mark.parametrize("at", [3, 12, 25])
-def test_a_run_that_diverged_and_is_killed_later_ends_with_the_same_bits(tmp_path, at):
-    """What a restart changed stays changed: noise and order are those of the restart."""
-
-    def ran(folder, kill_at=None):
-        Stumbling.stumbled, calls = False, []
-
-        def begun(dies):
-            model = Stumbling()
-            step = model.training_step
-
-            def dying(*batch):
-                calls.append(1)
-                if dies and Stumbling.stumbled and len(calls) == kill_at + 13:
-                    raise Killed
-                return step(*batch)
-
-            model.training_step = dying
-            return model
-
-        if kill_at:
-            with pytest.raises(Killed):
-                train(begun(dies=True), folder, watch=Watch({}, 1))
-        model = begun(dies=False)
-        progress = train(model, folder, watch=Watch({}, 1))
-        return weights(model), progress
-
-    whole, first = ran(tmp_path / "whole")
-    killed, second = ran(tmp_path / "killed", at)
-    assert first.restarts == second.restarts == 1
-    assert same(whole, killed)
-    assert first.history == second.history
 
 
 CASES = {

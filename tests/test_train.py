@@ -662,6 +662,38 @@ def test_the_history_is_of_means_over_the_steps_since_the_last_row(tmp_path):
     assert [(row["step"], row["energy_gap"]) for row in rows] == [(5, 3), (10, 8), (13, 12)]
 
 
+@pytest.mark.parametrize("at", [38, 50])
+def test_a_restart_outlives_a_kill(tmp_path, at):
+    """Step 33 diverges, so steps 21 to 40 come again with other noise; one that is killed among
+    them, before or after a checkpoint, goes on with that noise."""
+    watch = Watch({"energy_gap": 100.0}, 1)
+    whole, victim, resumed = Watched(33), Watched(33), Watched()
+    train(whole, tmp_path / "whole", watch=watch)
+    step = victim.training_step
+
+    def dying(x, y=None):
+        if len(victim.drawn) == at:
+            raise Killed
+        return step(x, y)
+
+    victim.training_step = dying
+    with pytest.raises(Killed):
+        train(victim, tmp_path / "killed", watch=watch)
+    progress = train(resumed, tmp_path / "killed", watch=watch)
+    again = dict(whole.drawn[35:])
+    assert progress.restarts == 1
+    assert resumed.drawn
+    assert all(again[number] == noise for number, noise in resumed.drawn)
+
+
+def test_the_seconds_of_a_training_go_on_where_a_kill_found_them(tmp_path):
+    train(build("rbm"), tmp_path, steps=20)
+    content = Checkpoints(tmp_path).newest()
+    content["progress"]["seconds"] = 1000.0
+    Checkpoints(tmp_path).save(content["progress"]["step"], content)
+    assert 1000 < train(build("rbm"), tmp_path).seconds < 1100
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 1e6, -1e6])
 def test_divergence_goes_back_to_the_older_checkpoint_and_on_with_other_noise(tmp_path, value):
     """At step 33, with checkpoints of the steps 20 and 30."""
