@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ebm.networks import (
     FourierFeatures,
+    Modulation,
     Residual,
     Scalar,
     Signed,
@@ -98,13 +99,32 @@ def test_a_residual_block_begins_as_its_skip_connection():
         torch.testing.assert_close(found, F.leaky_relu(expected, 0.2))
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv", "strided", "resnet"])
-def test_a_point_has_the_number_of_its_own_class_whatever_is_beside_it(kind):
+def of_classes(kind):
+    """A number for each of three classes, with weights that are all different."""
     torch.manual_seed(4)
     network = scalar(kind, (8, 8), classes=3, width=2, depth=1)
     with torch.no_grad():
         for p in network.parameters():
             p += torch.randn_like(p)
+    return network
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "strided", "resnet"])
+def test_every_number_of_a_class_is_its_own(kind):
+    """Gains and biases of class k alone are moved by points of class k."""
+    network = of_classes(kind)
+    network.of_points(torch.randn(6, 8, 8), torch.full((6,), 2)).sum().backward()
+    modulations = [m for m in network.modules() if isinstance(m, Modulation)]
+    assert modulations
+    for module in modulations:
+        for p in (module.gain, module.bias):
+            assert (p.grad[:2] == 0).all()
+            assert (p.grad[2] != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "strided", "resnet"])
+def test_a_point_has_the_number_of_its_own_class_whatever_is_beside_it(kind):
+    network = of_classes(kind)
     x, y = torch.randn(6, 8, 8), torch.tensor([2, 0, 1, 1, 0, 2])
     alone = torch.cat([network.of_points(x[k : k + 1], y[k : k + 1]) for k in range(6)])
     torch.testing.assert_close(network.of_points(x, y), alone)

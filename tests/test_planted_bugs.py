@@ -15,8 +15,7 @@ from ebm.checkpoint import Checkpoints
 from ebm.data import images
 from ebm.densities import DENSITIES
 from ebm.evaluation.density import sample_scores
-from ebm.networks import Modulation, scalar
-from ebm.samplers import HMC, MALA, ParallelTempering, State, log_mean_exp, run
+from ebm.samplers import HMC, MALA, State, log_mean_exp, run
 from ebm.samplers.kernel import metropolise
 from ebm.schema import CoordinatesReference, DensityData, ImageData
 from ebm.seeds import seed
@@ -52,36 +51,6 @@ def test_the_acceptance_of_a_state_is_a_probability_and_not_what_came_of_it():
 def test_a_log_mean_is_over_the_last_axis():
     x = torch.randn(3, 7)
     torch.testing.assert_close(log_mean_exp(x), x.exp().mean(1).log())
-
-
-class Rung:
-    def __init__(self, beta=0.0):
-        self.beta = beta
-
-    def init(self, x):
-        return State(x, torch.zeros(len(x)))
-
-    def step(self, state):
-        return state._replace(steps=state.steps + 1)
-
-
-def test_a_trip_ends_where_it_began():
-    """Without refusals the replica of the start is at the target after K - 1 steps, and back after
-    2 K - 1: half of that is no round trip."""
-    ladder = ParallelTempering(lambda b, x: torch.zeros(len(x)), Rung, (0.0, 0.3, 0.6, 1.0))
-    state = run(ladder, torch.zeros(3, 1), 6)
-    assert (state.round_trips == 0).all()
-    assert (ladder.step(state).round_trips == 1).all()
-
-
-def test_the_acceptance_of_a_swap_is_a_probability():
-    class Quarter(ParallelTempering):
-        def log_accept(self, k, *states):
-            return torch.full((3,), math.log(0.25))
-
-    ladder = Quarter(lambda b, x: torch.zeros(len(x)), Rung, (0.0, 1.0))
-    state = run(ladder, torch.zeros(3, 1), 1)
-    torch.testing.assert_close(state.swap_acceptance, torch.full((1, 3), 0.25))
 
 
 @pytest.mark.parametrize(("visible", "hidden"), [(15, 17), (17, 15)])
@@ -356,22 +325,19 @@ class Looker(EBM):
         return {"energy_gap": self.w.detach()}
 
 
+def looked(model, folder, *data):
+    """The rows of the batch of each of 20 steps, and what the model was given there."""
+    checkpoints, watch = Checkpoints(folder), Watch({}, 0)
+    fit(model, *data, steps=20, watch=watch, checkpoints=checkpoints, **OPTIONS)
+    order = Batches(60, 8, 3, torch.device("cpu"))
+    return [(order(step), given) for step, given in enumerate(model.seen)]
+
+
 def test_a_step_sees_the_rows_of_its_batch_with_their_classes_as_points_in_training_mode(tmp_path):
     rows = torch.arange(60, dtype=torch.uint8)[:, None]
     labels = torch.arange(60) % 3
     model = Looker().eval()
-    fit(
-        model,
-        rows,
-        labels,
-        steps=20,
-        watch=Watch({}, 0),
-        checkpoints=Checkpoints(tmp_path),
-        **OPTIONS,
-    )
-    order = Batches(60, 8, 3, torch.device("cpu"))
-    for step, (x, y) in enumerate(model.seen):
-        expected = order(step)
+    for expected, (x, y) in looked(model, tmp_path, rows, labels):
         torch.testing.assert_close(x[:, 0], expected / 255)
         assert torch.equal(y, labels[expected])
     x, y = model.begun
@@ -383,19 +349,8 @@ def test_bits_are_drawn_of_the_greys_of_the_same_rows(tmp_path):
     """Greys of 0 and 1 leave nothing to chance; the data say otherwise."""
     greys = (torch.arange(60)[:, None] >> torch.arange(6) & 1).to(torch.uint8) * 255
     model = Looker()
-    fit(
-        model,
-        255 - greys,
-        torch.arange(60) % 3,
-        greys,
-        steps=20,
-        watch=Watch({}, 0),
-        checkpoints=Checkpoints(tmp_path),
-        **OPTIONS,
-    )
-    order = Batches(60, 8, 3, torch.device("cpu"))
-    for step, (x, _) in enumerate(model.seen):
-        assert torch.equal(x, greys[order(step)] / 255)
+    for expected, (x, _) in looked(model, tmp_path, 255 - greys, torch.arange(60) % 3, greys):
+        assert torch.equal(x, greys[expected] / 255)
     assert torch.equal(model.begun[0], 1 - greys / 255)
 
 
@@ -595,23 +550,6 @@ def test_greys_are_dequantised_anew_at_every_step():
     points = torch.cat(seen).flatten(1)
     assert len(points.unique(dim=0)) == 4
     assert len(points[0].unique()) == 16
-
-
-@pytest.mark.parametrize("kind", ["mlp", "conv", "strided", "resnet"])
-def test_every_number_of_a_class_is_its_own(kind):
-    """Gains and biases of class k alone are moved by points of class k."""
-    torch.manual_seed(4)
-    network = scalar(kind, (8, 8), classes=3, width=2, depth=1)
-    with torch.no_grad():
-        for p in network.parameters():
-            p += torch.randn_like(p)
-    network.of_points(torch.randn(6, 8, 8), torch.full((6,), 2)).sum().backward()
-    modulations = [m for m in network.modules() if isinstance(m, Modulation)]
-    assert modulations
-    for module in modulations:
-        for p in (module.gain, module.bias):
-            assert (p.grad[:2] == 0).all()
-            assert (p.grad[2] != 0).any()
 
 
 def test_a_kill_while_a_file_is_written_leaves_the_old_one(tmp_path, monkeypatch):

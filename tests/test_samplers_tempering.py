@@ -360,3 +360,24 @@ def test_a_swap_leaves_the_acceptance_of_a_rung_where_it_is():
     state = run(ParallelTempering(lambda beta, x: 0 * x[:, 0], Told, betas), torch.zeros(2, 1), 4)
     assert [rung.acceptance.tolist() for rung in state.rungs] == [[beta] * 2 for beta in betas]
     assert state.acceptance.tolist() == [1, 1]
+
+
+def test_a_trip_ends_where_it_began():
+    """Without refusals the replica of the start is at the target after K - 1 steps, and back after
+    2 K - 1: half of that is no round trip."""
+    ladder = ParallelTempering(
+        lambda b, x: torch.zeros(len(x)), lambda beta: Lazy(), (0.0, 0.3, 0.6, 1.0)
+    )
+    state = run(ladder, torch.zeros(3, 1), 6)
+    assert (state.round_trips == 0).all()
+    assert (ladder.step(state).round_trips == 1).all()
+
+
+def test_the_acceptance_of_a_swap_is_a_probability():
+    class Quarter(ParallelTempering):
+        def log_accept(self, k, *states):
+            return torch.full((3,), math.log(0.25))
+
+    ladder = Quarter(lambda b, x: torch.zeros(len(x)), lambda beta: Lazy(), (0.0, 1.0))
+    state = run(ladder, torch.zeros(3, 1), 1)
+    torch.testing.assert_close(state.swap_acceptance, torch.full((1, 3), 0.25))
