@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_train import MODELS
+from small_models import MODELS
 from torch.distributions import MultivariateNormal, Normal
 
+from ebm import variants
 from ebm.contrastive import accuracy, equilibrium, importance_log_partition, value
 from ebm.flows import Defended
 from ebm.metrics import cell_centres
@@ -181,3 +182,42 @@ def test_the_noise_follows_the_likelihood_while_it_warms_up_at_a_rate_that_falls
     assert losses[9] < losses[0]
     assert all(a != b for a, b in pairwise(losses[:11]))
     assert losses[11] == losses[10]
+
+
+def contrasted(name, **changes):
+    torch.manual_seed(0)
+    model = variants.build(name, (2,), MODELS[name] | changes)
+    model.initialise(torch.randn(400, 2))
+    return model
+
+
+@pytest.mark.parametrize("name", ["nce", "fce"])
+def test_with_a_defence_the_generator_is_the_flow_alone(name):
+    model = contrasted(name, defence=0.5, tilted=False)
+    model.broad.mean.fill_(1000.0)
+    drawn = model.sample(200, steps=3)
+    assert drawn["generator"].abs().max() < 100
+
+
+TURNS = {"nce": ["warmup", "energy"], "fce": ["warmup", "energy", "flow", "twin"]}
+
+
+@pytest.mark.parametrize(("name", "turn"), [(n, t) for n, ts in TURNS.items() for t in ts])
+def test_every_gradient_is_cut_to_its_norm(name, turn):
+    """Plain descent of rate 1 then moves all weights together by that norm."""
+    semi = {"classes": 2, "labelled": 5, "supervision": 1.0} if turn == "twin" else {}
+    warmup = 10 if turn == "warmup" else 0
+    torch.manual_seed(0)
+    model = variants.build(
+        name, (2,), MODELS[name] | semi | {"clip": 1e-3, "warmup": warmup, "defence": 0.0}
+    )
+    x = torch.randn(100, 2) @ torch.tensor([[2.0, 1.0], [0.0, 0.3]]) + 3
+    model.initialise(x, torch.arange(100) % 2 if semi else None)
+    if turn == "flow":
+        model.last_accuracy.fill_(1.0)
+    moving = [p for g in model.optimizers[turn].param_groups for p in g["params"]]
+    model.optimizers[turn] = torch.optim.SGD(moving, lr=1.0)
+    before = [p.detach().clone() for p in moving]
+    model.training_step(x)
+    moved = torch.cat([(p - q).flatten() for p, q in zip(moving, before, strict=True)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=0.01)

@@ -1,11 +1,13 @@
 """Prepared data: disjoint, reproducible, checked when read."""
 
 import json
+import os
 
 import pytest
 import torch
+from small_models import Killed
 
-from ebm import EBMError, data
+from ebm import EBMError, data, files
 from ebm.samplers import draw
 from ebm.schema import CoordinatesReference, DensityData, DigitsData
 
@@ -142,3 +144,30 @@ def test_labels_and_points_are_those_of_the_split():
     prepared = digits()
     assert torch.equal(prepared.labels("validation"), prepared.tensors["validation_labels"])
     assert torch.equal(prepared.points("validation"), prepared.tensors["validation"])
+
+
+def test_no_split_of_exact_draws_repeats_another():
+    sizes = {"train": 60, "validation": 60, "test": 60}
+    prepared = data.prepare(
+        DensityData(kind="density", density="25gaussians", seed=0, reference=AS_THEY_ARE, **sizes)
+    )
+    a, b, c = (prepared.tensors[split] for split in data.SPLITS)
+    for one, other in ((a, b), (a, c), (b, c)):
+        assert torch.cdist(one, other).min() > 0
+        assert (one - other).norm(dim=1).min() > 0
+
+
+def test_a_kill_while_a_file_is_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "it"
+    files.replace(path, b"old")
+
+    def dies(_):
+        raise Killed
+
+    monkeypatch.setattr(os, "fsync", dies)
+    with pytest.raises(Killed):
+        files.replace(path, b"new and longer")
+    assert path.read_bytes() == b"old"
+    files.replace(path, b"new", sync=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["it"]
+    assert path.read_bytes() == b"new"

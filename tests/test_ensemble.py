@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_train import MODELS
+from small_models import MODELS, OPTIONS, Killed, same, weights
+from small_models import data as bits
 from torch import Tensor
 
 from ebm import EBMError, variants
@@ -195,3 +196,44 @@ def test_chains_are_those_of_the_first_member():
     assert len(drawn["samples"]) == 9
     assert len(drawn["chain_steps"]) == drawn["chain"].shape[1]
     assert torch.equal(drawn["chain"][:, -1], drawn["samples"][:3])
+
+
+@pytest.mark.parametrize("at", [5, 9, 17])
+def test_a_killed_conditional_ensemble_ends_with_the_same_bits(tmp_path, at):
+    """Classes, levels, and snapshots at a time that no checkpoint falls upon."""
+    chosen = {"members": 2, "snapshots": 2, "every": 3, "without": []}
+    settings = MODELS["igebm"] | {"classes": 3}
+    labels = torch.tensor([0, 0, 1, 2, 2])[torch.arange(50) % 5]
+    options = OPTIONS | {"log_every": 2, "checkpoint_every": 4, "batch_size": 16}
+
+    def trained(folder, dying_at=None):
+        seed("model", 0)
+        model = variants.build("igebm", (4,), settings, chosen)
+        step, calls = model.training_step, []
+
+        def dying(*batch):
+            calls.append(1)
+            if len(calls) == dying_at:
+                raise Killed
+            return step(*batch)
+
+        model.training_step = dying
+        fit(
+            model,
+            bits(),
+            labels,
+            steps=20,
+            watch=Watch({}, 0),
+            checkpoints=Checkpoints(folder),
+            **options,
+        )
+        return model
+
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained(tmp_path / "killed", at)
+    resumed = trained(tmp_path / "killed")
+    assert same(weights(whole), weights(resumed))
+    for a, b in zip(whole.eval().histories(), resumed.eval().histories(), strict=True):
+        for one, other in zip(a, b, strict=True):
+            assert torch.equal(one.energy(bits()), other.energy(bits()))

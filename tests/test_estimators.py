@@ -24,6 +24,7 @@ from ebm.estimators import (
 )
 from ebm.flows import Gaussian
 from ebm.metrics import cell_centres
+from ebm.samplers import log_mean_exp
 
 pytestmark = pytest.mark.usefixtures("double")
 P = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
@@ -261,3 +262,8 @@ def test_a_grid_that_holds_too_much_mass_leaves_no_variance_below_nothing():
     """p = q of mass 1.1: 1 / I is less than 1 + 1 / nu."""
     log_p = torch.full((4,), math.log(1.1 / 4), dtype=torch.float64)
     assert log_partition_variance(log_p, log_p, 2.0, 1.0) == 0
+
+
+def test_a_log_mean_is_over_the_last_axis():
+    x = torch.randn(3, 7)
+    torch.testing.assert_close(log_mean_exp(x), x.exp().mean(1).log())

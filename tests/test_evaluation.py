@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from test_train import MODELS
+from small_models import MODELS
 
 from ebm import EBMError, data, figures, metrics, reference, seeds, variants
 from ebm.densities import DENSITIES
@@ -732,3 +732,10 @@ def test_the_images_that_are_shown_are_those_of_the_samples_and_of_the_test_spli
         (ax,) = figures.image_grid(x.numpy(), columns).axes
         ink = ax.images[0].get_array()
         assert mosaic(real, k).filled(-1).tolist() == ink.filled(-1).tolist()
+
+
+def test_a_sample_is_of_a_mode_up_to_four_deviations_from_it():
+    density = DENSITIES["25gaussians"]()
+    for far, share in ((3.9, 1.0), (4.1, 0.0)):
+        x = density.means + far * density.sigma * torch.tensor([0.6, 0.8])
+        assert sample_scores(x, x, density)["high_quality_share"] == share

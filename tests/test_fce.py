@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from test_train import MODELS, OPTIONS, WATCH, same, weights
+from small_models import MODELS, OPTIONS, WATCH, same, weights
 from torch.distributions import Categorical, kl_divergence
 
 from ebm import EBMError

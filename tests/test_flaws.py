@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import MODELS
+from small_models import MODELS
 
 from ebm import seeds
 from pipelines import evaluate, prepare, reference, sample, tracking, train

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_train import MODELS
+from small_models import MODELS
 
 from ebm.metrics import cell_centres
 from ebm.variants.flow import NormalisingFlow
@@ -122,3 +122,20 @@ def test_a_gradient_is_cut_to_its_norm():
     assert flow.training_step(x)["gradient_norm"] > 0.01
     moved = torch.cat([(p - q).flatten() for p, q in zip(weights, before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_greys_are_dequantised_anew_at_every_step():
+    """Two equal images are two points, and at the next step two others."""
+    settings = MODELS["flow"] | {
+        "flow": {"kind": "glow", "levels": 1, "depth": 1, "width": 4},
+        "levels": 3,
+        "margin": 0.05,
+    }
+    flow = NormalisingFlow((4, 4), **settings)
+    seen = []
+    flow.minimise = lambda name, objective, v, clip: seen.append(v) or (torch.zeros(()), {})
+    for _ in range(2):
+        flow.training_step(torch.full((2, 4, 4), 0.5))
+    points = torch.cat(seen).flatten(1)
+    assert len(points.unique(dim=0)) == 4
+    assert len(points[0].unique()) == 16

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_train import MODELS, train
+from small_models import MODELS, train
 
 from ebm import EBMError, figures, metrics, tasks
 from ebm.demonstrations import demonstrate
@@ -23,7 +23,8 @@ IMAGES = MODELS["igebm"] | {
 def build(shape=(4,), settings=MODELS["igebm"], **changes):
     seed("model", 0)
     model = IGEBM(shape, **settings | changes)
-    model.initialise(torch.rand(10, *shape))
+    low, high = model.bounds
+    model.initialise(low + (high - low) * torch.rand(10, *shape))
     return model
 
 
@@ -42,10 +43,10 @@ class Quadratic(torch.nn.Module):
         return self.theta * x.square().sum(1) / 2
 
 
-def quadratic(**changes):
+def quadratic(network=Quadratic, **changes):
     free = {"bounds": (-9.0, 9.0), "energy_penalty": 0.0, "data_noise": 0.0, "clip": math.inf}
     model = build(ema=0.0, **free, **changes)
-    model.network = Quadratic()
+    model.network = network()
     model.optimizers["energy"] = torch.optim.SGD(model.network.parameters(), lr=1.0)
     return model
 
@@ -253,8 +254,9 @@ def test_points_stay_within_the_bounds():
 
 
 def test_data_beyond_the_bounds_are_refused():
+    model = build(bounds=(0.4, 0.6))
     with pytest.raises(EBMError, match=r"model\.bounds"):
-        build(bounds=(0.4, 0.6))
+        model.initialise(torch.rand(10, 4))
 
 
 def test_a_buffer_smaller_than_the_batch_is_refused():
@@ -732,3 +734,123 @@ def test_without_classes_the_first_images_are_completed_and_denoised(monkeypatch
     shown, _ = demonstrated(x, None, monkeypatch)
     assert list(shown) == ["completion", "denoising"]
     assert all(torch.equal(images[:, 0], x[:8]) for images, _ in shown.values())
+
+
+class ByClass(torch.nn.Module):
+    """E(x, y) = theta_y |x|^2 / 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor([0.3, 0.9]))
+
+    def of_points(self, x, y=None):
+        return self.theta[y] * x.square().sum(1) / 2
+
+
+def test_chains_are_compared_with_data_each_in_its_own_class():
+    """d/dtheta_y of the gap is half of the summed squares of class y: of data less of chains."""
+    model = quadratic(ByClass, classes=2, kl=0.0, entropy=0.0, fresh=0.5, buffer=200)
+    x, y = torch.randn(64, 4), (torch.arange(64) % 4 == 0).long()
+    before = model.network.theta.detach().clone()
+    model.training_step(x, y)
+    moved = model.replay_age > 0
+    chains, label = model.replay[moved], model.replay_label[moved]
+    expected = torch.stack(
+        [(x[y == k].square().sum() - chains[label == k].square().sum()) / 2 / 64 for k in (0, 1)]
+    )
+    torch.testing.assert_close(before - model.network.theta.detach(), expected)
+
+
+def test_a_chain_that_starts_anew_keeps_its_new_class():
+    model = build(classes=2, fresh=1.0)
+    model.replay_label.zero_()
+    model.frequencies.copy_(torch.tensor([0.0, 1.0]))
+    model.training_step(torch.rand(8, 4), torch.arange(8) % 2)
+    assert torch.equal(model.replay_label, (model.replay_age > 0).long())
+
+
+def test_a_share_of_the_chains_that_go_on_is_augmented(monkeypatch):
+    monkeypatch.setattr("ebm.variants.igebm.augmented", lambda x: torch.full_like(x, 7.0))
+    conv = {"kind": "conv", "width": 2, "depth": 1}
+    model = build((4, 4), network=conv, augment=0.3, fresh=0.2, buffer=8000)
+    batch = model._draw_batch(4000)
+    marked = (batch.start == 7).flatten(1).all(1)
+    assert not (marked & batch.reset).any()
+    share = marked[~batch.reset].double().mean().item()
+    assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / 3200))
+
+
+def test_chains_start_uniformly_within_the_bounds():
+    model = build((1,), bounds=(-3.0, 1.0), buffer=20000)
+    for x in (model.replay, model.starts(20000)):
+        assert -3 <= x.min() < -2.99
+        assert 0.99 < x.max() <= 1
+        assert x.mean().item() == pytest.approx(-1, abs=4 * 4 / math.sqrt(12 * 20000))
+
+
+class Levels(torch.nn.Module):
+    """E(x, y) = 10 |x - y / 2|^2."""
+
+    def of_points(self, x, y=None):
+        return 10 * (x - y[:, None] / 2).square().sum(1)
+
+
+def test_samples_of_classes_are_asked_for_in_turn_and_drawn_of_their_own():
+    model = build(classes=3, noise=0.0, step_size=0.02, gradient_clip=None, ema=0.0)
+    model.network = Levels()
+    drawn = model.sample(7, steps=60)
+    assert drawn["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    expected = (drawn["labels"] / 2)[:, None].expand(7, 4)
+    torch.testing.assert_close(drawn["samples"], expected, rtol=0, atol=1e-3)
+
+
+def test_chains_jump_as_often_as_asked_and_walk_as_they_were_told():
+    model = build((1,), jumps=2, langevin_steps=7, noise="coupled", gradient_clip=0.5)
+    chains = model.chains(model.energy)
+    assert (chains.every, chains.times) == (7, 2)
+    walk = chains.kernel
+    assert (walk.step_size, walk.noise, walk.clip) == (0.1, math.sqrt(0.2), 0.5)
+    assert (walk.bounds, walk.noise_last) == ((0.0, 1.0), True)
+    plain = build((1,), noise=0.01).kernel(model.energy)
+    assert (plain.noise, plain.noise_last) == (0.01, False)
+
+
+def test_levels_follow_the_network_while_it_trains():
+    model = build(classes=2, learning_rate=0.1)
+    x = torch.rand(8, 4)
+    model.train().class_energies(x)
+    model.training_step(x, torch.arange(8) % 2)
+    found = model.class_energies(x)
+    torch.testing.assert_close(found, model.eval().class_energies(x))
+
+
+def test_augmentation_turns_and_rescales_as_far_to_either_side():
+    """A bar in the middle: its slope, and its mass, which goes with the square of the scale."""
+    torch.manual_seed(8)
+    line = torch.arange(41.0) - 20
+    bar = (-(line[:, None] ** 2) / 4.5 - line**2 / 32).exp()
+    moved = augmented(bar.expand(2000, 41, 41)).double()
+    mass = moved.sum((1, 2))
+    x, y = ((moved.sum(k) * line).sum(1) / mass for k in (1, 2))
+    dx, dy = line - x[:, None], line - y[:, None]
+    xx, yy = ((moved.sum(k) * d**2).sum(1) / mass for k, d in ((1, dx), (2, dy)))
+    xy = (moved * dy[:, :, None] * dx[:, None, :]).sum((1, 2)) / mass
+    angle = torch.atan2(2 * xy, xx - yy) / 2
+    assert angle.mean().abs() < 4 * 0.15 / math.sqrt(3 * 2000)
+    assert 0.14 < angle.abs().max() < 0.16
+    scale = (mass / bar.sum()).sqrt()
+    assert 0.79 < scale.min() < 0.82
+    assert 1.22 < scale.max() < 1.26
+    assert scale.log().mean().abs() < 0.02
+
+
+def test_the_average_has_the_decay_that_it_was_given():
+    model = build(ema=0.9)
+    old = []
+    for _ in range(2):
+        old = [p.detach().clone() for p in model.network.parameters()]
+        model.training_step(torch.rand(8, 4))
+    for average, before, now in zip(
+        model.average.parameters(), old, model.network.parameters(), strict=True
+    ):
+        torch.testing.assert_close(average, (0.9 * before + now) / 1.9)

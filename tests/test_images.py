@@ -4,6 +4,7 @@ import bz2
 import gzip
 import hashlib
 import io
+import math
 import os
 import tarfile
 import zipfile
@@ -488,3 +489,24 @@ def test_stored_outliers_are_from_the_whole_of_their_set_and_once_each():
     counts = found.bincount(minlength=200)
     assert counts.max() == 1
     assert (counts.view(4, 50).sum(1) > 4).all()  # of 12.5
+
+
+def test_splits_are_binarised_by_draws_of_their_own(monkeypatch):
+    half = torch.full((20, 8, 8), 128, dtype=torch.uint8)
+    tensors = dict.fromkeys(data.SPLITS, half) | {
+        f"{s}_labels": torch.zeros(20) for s in data.SPLITS
+    }
+    monkeypatch.setattr("ebm.data.images.splits", lambda *_: ("it", dict(tensors)))
+    settings = ImageData(
+        kind="images",
+        name="mnist",
+        binarize="sample",
+        outliers=[],
+        validation=5,
+        seed=0,
+        reference=AS_THEY_ARE,
+    )
+    found = data.prepare(settings).tensors
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        agree = (found[one] == found[other]).double().mean().item()
+        assert agree == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(found[one].numel()))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_models import same, weights
 
 from benchmarks import meg as benchmark
 from ebm.samplers import MALA, run
@@ -279,3 +280,68 @@ def test_samples_are_of_the_temperature_asked_for():
         drawn.append(meg.sample(50, steps=20, step_size=0.1, inverse_temperature=beta))
     torch.testing.assert_close(drawn[0]["samples"], drawn[1]["samples"])
     torch.testing.assert_close(drawn[0]["acceptance"], drawn[1]["acceptance"])
+
+
+def test_mcmc_samples_stand_beside_what_they_came_from_and_both_are_of_the_averages():
+    meg = model(ema=0.5, energy_ema=0.5, energy_learning_rate=0.1, generator_learning_rate=0.1)
+    for _ in range(3):
+        meg.training_step(torch.randn(8, 2).double())
+    torch.manual_seed(1)
+    drawn = meg.sample(50, steps=3, step_size=0.1)
+    torch.manual_seed(1)
+    z = meg._prior(50)
+    with torch.no_grad():
+        torch.testing.assert_close(drawn["generator"], meg.average(z))
+    rates = []
+    end = run(
+        MALA(
+            lambda z: meg.energy_average(meg.average(z)).squeeze(1) + z.square().sum(1) / 2,
+            0.1,
+        ),
+        z,
+        3,
+        lambda step, s: rates.append(s.acceptance) if step else None,
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(drawn["samples"], meg.average(end.x))
+    torch.testing.assert_close(drawn["acceptance"], torch.stack(rates).mean(1))
+    assert not torch.allclose(drawn["samples"], drawn["generator"])
+
+
+def test_every_part_of_a_batch_is_one_energy_step():
+    meg, seen = model(energy_steps=4), []
+    meg._energy_step = lambda part: seen.append(part) or {}
+    meg._generator_step = lambda n: seen.append(n) or {}
+    x = torch.randn(12, 2)
+    meg.training_step(x)
+    assert torch.equal(torch.cat(seen[:-1]), x)
+    assert [len(part) for part in seen[:-1]] == [3] * 4
+    assert seen[-1] == 3
+
+
+def test_the_generator_goes_down_the_energy_as_it_is_and_not_its_average():
+    megs = [model(energy_ema=ema) for ema in (0.0, 0.9)]
+    for meg in megs:
+        for _ in range(5):
+            torch.manual_seed(1)
+            meg.training_step(torch.ones(8, 2).double())
+    assert same(weights(megs[0].generator), weights(megs[1].generator))
+
+
+def test_each_average_has_its_own_decay():
+    meg = model(ema=0.5, energy_ema=0.9, energy_steps=1)
+    old = {}
+    for _ in range(2):
+        old = {
+            n: [p.detach().clone() for p in getattr(meg, n).parameters()]
+            for n in ("generator", "energy_network")
+        }
+        meg.training_step(torch.randn(8, 2).double())
+    for network, average, decay in (
+        ("generator", meg.average, 0.5),
+        ("energy_network", meg.energy_average, 0.9),
+    ):
+        for a, before, now in zip(
+            average.parameters(), old[network], getattr(meg, network).parameters(), strict=True
+        ):
+            torch.testing.assert_close(a, (decay * before + now) / (1 + decay))

@@ -566,3 +566,12 @@ def test_a_constant_of_the_energy_leaves_log_z_by_itself_to_the_last_digits():
     log_z = metrics.grid_log_partition(energy, -2.0, 2.0).item()
     found = metrics.grid_log_partition(energy + 1e6, -2.0, 2.0).item()
     assert found + 1e6 == pytest.approx(log_z, abs=1e-8)
+
+
+def test_recall_is_by_the_manifold_of_the_samples_and_precision_by_that_of_the_data():
+    """Samples close together among data far apart: each is in the data's, hardly any data in
+    theirs."""
+    x = torch.tensor([[0.0], [0.1], [0.2], [0.3]])
+    y = torch.tensor([[0.15], [5.0], [10.0], [15.0]])
+    assert metrics.precision_recall(x, y, 1) == (1.0, 0.25)
+    assert metrics.precision_recall(y, x, 1) == (0.25, 1.0)

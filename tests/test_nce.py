@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_train import MODELS
+from small_models import MODELS
 
 from ebm.contrastive import equilibrium, value
 from ebm.metrics import cell_centres

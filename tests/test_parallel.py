@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from test_train import MODELS, Killed, same, weights
+from small_models import MODELS, Killed, same, weights
 
 from ebm import EBMError, parallel, variants
 from ebm.checkpoint import Checkpoints

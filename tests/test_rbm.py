@@ -249,3 +249,40 @@ def test_samples_come_after_the_steps_asked_for():
     torch.manual_seed(5)
     assert torch.equal(drawn["samples"], run(rbm.gibbs(), rbm._base_rate_draws(20), 4).x)
     assert drawn["chain_steps"].tolist() == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize(("visible", "hidden"), [(15, 17), (17, 15)])
+def test_log_z_of_independent_units_is_a_sum_however_many_states_there_are(visible, hidden):
+    """2^15 states are two lots."""
+    rbm = machine(visible, hidden).requires_grad_(False)
+    rbm.weight.zero_()
+    expected = sum(softplus(b).sum() for b in (rbm.visible_bias, rbm.hidden_bias))
+    torch.testing.assert_close(rbm.log_partition_exact(), expected)
+
+
+def test_reverse_annealing_starts_at_any_of_the_data():
+    """Between two temperatures alone and without burn-in, log Z is that of data as draws."""
+    rbm, points = machine(scale=1.0), states(6)[[1, 2]]
+    _, high = rbm.annealed_log_partition(points, 20000, 2, 0)
+    start, end = (rbm._annealed_energy(beta, points) for beta in (0.0, 1.0))
+    log_z0 = softplus(rbm.base_rate).sum() + 4 * math.log(2)
+    expected = log_z0 - ((end - start).exp().mean()).log()
+    assert high.item() == pytest.approx(expected.item(), abs=0.05)
+
+
+def test_reverse_annealing_starts_at_draws_of_the_model_after_its_burn_in():
+    """Between two temperatures alone: importance sampling from the model."""
+    rbm = machine(scale=1.0)
+    unlikely = states(6)[rbm.energy(states(6)).argmax()][None]
+    low, high = rbm.annealed_log_partition(unlikely, 40000, 2, 50)
+    exact = rbm.log_partition_exact().item()
+    assert high.item() == pytest.approx(exact, abs=0.1)
+    assert low.item() == pytest.approx(exact, abs=0.1)
+
+
+def test_the_chains_that_are_shown_lead_to_the_samples():
+    rbm = RBM((2, 3), 4, 1, 0, 0.1, 0.0, 0.0)
+    rbm.initialise((torch.rand(50, 2, 3) < 0.5).float())
+    torch.nn.init.normal_(rbm.weight)
+    drawn = rbm.sample(20, steps=4)
+    assert torch.equal(drawn["chain"][:, -1], drawn["samples"][:8])

@@ -227,3 +227,18 @@ def test_its_floors_are_the_distances_of_its_own_splits(digits):
     train, test = digits.statistics["train"], digits.statistics["test"]
     for name in ("frechet_distance", "kernel_distance"):
         assert digits.metrics[name] == pytest.approx(getattr(metrics, name)(train, test))
+
+
+def test_no_training_image_of_a_classifier_comes_as_it_is(monkeypatch):
+    seen = []
+    monkeypatch.setattr(reference, "warped", lambda x, reach: seen.append((len(x), reach)) or x)
+    network = reference.Classifier((8, 8), classes=2, width=2)
+    reference.train(
+        network,
+        torch.rand(20, 8, 8),
+        torch.arange(20) % 2,
+        epochs=3,
+        batch_size=8,
+        learning_rate=1e-3,
+    )
+    assert seen == [(8, reference.WARP)] * 6

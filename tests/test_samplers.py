@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ebm.samplers import (
+    HMC,
     MALA,
     DecoupledLangevin,
     InSlices,
@@ -22,6 +23,7 @@ from ebm.samplers import (
     polynomial_decay,
     run,
 )
+from ebm.samplers.kernel import metropolise
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -401,3 +403,22 @@ def test_what_the_guide_shows_is_what_comes_out():
     exact = math.log(2 * math.sqrt(math.pi / 8) * math.sqrt(2 * math.pi))
     assert shown["low"].item() == pytest.approx(exact, abs=0.3)
     assert shown["high"].item() == pytest.approx(exact, abs=0.3)
+
+
+@pytest.mark.parametrize("kernel", [lambda e: MALA(e, 0.3), lambda e: HMC(e, 0.5, 3)])
+def test_points_of_any_shape_are_moved_as_vectors_are(kernel):
+    """|y - x|^2 and |p|^2 are over all axes of a point."""
+    x, ends = torch.randn(200, 2, 3, 4).double(), []
+    for points in (x, x.flatten(1)):
+        torch.manual_seed(0)
+        ends.append(run(kernel(lambda v: v.flatten(1).square().sum(1) / 2), points, 5))
+    image, vector = ends
+    assert torch.equal(image.x.flatten(1), vector.x)
+    torch.testing.assert_close(image.acceptance, vector.acceptance)
+    assert 0.05 < vector.acceptance.mean() < 0.95
+
+
+def test_the_acceptance_of_a_state_is_a_probability_and_not_what_came_of_it():
+    stay, go = State(torch.zeros(4, 1)), State(torch.ones(4, 1), steps=1)
+    ratio = torch.tensor([0.25, 1.0, 2.0, 0.0])
+    torch.testing.assert_close(metropolise(stay, go, ratio.log()).acceptance, ratio.clamp(max=1))

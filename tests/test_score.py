@@ -17,8 +17,8 @@ import pytest
 import torch
 from made_up_tables import connections, made_up, settings
 from safetensors.torch import load_file, save_file
+from small_models import MODELS
 from test_data import density, digits
-from test_train import MODELS
 
 from ebm import EBMError, data, variants
 from ebm.data import kddcup99, table

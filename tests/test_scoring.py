@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import MODELS
+from small_models import MODELS
 
 from ebm import EBMError, rbf, variants
 from ebm.scoring import Scorer, Standardise

@@ -8,12 +8,23 @@ import sys
 import tempfile
 import textwrap
 import time
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from small_models import (
+    MODELS,
+    OPTIONS,
+    WATCH,
+    Killed,
+    build,
+    data,
+    dies,
+    same,
+    train,
+    weights,
+)
 from toy_house import wait_for
 
 from ebm import EBMError, variants
@@ -23,266 +34,6 @@ from ebm.ensemble import histories
 from ebm.seeds import mix, seed
 from ebm.train import Batches, DivergenceError, Watch, fit
 from ebm.variants.base import BATCHES, EBM, average_of, descend, update_average
-
-CONTRASTED = {
-    "defence": 0.1,
-    "tilted": False,
-    "levels": 0,
-    "margin": 0.0,
-    "warmup": 12,
-    "warmup_learning_rate": 1e-3,
-    "learning_rate": 1e-3,
-    "constant_learning_rate": 1e-2,
-    "betas": (0.9, 0.999),
-    "weight_decay": 0.01,
-    "clip": 1.0,
-    "compile": False,
-}
-MODELS = {
-    "fce": {
-        "network": {"kind": "fourier", "width": 8, "depth": 1, "frequencies": 3, "bandwidth": 1.0},
-        "flow": {"kind": "coupling", "transforms": 1, "width": 8},
-        "threshold": 0.55,
-        "flow_learning_rate": 1e-3,
-        "classes": 0,
-        "labelled": 0,
-        "supervision": 0.0,
-        "smoothness": 0.0,
-        "radius": 0.1,
-        **CONTRASTED,
-    },
-    "flow": {
-        "flow": {"kind": "spline", "transforms": 1, "bins": 3, "width": 8},
-        "levels": 0,
-        "margin": 0.0,
-        "learning_rate": 1e-3,
-        "betas": (0.9, 0.999),
-        "weight_decay": 0.0,
-        "clip": 1.0,
-        "compile": False,
-    },
-    "igebm": {
-        "network": {"kind": "mlp", "width": 8, "depth": 1},
-        "input_scale": 1.0,
-        "classes": 0,
-        "spectral_norm": False,
-        "langevin_steps": 3,
-        "jumps": 0,
-        "step_size": 0.1,
-        "noise": 0.01,
-        "gradient_clip": 1.0,
-        "bounds": (0.0, 1.0),
-        "buffer": 60,
-        "fresh": 0.05,
-        "augment": 0.0,
-        "data_noise": 0.01,
-        "energy_penalty": 0.1,
-        "kl": 0.1,
-        "entropy": 0.1,
-        "learning_rate": 1e-3,
-        "betas": (0.0, 0.999),
-        "clip": 1.0,
-        "ema": 0.9,
-        "precision": "float32",
-        "compile": False,
-    },
-    "rbm": {
-        "hidden": 5,
-        "k": 1,
-        "chains": 8,
-        "learning_rate": 0.1,
-        "momentum": 0.5,
-        "weight_decay": 0.001,
-    },
-    "meg": {
-        "network": "mlp",
-        "energy": [8],
-        "generator": [8],
-        "statistics": [8],
-        "latent": 2,
-        "energy_steps": 2,
-        "score_penalty": 0.1,
-        "entropy": 1.0,
-        "energy_learning_rate": 1e-3,
-        "generator_learning_rate": 1e-3,
-        "betas": (0.5, 0.9),
-        "ema": 0.9,
-        "energy_ema": 0.9,
-        "precision": "float32",
-        "compile": False,
-    },
-    "bigan": {
-        "network": "mlp",
-        "encoder": [8],
-        "generator": [8],
-        "discriminator": [8],
-        "latent": 2,
-        "mix": 0.1,
-        "generator_learning_rate": 1e-3,
-        "discriminator_learning_rate": 1e-3,
-        "betas": (0.5, 0.999),
-        "ema": 0.9,
-    },
-    "dagmm": {
-        "encoder": [3],
-        "decoder": [3],
-        "latent": 1,
-        "components": 2,
-        "estimation": [4],
-        "dropout": 0.5,
-        "energy_weight": 0.1,
-        "diagonal_penalty": 0.005,
-        "regularisation": 1e-3,
-        "ema": 0.9,
-        "standardise": True,
-        "learning_rate": 1e-3,
-        "betas": (0.9, 0.999),
-    },
-    "dsebm": {
-        "widths": [8],
-        "noise": 0.5,
-        "standardise": True,
-        "learning_rate": 1e-3,
-        "betas": (0.9, 0.999),
-    },
-    "kernel_pca": {"points": 20, "components": 3, "gamma": "scale", "standardise": True},
-    "nce": {
-        "network": {"kind": "mlp", "width": 8, "depth": 1},
-        "noise": {"kind": "coupling", "transforms": 1, "width": 8},
-        "ratio": 2.0,
-        **CONTRASTED,
-    },
-    "one_class_svm": {"points": 20, "nu": 0.5, "gamma": "scale", "standardise": True},
-    "vae": {
-        "network": "mlp",
-        "encoder": [8],
-        "decoder": [8],
-        "latent": 2,
-        "learning_rate": 1e-3,
-        "betas": (0.9, 0.999),
-    },
-    "wgan_gp": {
-        "network": "mlp",
-        "energy": [8],
-        "generator": [8],
-        "latent": 2,
-        "energy_steps": 2,
-        "gradient_penalty": 10.0,
-        "energy_learning_rate": 1e-3,
-        "generator_learning_rate": 1e-3,
-        "betas": (0.5, 0.9),
-        "ema": 0.9,
-        "precision": "float32",
-        "compile": False,
-    },
-}
-WATCH = Watch({}, 3)
-OPTIONS = {"batch_size": 8, "seed": 3, "log_every": 5, "checkpoint_every": 10, "cooldown": 0.5}
-
-
-def build(name):
-    seed("model", 0)
-    return variants.build(name, (4,), MODELS[name])
-
-
-def data():
-    generator = torch.Generator().manual_seed(0)
-    return (torch.rand(50, 4, generator=generator) < 0.5).float()
-
-
-def train(model, folder, steps=40, watch=WATCH, **changes):
-    return fit(
-        model,
-        data(),
-        steps=steps,
-        watch=watch,
-        checkpoints=Checkpoints(folder),
-        **OPTIONS | changes,
-    )
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-class Killed(Exception):
-    pass
-
-
-def dies(*_, **__):
-    raise Killed
-
-
-@pytest.mark.parametrize("name", sorted(variants.VARIANTS))
-def test_every_variant_keeps_its_contract(name):
-    model = build(name)
-    assert isinstance(model, EBM)
-    model.initialise(data())
-    assert model.energy(data()).shape == (50,)
-    logs = model.training_step(data())
-    assert all(value.shape == () and not value.requires_grad for value in logs.values())
-    assert {"energy_gap", "gradient_norm"} <= logs.keys()
-    drawn = model.sample(6)
-    assert drawn["samples"].shape in {(6, 4), (0, 4)}  # not every model can draw
-    assert not any(tensor.requires_grad for tensor in drawn.values())
-    assert bool(model.optimizers) == bool(list(model.parameters()))
-    documented = sys.modules[type(model).__module__].__doc__
-    assert all(f"`{key}`" in documented for key in logs)
-
-
-@pytest.mark.parametrize("name", sorted(variants.VARIANTS))
-def test_an_energy_at_rest_draws_nothing(name):
-    """So requests that are served side by side do not disturb each other."""
-    model = build(name)
-    model.initialise(data())
-    model.eval()
-    before = torch.get_rng_state()
-    first = model.energy(data())
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(model.energy(data()), first)
-
-
-AT_REST = """
-import sys
-from test_train import build, data, variants
-
-for name in variants.VARIANTS:
-    model = build(name)
-    model.initialise(data())
-    model.energy(data())
-    model.sample(6)
-    assert "torch._dynamo" not in sys.modules, name
-"""
-
-
-def test_only_training_imports_what_only_training_needs():
-    """It takes seconds, which those who sample and score would wait for."""
-    path = os.pathsep.join(sys.path)
-    subprocess.run(
-        [sys.executable, "-c", AT_REST], check=True, env=os.environ | {"PYTHONPATH": path}
-    )
-
-
-WAITING = {
-    "fce": "whose turn it is depends on the accuracy of the step before",
-    "nce": "the end of the warm-up, of which both count the steps",
-}
-
-
-@pytest.mark.parametrize(
-    "name", [v for v in sorted(variants.VARIANTS.keys() - WAITING) if [*build(v).parameters()]]
-)
-def test_no_training_step_waits_for_a_number(name, monkeypatch):
-    """A tensor without content has none to wait for; autocast knows of no such device."""
-    model = build(name)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    model.initialise(data())
-    assert model.optimizers  # made here: there are none for tensors without content
-    model.to("meta").training_step(data().to("meta"))
 
 
 @cache
@@ -596,7 +347,7 @@ def test_sigkill_at_random_moments_leaves_a_folder_to_resume_from(tmp_path):
     of input, and its end is told."""
     script = textwrap.dedent(f"""
         import os, pathlib, sys; sys.path[:0] = {sys.path!r}
-        import test_train as t
+        import small_models as t
         for line in sys.stdin:
             if not (victim := os.fork()):
                 t.train(t.build("meg"), pathlib.Path("run"), steps=10**6, checkpoint_every=5)
@@ -752,3 +503,54 @@ def test_the_first_update_of_a_moving_average_is_the_network():
     average = average_of(torch.nn.Linear(3, 3), 0.999)
     update_average(average, current, 0.999)
     assert torch.equal(average.weight, current.weight)
+
+
+class Looker(EBM):
+    """Keeps what it is given, in which mode."""
+
+    classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+        self.seen, self.begun = [], None
+
+    def configure_optimizers(self):
+        return {"w": torch.optim.SGD([self.w], lr=0.1)}
+
+    def initialise(self, x, y=None):
+        self.begun = x, y
+
+    def training_step(self, x, y=None):
+        assert self.training
+        self.seen.append((x, y))
+        return {"energy_gap": self.w.detach()}
+
+
+def looked(model, folder, *data):
+    """The rows of the batch of each of 20 steps, and what the model was given there."""
+    checkpoints, watch = Checkpoints(folder), Watch({}, 0)
+    fit(model, *data, steps=20, watch=watch, checkpoints=checkpoints, **OPTIONS)
+    order = Batches(60, 8, 3, torch.device("cpu"))
+    return [(order(step), given) for step, given in enumerate(model.seen)]
+
+
+def test_a_step_sees_the_rows_of_its_batch_with_their_classes_as_points_in_training_mode(tmp_path):
+    rows = torch.arange(60, dtype=torch.uint8)[:, None]
+    labels = torch.arange(60) % 3
+    model = Looker().eval()
+    for expected, (x, y) in looked(model, tmp_path, rows, labels):
+        torch.testing.assert_close(x[:, 0], expected / 255)
+        assert torch.equal(y, labels[expected])
+    x, y = model.begun
+    torch.testing.assert_close(x, rows / 255)
+    assert torch.equal(y, labels)
+
+
+def test_bits_are_drawn_of_the_greys_of_the_same_rows(tmp_path):
+    """Greys of 0 and 1 leave nothing to chance; the data say otherwise."""
+    greys = (torch.arange(60)[:, None] >> torch.arange(6) & 1).to(torch.uint8) * 255
+    model = Looker()
+    for expected, (x, _) in looked(model, tmp_path, 255 - greys, torch.arange(60) % 3, greys):
+        assert torch.equal(x, greys[expected] / 255)
+    assert torch.equal(model.begun[0], 1 - greys / 255)
