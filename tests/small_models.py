@@ -1,5 +1,7 @@
 """Variants small enough to be trained in a moment, and what tests do with them."""
 
+import itertools
+
 import torch
 
 from ebm import variants
@@ -197,6 +199,19 @@ def same(a, b):
 
 class Killed(Exception):
     pass
+
+
+def killed_at(model, number):
+    """The model, killed when its step `number` begins; the first is 1."""
+    step, numbers = model.training_step, itertools.count(1)
+
+    def steps(*batch):
+        if next(numbers) == number:
+            raise Killed
+        return step(*batch)
+
+    model.training_step = steps
+    return model
 
 
 def dies(*_, **__):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import MODELS, OPTIONS, Killed, same, weights
+from small_models import MODELS, OPTIONS, Killed, killed_at, same, weights
 from small_models import data as bits
 from torch import Tensor
 
@@ -206,20 +206,11 @@ def test_a_killed_conditional_ensemble_ends_with_the_same_bits(tmp_path, at):
     labels = torch.tensor([0, 0, 1, 2, 2])[torch.arange(50) % 5]
     options = OPTIONS | {"log_every": 2, "checkpoint_every": 4, "batch_size": 16}
 
-    def trained(folder, dying_at=None):
+    def trained(folder, kill_at=None):
         seed("model", 0)
         model = variants.build("igebm", (4,), settings, chosen)
-        step, calls = model.training_step, []
-
-        def dying(*batch):
-            calls.append(1)
-            if len(calls) == dying_at:
-                raise Killed
-            return step(*batch)
-
-        model.training_step = dying
         fit(
-            model,
+            killed_at(model, kill_at),
             bits(),
             labels,
             steps=20,

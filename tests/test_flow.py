@@ -102,7 +102,7 @@ def test_images_are_measured_by_their_levels():
     for _ in range(60):
         flow.training_step(x[torch.randint(512, (128,))])
     bits = -flow.log_likelihood(x).mean().item() / (16 * math.log(2))
-    assert 1.0 < bits < math.log2(5)
+    assert 1.0 < bits < 1.25
     assert torch.equal(flow.energy(x), flow.energy(x))
     drawn = flow.sample(500)["samples"]
     assert drawn.shape == (500, 4, 4)

@@ -228,17 +228,6 @@ def test_the_latent_energy_is_beta_times_energy_plus_the_prior():
     torch.testing.assert_close(meg.latent_energy(z, 2.5), expected - offset)
 
 
-def test_the_moving_average_lags_behind_the_generator():
-    meg = model(ema=0.9).float()
-    for p, a in zip(meg.generator.parameters(), meg.average.parameters(), strict=True):
-        assert torch.equal(p, a)
-    meg.training_step(torch.randn(8, 2))
-    first = snapshot(meg.generator)
-    meg.training_step(torch.randn(8, 2))
-    for p, a, old in zip(meg.generator.parameters(), meg.average.parameters(), first, strict=True):
-        torch.testing.assert_close(a, (0.9 * old + p.detach()) / 1.9)
-
-
 def test_it_learns_a_gaussian_that_is_not_its_prior():
     torch.manual_seed(3)
     widths = {name: [64, 64] for name in ("energy", "generator", "statistics")}

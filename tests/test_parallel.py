@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from small_models import MODELS, Killed, same, weights
+from small_models import MODELS, Killed, killed_at, same, weights
 
 from ebm import EBMError, parallel, variants
 from ebm.checkpoint import Checkpoints
@@ -57,13 +57,12 @@ ROUGH = {"rtol": 1e-2, "atol": 3e-4}
 ROUNDED = {"fce, semi-supervised": ROUGH}  # its roughness is a difference over a tiny distance
 
 
-def train(case, folder, steps=STEPS, batch_size=8, dying_at=None):
+def train(case, folder, steps=STEPS, batch_size=8, kill_at=None):
     """The model of a case after so many steps, and their history."""
     variant, shape, changes, ensemble = (CASES | JUMPS)[case]
     seed("model", 0)
     model = variants.build(variant, shape, MODELS[variant] | changes, ensemble)
-    if dying_at is not None:
-        model.training_step = dying(model.training_step, dying_at)
+    killed_at(model, kill_at)
     generator = torch.Generator().manual_seed(0)
     greys = torch.rand(50, *shape, generator=generator)
     data = (greys < 0.5).double()
@@ -81,17 +80,6 @@ def train(case, folder, steps=STEPS, batch_size=8, dying_at=None):
         **options,
     )
     return model, progress.history
-
-
-def dying(step, at):
-    calls = iter(range(at))
-
-    def dies(*batch):
-        if next(calls, None) is None:
-            raise Killed
-        return step(*batch)
-
-    return dies
 
 
 def together(folder, body, processes=2):
@@ -129,7 +117,7 @@ def shared(tmp_path_factory):
             if rank == 0:
                 torch.save([t.weights(model), history], folder / f"{case}.pt")
         try:
-            t.train("igebm", folder / "half", dying_at=11)
+            t.train("igebm", folder / "half", kill_at=12)
         except t.Killed:
             pass
         torch.save(t.quadratic(), folder / f"gradient {rank}.pt")
@@ -181,7 +169,7 @@ def test_a_killed_run_ends_with_the_same_bits(double, tmp_path, case, at):
     """As `test_train` has it of the plain variants."""
     whole, history = train(case, tmp_path / "whole")
     with pytest.raises(Killed):
-        train(case, tmp_path / "killed", dying_at=at)
+        train(case, tmp_path / "killed", kill_at=at + 1)
     torch.rand(17)  # whatever else draws meanwhile
     resumed, again = train(case, tmp_path / "killed")
     assert same(weights(whole), weights(resumed))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import MODELS
 from torch import nn
 
 from ebm import EBMError, recorded, variants
@@ -16,7 +17,6 @@ from ebm.densities import DENSITIES
 from ebm.networks import normalise_spectrally, scalar
 from ebm.recorded import CompiledGradient, graph_of
 from ebm.samplers import HMC, MALA, Langevin, Recorded, run, value_and_gradient
-from tests.test_train import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,6 +21,7 @@ from small_models import (
     build,
     data,
     dies,
+    killed_at,
     same,
     train,
     weights,
@@ -49,20 +50,8 @@ def uninterrupted(name):
 @pytest.mark.parametrize("at", [1, 9, 10, 11, 25, 39])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, name, at):
     expected, history = uninterrupted(name)
-    calls = 0
-    victim = build(name)
-    step = victim.training_step
-
-    def dying(*batch):
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise Killed
-        return step(*batch)
-
-    victim.training_step = dying
     with pytest.raises(Killed):
-        train(victim, tmp_path / "killed")
+        train(killed_at(build(name), at), tmp_path / "killed")
     torch.rand(17)  # whatever else draws meanwhile
     resumed = build(name)
     progress = train(resumed, tmp_path / "killed")
@@ -76,27 +65,16 @@ def test_bits_are_drawn_anew_at_every_update_and_after_a_kill_the_same(tmp_path)
     def train_on_greys(model, folder):
         return train(model, folder, greys=torch.full_like(data(), 0.5))
 
-    def watched(model, dying_at=None):
-        step = model.training_step
-
-        def seen(x, y=None):
-            batches.append(x)
-            if len(batches) == dying_at:
-                raise Killed
-            return step(x, y)
-
-        model.training_step = seen
-        return model
-
     batches = []
     whole = build("rbm")
-    train_on_greys(watched(whole), tmp_path / "whole")
+    step = whole.training_step
+    whole.training_step = lambda x, y: batches.append(x) or step(x, y)
+    train_on_greys(whole, tmp_path / "whole")
     steps = torch.stack(batches)
     assert steps.unique().tolist() == [0, 1]
     assert len(steps.flatten(1).unique(dim=0)) == len(steps)
-    batches.clear()
     with pytest.raises(Killed):
-        train_on_greys(watched(build("rbm"), dying_at=25), tmp_path / "killed")
+        train_on_greys(killed_at(build("rbm"), 25), tmp_path / "killed")
     resumed = build("rbm")
     train_on_greys(resumed, tmp_path / "killed")
     assert same(weights(whole), weights(resumed))
@@ -341,7 +319,7 @@ def test_a_model_comes_back_at_rest(tmp_path, ensemble):
         torch.testing.assert_close(of[0].generate(z)[:2], of[0].generate(z[:2]))
 
 
-def test_sigkill_at_random_moments_leaves_a_folder_to_resume_from(tmp_path):
+def test_sigkill_at_random_moments_leaves_the_bits_of_a_run_that_nobody_kills(tmp_path):
     """A real process, killed while it writes checkpoints as fast as it can. It is forked from one
     that has imported what takes seconds (with one thread: a fork loses the others), for each line
     of input, and its end is told."""
@@ -375,7 +353,13 @@ def test_sigkill_at_random_moments_leaves_a_folder_to_resume_from(tmp_path):
             time.sleep(delay)
             os.kill(victim, signal.SIGKILL)
             assert int(template.stdout.readline()) == -signal.SIGKILL
-            assert Checkpoints(tmp_path / "run").newest() is not None
+            left = Checkpoints(tmp_path / "run").newest()
+            assert left is not None
+    whole = Checkpoints(tmp_path / "whole")
+    last = left["progress"]["step"]
+    with pytest.raises(Killed):
+        train(killed_at(build("meg"), last + 1), whole.folder, steps=10**6, checkpoint_every=last)
+    assert same(left["model"], whole.newest()["model"])
 
 
 class Watched(EBM):
@@ -418,18 +402,10 @@ def test_a_restart_outlives_a_kill(tmp_path, at):
     """Step 33 diverges, so steps 21 to 40 come again with other noise; one that is killed among
     them, before or after a checkpoint, goes on with that noise."""
     watch = Watch({"energy_gap": 100.0}, 1)
-    whole, victim, resumed = Watched(33), Watched(33), Watched()
+    whole, resumed = Watched(33), Watched()
     train(whole, tmp_path / "whole", watch=watch)
-    step = victim.training_step
-
-    def dying(x, y=None):
-        if len(victim.drawn) == at:
-            raise Killed
-        return step(x, y)
-
-    victim.training_step = dying
     with pytest.raises(Killed):
-        train(victim, tmp_path / "killed", watch=watch)
+        train(killed_at(Watched(33), at + 1), tmp_path / "killed", watch=watch)
     progress = train(resumed, tmp_path / "killed", watch=watch)
     again = dict(whole.drawn[35:])
     assert progress.restarts == 1
