@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
-from ebm.flows import Defended, Density, Flow, Gaussian, Noise, Space, adam
+from ebm.flows import Defended, Density, Flow, Gaussian, Latents, Noise, Space, adam
 from ebm.networks import scalar
 from ebm.recorded import Loss
 from ebm.samplers import Independence, State, by_row, run
@@ -80,6 +80,7 @@ class Contrasted(EBM):
     """
 
     steps: Tensor
+    ratio: float = 1.0
     logged: tuple[str, ...] = LOGGED
 
     def __init__(
@@ -190,6 +191,42 @@ class Contrasted(EBM):
         warmup = self.noise, self.warmup_learning_rate, self.betas, self.weight_decay
         return {"energy": AdamW(groups, betas=self.betas, fused=True)} | adam("warmup", *warmup)
 
+    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        data = self.space.enter(x)
+        loss = self.warm_up(data)
+        if loss is None:
+            return self._logs(**self.turn(data, warming=False))
+        if self.base is not None:  # it has nothing to correct yet
+            return self._logs(noise_loss=loss)
+        return self._logs(**self.turn(data, warming=True) | {"noise_loss": loss})
+
+    def turn(self, data: Tensor, warming: bool) -> dict[str, Tensor]:
+        """One update of the game at points [B, *] of the space, while the flow is still `warming`
+        up or afterwards; what is logged of it."""
+        raise NotImplementedError
+
+    def energy_loss(self, data: Tensor, noise: Noise, latents: Latents) -> Loss:
+        """-V on points [B, *] of the space and on the draws of a noise that are made of `latents`;
+        no gradient of it reaches the noise."""
+        with torch.no_grad():
+            draws, log_q_draws = noise.from_latents(*latents)
+            log_q = noise.log_prob(data)
+        v, logs = self.play(data, draws, log_q, log_q_draws)
+        return -v, logs
+
+    def play(self, data: Tensor, draws: Tensor, log_q: Tensor, log_q_draws: Tensor) -> Loss:
+        """V on points [B, *] and draws [R, *] with their log q, and what is logged of it."""
+        sizes = len(data), len(draws)
+        log_p, log_p_draws = self.log_density(torch.cat([data, draws])).split(sizes)
+        r, r_draws = log_p - log_q, log_p_draws - log_q_draws
+        v = value(r, r_draws, self.ratio)
+        return v, {
+            "value": v,
+            "accuracy": accuracy(r, r_draws, self.ratio),
+            "noise_loss": -log_q.mean(),
+            "energy_gap": log_p_draws.mean() - log_p.mean(),
+        }
+
     def warm_up(self, data: Tensor) -> Tensor | None:
         """One of the first `warmup` steps, in which the flow follows the likelihood of `data`,
         points of the space: its loss, or None where there is no such step to take. The learning
@@ -225,7 +262,7 @@ class Contrasted(EBM):
             self.log_z.zero_()
             self.log_z.copy_(importance_log_partition(-self.log_densities(v), log_q))
 
-    def logs(self, **known: Tensor) -> dict[str, Tensor]:
+    def _logs(self, **known: Tensor) -> dict[str, Tensor]:
         """What is `known` of a step under all names that are `logged`; what is not is 0."""
         nothing = torch.zeros_like(self.log_z[0])
         known = {"log_z": self.log_z.mean(), **known}

@@ -122,13 +122,13 @@ class Gaussian(Flow):
 
 def adam(
     name: str,
-    density: nn.Module,
+    module: nn.Module,
     learning_rate: float,
     betas: tuple[float, float],
     weight_decay: float,
 ) -> dict[str, Optimizer]:
-    """What trains a density, under a name; nothing where it has nothing to train."""
-    weights = list(density.parameters())
+    """What trains a module, under a name; nothing where it has nothing to train."""
+    weights = list(module.parameters())
     if not weights:
         return {}
     return {name: AdamW(weights, learning_rate, betas, weight_decay=weight_decay, fused=True)}

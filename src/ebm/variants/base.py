@@ -46,7 +46,7 @@ class EBM(nn.Module):
     @property
     def fused(self) -> bool | None:
         """What optimisers take as `fused`: True where training is compiled, else None, PyTorch's
-        choice. Those of flows and contrastive models, but for FCE's twin, always are."""
+        choice. Those of flows and contrastive models always are."""
         return self.compiled or None
 
     sharded: tuple[str, ...] = ()

@@ -47,10 +47,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ebm import EBMError
-from ebm.contrastive import LOGGED, Contrasted, accuracy, value
+from ebm.contrastive import LOGGED, Contrasted
 from ebm.flows import Defended, Latents, Noise, adam
 from ebm.parallel import averaged, mine, permutation, share, world
 from ebm.recorded import Loss
@@ -96,14 +96,11 @@ class FCE(Contrasted):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Optimisers of every contrasted energy, of the flow's turns and of the twin."""
+        settings = self.betas, self.weight_decay
         optimizers = super().configure_optimizers()
-        decay = self.weight_decay
-        optimizers |= adam("flow", self.noise, self.flow_learning_rate, self.betas, decay)
+        optimizers |= adam("flow", self.noise, self.flow_learning_rate, *settings)
         if self.labelled_classes:
-            weights = self.twin.parameters()
-            optimizers["twin"] = AdamW(
-                weights, self.learning_rate, self.betas, weight_decay=decay, fused=self.fused
-            )
+            optimizers |= adam("twin", self.twin, self.learning_rate, *settings)
         return optimizers
 
     @property
@@ -127,40 +124,26 @@ class FCE(Contrasted):
             here = slice(k * wanted, (k + 1) * wanted)
             self.points[here], self.labels[here] = data[rows], k
 
-    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        data = self.space.enter(x)
-        warming = self.warm_up(data)
-        if warming is not None and self.base is not None:
-            return self.logs(noise_loss=warming)
+    def turn(self, data: Tensor, warming: bool) -> dict[str, Tensor]:
         noise = self.contrast
-        if warming is not None and isinstance(noise, Defended):
+        if warming and isinstance(noise, Defended):
             noise = noise.broad
-        flow_turn = warming is None and self.last_accuracy > self.threshold
+        flow_turn = not warming and self.last_accuracy > self.threshold
         logs = self._flow_turn(data) if flow_turn else self._energy_turn(data, noise)
         seen = averaged(logs["accuracy"])  # all processes take the same turn
         self.last_accuracy.copy_(0 * seen if flow_turn else seen)
-        if warming is not None:
-            logs["noise_loss"] = warming
-        return self.logs(**logs)
+        return logs
 
     def _energy_turn(self, data: Tensor, noise: Noise) -> dict[str, Tensor]:
         told = data, noise, noise.latents(len(data))
         if not len(self.labels):
-            norm, logs = self.minimise("energy", self._energy_loss, *told, clip=self.clip)
+            norm, logs = self.minimise("energy", self.energy_loss, *told, clip=self.clip)
             return logs | {"gradient_norm": norm}
         labelled = self._labelled(len(data))
         semi = *told, *labelled, torch.randn_like(data)
         norm, logs = self.minimise("energy", self._supervised_loss, *semi, clip=self.clip)
         self.minimise("twin", self._twin_loss, *labelled, clip=self.clip)
         return logs | {"gradient_norm": norm}
-
-    def _energy_loss(self, data: Tensor, noise: Noise, latents: Latents) -> Loss:
-        """-V on points [B, *] and on the noise that is made of `latents`."""
-        with torch.no_grad():
-            draws, log_q_draws = noise.from_latents(*latents)
-            log_q = noise.log_prob(data)
-        v, logs = self._play(data, draws, log_q, log_q_draws)
-        return -v, logs
 
     def _supervised_loss(
         self,
@@ -172,7 +155,7 @@ class FCE(Contrasted):
         start: Tensor,
     ) -> Loss:
         """-V plus the cross entropy of labelled points and the roughness (from `start`)."""
-        loss, logs = self._energy_loss(data, noise, latents)
+        loss, logs = self.energy_loss(data, noise, latents)
         logs["cross_entropy"] = cross_entropy(-self.unnormalised(points) - self.log_z, classes)
         loss = loss + self.supervision * logs["cross_entropy"]
         if self.smoothness:
@@ -191,19 +174,7 @@ class FCE(Contrasted):
     def _flow_loss(self, data: Tensor, latents: Latents) -> Loss:
         """V, with the draws that are made of `latents` differentiable in the flow."""
         draws, log_q_draws = self.contrast.from_latents(*latents)
-        return self._play(data, draws, self.contrast.log_prob(data), log_q_draws)
-
-    def _play(self, data: Tensor, draws: Tensor, log_q: Tensor, log_q_draws: Tensor) -> Loss:
-        """V on points [B, *] and draws [B, *] with their log q, and what is logged of it."""
-        log_p, log_p_draws = self.log_density(torch.cat([data, draws])).split(len(data))
-        r, r_draws = log_p - log_q, log_p_draws - log_q_draws
-        v = value(r, r_draws)
-        return v, {
-            "value": v,
-            "accuracy": accuracy(r, r_draws),
-            "noise_loss": -log_q.mean(),
-            "energy_gap": log_p_draws.mean() - log_p.mean(),
-        }
+        return self.play(data, draws, self.contrast.log_prob(data), log_q_draws)
 
     def _labelled(self, most: int) -> tuple[Tensor, Tensor]:
         """Labelled points of the space, at most so many, and their classes."""

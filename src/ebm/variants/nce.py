@@ -27,13 +27,10 @@ warm-up that of the flow alone; `gradient_norm`. What a step does not compute is
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ebm.contrastive import Contrasted, accuracy, value
-from ebm.flows import Latents
+from ebm.contrastive import Contrasted
 from ebm.parallel import share, world
-from ebm.recorded import Loss
 
 
 class NCE(Contrasted):
@@ -49,31 +46,11 @@ class NCE(Contrasted):
         super().__init__(shape, noise, **contrasted)
         self.ratio = ratio
 
-    def training_step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        data = self.space.enter(x)
-        warming = self.warm_up(data)
-        if warming is not None and self.base is not None:
-            return self.logs(noise_loss=warming)
-        latents = self.contrast.latents(self._draws(len(data)))
-        norm, logs = self.minimise("energy", self._loss, data, latents, clip=self.clip)
-        if warming is not None:
-            logs["noise_loss"] = warming
-        return self.logs(**logs, gradient_norm=norm)
-
-    def _loss(self, data: Tensor, latents: Latents) -> Loss:
-        """-V on points [B, *] and on the noise that is made of `latents`."""
-        with torch.no_grad():
-            noise, log_q_noise = self.contrast.from_latents(*latents)
-            log_q = self.contrast.log_prob(data)
-        log_p, log_p_noise = self.log_density(data), self.log_density(noise)
-        r, r_noise = log_p - log_q, log_p_noise - log_q_noise
-        v = value(r, r_noise, self.ratio)
-        return -v, {
-            "value": v,
-            "accuracy": accuracy(r, r_noise, self.ratio),
-            "noise_loss": -log_q.mean(),
-            "energy_gap": log_p_noise.mean() - log_p.mean(),
-        }
+    def turn(self, data: Tensor, warming: bool) -> dict[str, Tensor]:
+        noise = self.contrast
+        told = data, noise, noise.latents(self._draws(len(data)))
+        norm, logs = self.minimise("energy", self.energy_loss, *told, clip=self.clip)
+        return logs | {"gradient_norm": norm}
 
     def _draws(self, rows: int) -> int:
         """How many draws stand beside so many rows of this process, one at least."""
