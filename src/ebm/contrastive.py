@@ -30,7 +30,7 @@ from ebm import EBMError
 from ebm.flows import Defended, Density, Flow, Gaussian, Latents, Noise, Space, adam
 from ebm.networks import scalar
 from ebm.recorded import Loss
-from ebm.samplers import Independence, State, by_row, run
+from ebm.samplers import Independence, by_row, with_acceptance
 from ebm.variants.base import EBM
 
 
@@ -241,8 +241,7 @@ class Contrasted(EBM):
             return None
         for group in optimizer.param_groups:
             group["lr"] *= min(1.0, 2 * left / self.warmup)
-        _, logs = self.minimise("warmup", self._noise_loss, data, clip=self.clip)
-        return logs["noise_loss"]
+        return self.minimise("warmup", self._noise_loss, data, clip=self.clip)["noise_loss"]
 
     def _noise_loss(self, data: Tensor) -> Loss:
         loss = -self.flow.log_prob(data).mean()
@@ -273,24 +272,12 @@ class Contrasted(EBM):
         """`samples` [n, *], after `steps` of Metropolis' algorithm that starts at draws of the
         noise and proposes such; `generator` [n, *], those that it started at, or where these have
         a defence other ones of the flow alone; the mean `acceptance` of every step [steps]."""
-        rates: list[Tensor] = []
-        first: list[Tensor] = []
-
-        def observe(step: int, state: State) -> None:
-            if state.acceptance is None:
-                first.append(state.x)
-            else:
-                rates.append(state.acceptance.mean())
-
         noise = self.contrast
         kernel = Independence(
             lambda v: -self.log_density(v), noise.draw_with_log_prob, noise.log_prob
         )
-        end = run(kernel, kernel.start(n), steps, observe)
-        drawn = self.flow.draw_with_log_prob(n)[0] if self.defence else first[0]
+        start = kernel.start(n)
+        end, rates = with_acceptance(kernel, start, steps)
+        drawn = self.flow.draw_with_log_prob(n)[0] if self.defence else start.x
         leave = self.space.leave
-        return {
-            "samples": leave(end.x),
-            "generator": leave(drawn),
-            "acceptance": torch.stack(rates) if rates else torch.ones(0),
-        }
+        return {"samples": leave(end.x), "generator": leave(drawn), "acceptance": rates}

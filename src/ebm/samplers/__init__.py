@@ -22,6 +22,7 @@ from ebm.samplers.kernel import (
     milestones,
     run,
     value_and_gradient,
+    with_acceptance,
 )
 from ebm.samplers.langevin import MALA, DecoupledLangevin, Langevin, polynomial_decay
 from ebm.samplers.metropolis import (
@@ -66,4 +67,5 @@ __all__ = [
     "polynomial_decay",
     "run",
     "value_and_gradient",
+    "with_acceptance",
 ]

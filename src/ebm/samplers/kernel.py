@@ -97,6 +97,18 @@ def at_milestones(
     return state, torch.stack(frames, 1), marks
 
 
+def with_acceptance(kernel: Kernel[State], x: Tensor | State, steps: int) -> tuple[State, Tensor]:
+    """`run`, and on the way the mean acceptance of every step: the last state, [steps]."""
+    rates: list[Tensor] = []
+
+    def observe(step: int, state: State) -> None:
+        if state.acceptance is not None:
+            rates.append(state.acceptance.mean())
+
+    state = run(kernel, x, steps, observe)
+    return state, torch.stack(rates) if rates else torch.ones(0)
+
+
 def milestones(steps: int) -> list[int]:
     """Steps at which to look at a chain of `steps`: 0, 1, 3, 10, 30 ... and the last."""
     between = (m for i in range(9) for m in (10**i, 3 * 10**i) if m < steps)

@@ -119,11 +119,16 @@ class EBM(nn.Module):
         return self.configure_optimizers()
 
     def minimise(
-        self, name: str, objective: Objective, *inputs: Any, clip: float = math.inf
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        name: str,
+        objective: Objective,
+        *inputs: Any,
+        clip: float = math.inf,
+        norm: str = "gradient_norm",
+    ) -> dict[str, Tensor]:
         """One step of the optimiser `name` down the gradient of objective(*inputs), which gives
-        the loss, a scalar, and what is to be logged with it, by name; returns the norm of the
-        gradient before it is cut to `clip`, and the logs.
+        the loss, a scalar, and what is to be logged with it, by name; returns that and, as `norm`,
+        the norm of the gradient before it is cut to `clip`.
 
         `inputs` are tensors, tuples of them, and what else can be hashed. If the model is to be
         `compiled`, so is the objective, which then may draw nothing and look at nothing else that
@@ -132,14 +137,15 @@ class EBM(nn.Module):
         optimizer = self.optimizers[name]
         if not self.compiled:
             loss, logs = objective(*inputs)
-            return descend(optimizer, loss, clip), {k: v.detach() for k, v in logs.items()}
+            logs = {k: v.detach() for k, v in logs.items()}
+            return logs | {norm: descend(optimizer, loss, clip)}
         if (known := (name, objective, self.training)) not in self.records:
             self.records[known] = CompiledGradient(
                 objective, moved_by(optimizer), list(self.buffers())
             )
         gradient: CompiledGradient = self.records[known]
         logs = gradient(*inputs)
-        return follow(optimizer, gradient.parameters, clip), logs
+        return logs | {norm: follow(optimizer, gradient.parameters, clip)}
 
     @cached_property
     def records(self) -> dict[Hashable, Any]:

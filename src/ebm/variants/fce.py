@@ -137,13 +137,12 @@ class FCE(Contrasted):
     def _energy_turn(self, data: Tensor, noise: Noise) -> dict[str, Tensor]:
         told = data, noise, noise.latents(len(data))
         if not len(self.labels):
-            norm, logs = self.minimise("energy", self.energy_loss, *told, clip=self.clip)
-            return logs | {"gradient_norm": norm}
+            return self.minimise("energy", self.energy_loss, *told, clip=self.clip)
         labelled = self._labelled(len(data))
         semi = *told, *labelled, torch.randn_like(data)
-        norm, logs = self.minimise("energy", self._supervised_loss, *semi, clip=self.clip)
+        logs = self.minimise("energy", self._supervised_loss, *semi, clip=self.clip)
         self.minimise("twin", self._twin_loss, *labelled, clip=self.clip)
-        return logs | {"gradient_norm": norm}
+        return logs
 
     def _supervised_loss(
         self,
@@ -168,8 +167,8 @@ class FCE(Contrasted):
 
     def _flow_turn(self, data: Tensor) -> dict[str, Tensor]:
         latents = self.contrast.latents(len(data))
-        norm, logs = self.minimise("flow", self._flow_loss, data, latents, clip=self.clip)
-        return logs | {"gradient_norm": norm, "flow_turns": torch.ones_like(norm)}
+        logs = self.minimise("flow", self._flow_loss, data, latents, clip=self.clip)
+        return logs | {"flow_turns": torch.ones_like(logs["value"])}
 
     def _flow_loss(self, data: Tensor, latents: Latents) -> Loss:
         """V, with the draws that are made of `latents` differentiable in the flow."""

@@ -56,8 +56,7 @@ class NormalisingFlow(Density):
         v = self.space.enter(x)
         if not self.optimizers:
             return self._loss(v)[1] | {"gradient_norm": v.new_zeros(())}
-        norm, logs = self.minimise("flow", self._loss, v, clip=self.clip)
-        return logs | {"gradient_norm": norm}
+        return self.minimise("flow", self._loss, v, clip=self.clip)
 
     def _loss(self, v: Tensor) -> Loss:
         loss = -self._log_prob(v).mean()

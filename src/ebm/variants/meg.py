@@ -38,7 +38,7 @@ from torch.optim import Adam, Optimizer
 from ebm.networks import Joint, Kind, decoder, encoder
 from ebm.parallel import parts, shuffled
 from ebm.recorded import Loss
-from ebm.samplers import MALA, InSlices, State, run
+from ebm.samplers import MALA, InSlices, with_acceptance
 from ebm.variants.base import Generative, autocast, average_of, parameters_of, update_average
 
 SLICE = 4096
@@ -101,10 +101,9 @@ class MEG(Generative):
         return logs | self._generator_step(len(data))
 
     def _energy_step(self, data: Tensor) -> dict[str, Tensor]:
-        z = self._prior(len(data))
-        norm, logs = self.minimise("energy", self._energy_loss, data, z)
+        logs = self.minimise("energy", self._energy_loss, data, self._prior(len(data)))
         update_average(self.energy_average, self.energy_network, self.energy_ema)
-        return logs | {"gradient_norm": norm}
+        return logs
 
     def _energy_loss(self, data: Tensor, z: Tensor) -> Loss:
         """What E descends, at points [B, *] and latents [B, latent]."""
@@ -121,9 +120,10 @@ class MEG(Generative):
 
     def _generator_step(self, n: int) -> dict[str, Tensor]:
         z = self._prior(n)
-        norm, logs = self.minimise("generator", self._generator_loss, z, shuffled(z))
+        told, norm = (z, shuffled(z)), "generator_gradient_norm"
+        logs = self.minimise("generator", self._generator_loss, *told, norm=norm)
         update_average(self.average, self.generator, self.ema)
-        return logs | {"generator_gradient_norm": norm}
+        return logs
 
     def _generator_loss(self, z: Tensor, other: Tensor) -> Loss:
         """What G descends and T with it, at latents z and z' [B, latent]."""
@@ -153,20 +153,13 @@ class MEG(Generative):
     ) -> dict[str, Tensor]:
         """`samples` G(z) after `steps` of latent MALA; if there are any, `generator` G(z) before
         them, both [n, *]; and the mean `acceptance` of every step [steps]."""
-        rates: list[Tensor] = []
-
-        def observe(step: int, state: State) -> None:
-            if state.acceptance is not None:
-                rates.append(state.acceptance.mean())
-
         z = self._prior(n)
+        generated = self._generated(z)
+        if not steps:
+            return {"samples": generated, "acceptance": torch.ones(0)}
         energy = InSlices(lambda z: self.latent_energy(z, inverse_temperature), SLICE)
-        kernel = MALA(energy, step_size)
-        drawn = {"samples": self._generated(z)}
-        if steps:
-            end = run(kernel, z, steps, observe).x
-            drawn = {"samples": self._generated(end), "generator": drawn["samples"]}
-        return drawn | {"acceptance": torch.stack(rates) if rates else torch.ones(0)}
+        end, rates = with_acceptance(MALA(energy, step_size), z, steps)
+        return {"samples": self._generated(end.x), "generator": generated, "acceptance": rates}
 
     @torch.no_grad()
     def _generated(self, z: Tensor) -> Tensor:

@@ -49,8 +49,7 @@ class NCE(Contrasted):
     def turn(self, data: Tensor, warming: bool) -> dict[str, Tensor]:
         noise = self.contrast
         told = data, noise, noise.latents(self._draws(len(data)))
-        norm, logs = self.minimise("energy", self.energy_loss, *told, clip=self.clip)
-        return logs | {"gradient_norm": norm}
+        return self.minimise("energy", self.energy_loss, *told, clip=self.clip)
 
     def _draws(self, rows: int) -> int:
         """How many draws stand beside so many rows of this process, one at least."""

@@ -96,8 +96,7 @@ class WGANGP(Generative):
     def _energy_step(self, data: Tensor) -> dict[str, Tensor]:
         z = self._prior(len(data))
         share = torch.rand(len(data), device=data.device, dtype=data.dtype)
-        norm, logs = self.minimise("energy", self._energy_loss, data, z, share)
-        return logs | {"gradient_norm": norm}
+        return self.minimise("energy", self._energy_loss, data, z, share)
 
     def _energy_loss(self, data: Tensor, z: Tensor, share: Tensor) -> Loss:
         """What the energy descends, at points [B, *], latents [B, latent] and the points that are
@@ -120,9 +119,10 @@ class WGANGP(Generative):
         return gradient.flatten(1).norm(dim=1)
 
     def _generator_step(self, n: int) -> dict[str, Tensor]:
-        norm, logs = self.minimise("generator", self._generator_loss, self._prior(n))
+        z, norm = self._prior(n), "generator_gradient_norm"
+        logs = self.minimise("generator", self._generator_loss, z, norm=norm)
         update_average(self.average, self.generator, self.ema)
-        return logs | {"generator_gradient_norm": norm}
+        return logs
 
     def _generator_loss(self, z: Tensor) -> Loss:
         """What the generator descends, at latents [B, latent]."""
