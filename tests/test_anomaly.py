@@ -131,9 +131,9 @@ def table(labelled=True, **settings):
     return Prepared(tensors, {"settings": {"kind": "table"} | settings})
 
 
-def measured(model, prepared, samples=NOTHING, measure=COORDINATES, **settings):
+def measured(model, prepared, samples=NOTHING, measure=COORDINATES, flagged=None):
     seeds.seed("evaluate", 0)
-    return evaluate(model, samples, prepared, measure, settings)
+    return evaluate(model, samples, prepared, measure, {"flagged": flagged})
 
 
 def test_a_table_is_measured_as_its_scores_say():

@@ -43,7 +43,7 @@ PARAMS = {
                 "watch": {"limits": {}, "restarts": 0},
             },
             "sample": {"count": 40, "steps": 2},
-            "evaluate": {"chains": 10, "temperatures": 5, "burn_in": 5},
+            "evaluate": {"chains": 10, "temperatures": 5, "burn_in": 5, "flagged": None},
         }
     },
 }

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from ruamel.yaml import YAML
@@ -12,9 +13,19 @@ from ruamel.yaml import YAML
 from ebm import params
 from ebm.densities import DENSITIES
 from ebm.params import ParamsError
-from ebm.schema import DensityData, Experiment, Section
+from ebm.schema import (
+    Contrasted,
+    Data,
+    Dataset,
+    DensityData,
+    DensityDetection,
+    Detection,
+    Experiment,
+    Section,
+)
 from ebm.variants import VARIANTS
 
+EXPERIMENTS = Experiment.__subclasses__()
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = YAML(typ="safe").load(ROOT / "params.yaml")
 SAMPLERS = "samplers"
@@ -329,21 +340,43 @@ def test_without_labels_a_share_to_flag_is_needed_before_anything_is_trained(tmp
     YAML().dump(content, file)
     params.load(file)
     content["experiments"]["rbm-mine"] = content["experiments"]["rbm-digits"] | {"dataset": "mine"}
-    assert "variant rbm has no such setting" in complaint(tmp_path, content)
+    line = complaint(tmp_path, content)
+    assert line.startswith("params.yaml: experiments.rbm-mine.evaluate.flagged = None: should be ")
     del content["experiments"]["rbm-mine"]
     content["datasets"]["mine"] = TABLE
     line = complaint(tmp_path, content)
     assert line.endswith("evaluate.flagged = 0.1: should be null, as labels set the threshold")
 
 
-def test_what_cannot_flag_a_share_is_not_for_the_paper_protocol(tmp_path):
+def test_what_flags_no_share_is_not_for_the_paper_protocol(tmp_path):
     with (ROOT / "paper" / "params.yaml").open() as file:
         content = YAML(typ="safe").load(file)
     wgan = content["experiments"]["wgan-gp-stacked-mnist"] | {"dataset": "kdd99-paper"}
     content["experiments"]["wgan-gp-kdd99"] = wgan
     line = complaint(tmp_path, content)
-    assert "experiments.wgan-gp-kdd99.dataset = 'kdd99-paper': the protocol 'paper' flags" in line
-    assert line.endswith("variant wgan_gp has no such setting")
+    key = "params.yaml: experiments.wgan-gp-kdd99.evaluate.flagged"
+    told = "should be the share of rows to flag, as the protocol 'paper' flags a share of the rows"
+    assert line == f"{key} = None: {told}"
+    wgan["evaluate"] = {"grid": 0, "flagged": 0.2}
+    file = tmp_path / "params.yaml"
+    YAML().dump(content, file)
+    params.load(file)
+
+
+def test_every_kind_of_data_and_every_variant_says_what_is_asked_of_experiments():
+    assert all(issubclass(section, Data) for section in get_args(get_args(Dataset)[0]))
+    sections = [experiment.model_fields["evaluate"].annotation for experiment in EXPERIMENTS]
+    assert all(issubclass(section, Detection) for section in sections)
+
+
+def test_a_density_in_the_plane_needs_cells_to_be_integrated_on(tmp_path):
+    content = broken(put(f"{RBM}.dataset", "8gaussians"))
+    told = "= '8gaussians': variant rbm has no `evaluate.grid`, which such data need"
+    assert complaint(tmp_path, content) == f"params.yaml: {RBM}.dataset {told}"
+    line = complaint(tmp_path, broken(put(f"{MEG}.evaluate.grid", 0)))
+    assert line.endswith(
+        "grid = 0: should be the cells per axis, as 25gaussians lies in the plane"
+    )
 
 
 def test_too_few_samples_of_images_are_refused_before_anything_is_trained(tmp_path):
@@ -450,12 +483,18 @@ def test_parameters_are_checked_before_torch_is_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def below(section):
+    """It, and all that derive from it."""
+    yield section
+    for derived in section.__subclasses__():
+        yield from below(derived)
+
+
 def test_no_shared_section_has_a_default():
     """schema.py is no DVC dependency of any stage: a number hidden there would change results
     unseen."""
-    sections = [Section, *Section.__subclasses__(), Experiment]
-    shared = [s for s in sections if s.__module__ == "ebm.schema"]
-    assert len(shared) > 4
+    shared = [s for s in below(Section) if s.__module__ == "ebm.schema"]
+    assert {Experiment, Contrasted, DensityDetection, *get_args(get_args(Dataset)[0])} < {*shared}
     assert all(field.is_required() for s in shared for field in s.model_fields.values())
 
 

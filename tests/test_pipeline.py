@@ -29,7 +29,7 @@ def shrink(params):
         experiment["train"] |= {"steps": 600, "log_every": 10, "checkpoint_every": 20}
     params["samplers"] |= {"chains": 4, "evaluations": 1000, "warmup": 10}
     rbm, meg = (params["experiments"][name] for name in EXPERIMENTS)
-    rbm["evaluate"] = {"chains": 20, "temperatures": 50, "burn_in": 50}
+    rbm["evaluate"] = {"chains": 20, "temperatures": 50, "burn_in": 50, "flagged": None}
     meg["evaluate"] = {"grid": 50, "flagged": None}
 
 

@@ -13,7 +13,17 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ebm import EBMError, did_you_mean
-from ebm.schema import FEWEST_DRAWN, Dataset, Experiment, Samplers, Section
+from ebm.schema import (
+    Contrasted,
+    Dataset,
+    DensityDetection,
+    Experiment,
+    FolderData,
+    OfRows,
+    Samplers,
+    Section,
+    TableData,
+)
 from ebm.variants import VARIANTS
 
 
@@ -33,9 +43,6 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
 TAGGED = ("datasets", "experiments")
 """The sections whose members are told apart by a tag, such as `variant`."""
-
-FOLDERS = {"table": "tables", "folder": "images"}
-"""Where users' own data lie, by their kind: dependencies of stage prepare."""
 
 RESERVED = {
     "reference": "what images are measured with",
@@ -129,8 +136,8 @@ def dataset(path: Path, name: str) -> Dataset:
 
 def _check_dataset(file: str, name: str, dataset: Dataset) -> None:
     """Raise EBMError unless DVC would see a change of a user's own data."""
-    if dataset.kind == "table" or dataset.kind == "folder":
-        folder, parts = FOLDERS[dataset.kind], PurePosixPath(dataset.path).parts
+    if isinstance(dataset, TableData | FolderData):
+        folder, parts = dataset.within, PurePosixPath(dataset.path).parts
         if parts[:1] != (folder,) or ".." in parts:
             where = f"{file}: datasets.{name}.path = {dataset.path!r}"
             raise ParamsError(f"{where}: should lie in {folder}/, where DVC sees it change")
@@ -141,17 +148,17 @@ def _check_experiment(file: str, name: str, experiment: Experiment, params: Para
     where = f"{file}: experiments.{name}"
     if name in RESERVED:
         raise ParamsError(f"{where}: the name of {RESERVED[name]}; choose another")
-    train = experiment.train
+    train, model = experiment.train, experiment.model
     if experiment.dataset not in params.datasets:
         raise ParamsError(f"{where}.dataset: {_unknown(experiment.dataset, params.datasets)}")
     dataset = params.datasets[experiment.dataset]
     _check_threshold(where, experiment, dataset)
     _check_samples(where, experiment, dataset)
+    _check_grid(where, experiment, dataset)
     _check_ensemble(where, experiment, dataset)
-    warmup = getattr(experiment.model, "warmup", 0)
-    if getattr(experiment.model, "tilted", False) and warmup >= train.steps:
+    if isinstance(model, Contrasted) and not model.is_trained_in(train.steps):
         raise ParamsError(
-            f"{where}.model.warmup = {warmup}: "
+            f"{where}.model.warmup = {model.warmup}: "
             f"leaves no step to a tilted energy, train.steps = {train.steps}"
         )
     if train.checkpoint_every % train.log_every:
@@ -164,12 +171,12 @@ def _check_experiment(file: str, name: str, experiment: Experiment, params: Para
 def _check_ensemble(where: str, experiment: Experiment, dataset: Dataset) -> None:
     """Raise EBMError unless an ensemble is one of detectors and its numbers fit the training."""
     ensemble, train = experiment.ensemble, experiment.train
-    if dataset.kind == "novelty" and not (ensemble and ensemble.without):
+    if dataset.left_out and not (ensemble and ensemble.without):
         wanted = "should leave classes out by `without`, as each is found by what never saw it"
         raise ParamsError(f"{where}.ensemble: {wanted}")
     if ensemble is None:
         return
-    if dataset.kind not in ("kddcup99", "novelty", "table", "tumours"):
+    if not dataset.ensembles:
         problem = f"should be null: of {dataset.kind} data only one training is measured at a time"
         raise ParamsError(f"{where}.ensemble: {problem}")
     if ensemble.members > train.batch_size:
@@ -185,43 +192,36 @@ def _check_ensemble(where: str, experiment: Experiment, dataset: Dataset) -> Non
 
 def _check_threshold(where: str, experiment: Experiment, dataset: Dataset) -> None:
     """Raise EBMError unless exactly one rule says which rows are flagged."""
-    match dataset.kind:
-        case "kddcup99":
-            why = "the protocol 'paper' flags a share of the rows"
-            labels = dataset.protocol != "paper"
-        case "table":
-            labels, why = dataset.label is not None, "no labels set a threshold"
-        case "tumours":
-            labels, why = True, ""
-        case _:
-            return
-    key, flagged = f"{where}.evaluate.flagged", getattr(experiment.evaluate, "flagged", None)
-    if labels and flagged is not None:
-        raise ParamsError(f"{key} = {flagged}: should be null, as labels set the threshold")
-    if not labels and not hasattr(experiment.evaluate, "flagged"):
-        problem = f"{why}, and variant {experiment.variant} has no such setting"
-        raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
-    if not labels and flagged is None:
-        raise ParamsError(f"{key} = None: should be the share of rows to flag, as {why}")
+    if not isinstance(dataset, OfRows):
+        return
+    why, flagged = dataset.without_labels(), experiment.evaluate.flagged
+    key = f"{where}.evaluate.flagged = {flagged}"
+    if flagged is None and why:
+        raise ParamsError(f"{key}: should be the share of rows to flag, as {why}")
+    if flagged is not None and not why:
+        raise ParamsError(f"{key}: should be null, as labels set the threshold")
 
 
 def _check_samples(where: str, experiment: Experiment, dataset: Dataset) -> None:
     """Raise EBMError where a metric needs samples and there are none, or too few."""
     count = experiment.sample.count
-    if dataset.kind in ("digits", "folder", "images", "stacked") and 0 < count < FEWEST_DRAWN:
-        wanted = f"images are measured from {FEWEST_DRAWN} on"
-        raise ParamsError(f"{where}.sample.count = {count}: {wanted}")
-    if dataset.kind not in ("density", "stacked"):
-        return
-    if not experiment.sample.count:
+    key = f"{where}.sample.count = {count}"
+    if dataset.sampled and not count:
         problem = f"{dataset.kind} data are measured by samples, of which there are none"
-        raise ParamsError(f"{where}.sample.count = 0: {problem}")
-    if dataset.kind == "density" and experiment.sample.count < 2:
-        raise ParamsError(f"{where}.sample.count = 1: one point has no covariance; should be more")
-    if dataset.kind == "density" and not (grid := getattr(experiment.evaluate, "grid", None)):
-        if grid is None:
-            problem = f"variant {experiment.variant} has no `evaluate.grid`, which such data need"
-            raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
+        raise ParamsError(f"{key}: {problem}")
+    if 0 < count < dataset.fewest:
+        raise ParamsError(f"{key}: {dataset.too_few}")
+
+
+def _check_grid(where: str, experiment: Experiment, dataset: Dataset) -> None:
+    """Raise EBMError where a density is to be integrated without cells."""
+    evaluate = experiment.evaluate
+    if not dataset.planar:
+        return
+    if not isinstance(evaluate, DensityDetection):
+        problem = f"variant {experiment.variant} has no `evaluate.grid`, which such data need"
+        raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
+    if not evaluate.grid:
         problem = f"should be the cells per axis, as {experiment.dataset} lies in the plane"
         raise ParamsError(f"{where}.evaluate.grid = 0: {problem}")
 

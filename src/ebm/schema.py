@@ -8,14 +8,12 @@ beside that variant.
 
 import re
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 Count = Annotated[int, Field(gt=0)]
 Size = Annotated[int, Field(ge=0)]
-FEWEST_DRAWN = 30
-"""Fewer samples of images have no distances worth a number."""
 FEWEST = 6
 """Images of a split that distances take: those of thirds of them are extrapolated, and three
 neighbours of each are looked for."""
@@ -79,8 +77,47 @@ Reference = Annotated[
 ]
 
 
-class DensityData(Section):
+class Data(Section):
+    """What every kind of data says of the experiments on it, beside its settings."""
+
+    sampled: ClassVar[bool] = False
+    """Whether nothing can be measured without samples."""
+    fewest: ClassVar[int] = 0
+    """If there are samples, at least so many."""
+    too_few: ClassVar[str] = ""
+    """Why not fewer."""
+    planar: ClassVar[bool] = False
+    """Whether learned densities are integrated on a grid in the plane."""
+    ensembles: ClassVar[bool] = False
+    """Whether several trainings of one experiment are measured, each as a detector."""
+    left_out: ClassVar[bool] = False
+    """Whether a training never sees the class that it is to find."""
+
+
+class OfImages(Data):
+    """Images; distances of fewer samples would not be worth a number."""
+
+    fewest: ClassVar[int] = 30
+    too_few: ClassVar[str] = f"images are measured from {fewest} on"
+
+
+class OfRows(Data):
+    """Rows among which anomalies are to be found."""
+
+    ensembles: ClassVar[bool] = True
+
+    def without_labels(self) -> str:
+        """Why a share of the rows is flagged; empty where labels set the threshold."""
+        return ""
+
+
+class DensityData(Data):
     """Draws from a density with a known log p (`ebm.densities`)."""
+
+    sampled: ClassVar[bool] = True
+    fewest: ClassVar[int] = 2
+    too_few: ClassVar[str] = "one point has no covariance; should be more"
+    planar: ClassVar[bool] = True
 
     kind: Literal["density"]
     density: Literal["8gaussians", "25gaussians", "swissroll", "rings", "2spirals"]
@@ -91,7 +128,7 @@ class DensityData(Section):
     reference: CoordinatesReference
 
 
-class DigitsData(Section):
+class DigitsData(OfImages):
     """scikit-learn's 1,797 handwritten digits, 8x8, split at random by `seed`."""
 
     kind: Literal["digits"]
@@ -114,7 +151,7 @@ def _others(names: list[str], section: ValidationInfo) -> list[str]:
     return names
 
 
-class ImageData(Section):
+class ImageData(OfImages):
     """A published image data set with its labels, as bytes: 28x28 grey, or 32x32 in colour.
 
     `validation` images are set apart by `seed` from the published train part; the published test
@@ -168,7 +205,7 @@ Part = Annotated[float, Field(gt=0, lt=1)]
 Rest = Annotated[Part, AfterValidator(_held_out)]
 
 
-class FolderData(Section):
+class FolderData(OfImages):
     """A user's images: those in the folder `path`, from the folder of `params.yaml`, within its
     folder `images`, where DVC sees a change; where they lie in folders of their own, these are
     their classes (`ebm.data.folder`).
@@ -177,6 +214,8 @@ class FolderData(Section):
     classes `outliers` are never trained on: test images are held against theirs. The shares
     `validation` and `test` of each other class are set apart by `seed`.
     """
+
+    within: ClassVar[str] = "images"
 
     kind: Literal["folder"]
     path: Annotated[str, Field(min_length=1)]
@@ -189,12 +228,14 @@ class FolderData(Section):
     reference: Reference
 
 
-class StackedData(Section):
+class StackedData(OfImages):
     """Stacks of `parts` random images of a labelled set as channels: 10^parts modes.
 
     `train`, `validation` and `test` stacks are drawn by `seed` from images of the split of that
     name; `held_out` images of the base go to validation (of `digits`, as many to test).
     """
+
+    sampled: ClassVar[bool] = True
 
     kind: Literal["stacked"]
     base: Literal["digits", "mnist", "fashion-mnist"]
@@ -207,10 +248,13 @@ class StackedData(Section):
     reference: ClassifierReference
 
 
-class NoveltyData(Section):
+class NoveltyData(Data):
     """All images of a labelled set, each of whose classes is to be found as an anomaly by models
     that never saw it: a share `train` of the pool and `validation` images are set apart by `seed`,
     the rest are test."""
+
+    ensembles: ClassVar[bool] = True
+    left_out: ClassVar[bool] = True
 
     kind: Literal["novelty"]
     name: Literal["mnist", "fashion-mnist"]
@@ -239,7 +283,7 @@ def _of_one_use(names: list[str], section: ValidationInfo) -> list[str]:
 Names = Annotated[list[str], AfterValidator(_of_one_use)]
 
 
-class TableData(Section):
+class TableData(OfRows):
     """A user's table: a CSV file with a header, at `path` from the folder of `params.yaml`, in its
     folder `tables`, where DVC sees a change.
 
@@ -249,6 +293,8 @@ class TableData(Section):
     says. A row with an empty cell is an error, or dropped, as `missing` says. The shares
     `validation` and `test` of each class are set apart by `seed`.
     """
+
+    within: ClassVar[str] = "tables"
 
     kind: Literal["table"]
     path: Annotated[str, Field(min_length=1)]
@@ -263,8 +309,11 @@ class TableData(Section):
     seed: Seed
     reference: CoordinatesReference
 
+    def without_labels(self) -> str:
+        return "" if self.label is not None else "no labels set a threshold"
 
-class TumoursData(Section):
+
+class TumoursData(OfRows):
     """scikit-learn's breast tumours (`ebm.data.tumours`): the benign ones are learned, the
     malignant ones are the anomalies. `scale` is what happens to numbers; the shares `validation`
     and `test` of each are set apart by `seed`."""
@@ -283,7 +332,7 @@ def _less_than_all(share: float, section: ValidationInfo) -> float:
     return share
 
 
-class KDDCup99Data(Section):
+class KDDCup99Data(OfRows):
     """The 10 % file of the KDD Cup 1999 under a `protocol` (`ebm.data.kddcup99`), split by `seed`.
     `validation` is, of `paper`, the share of the training attacks that validation holds as well;
     of `strict`, the share of the attacks not trained on that it is given. `scale` is what happens
@@ -295,6 +344,10 @@ class KDDCup99Data(Section):
     validation: Annotated[float, Field(gt=0, le=1), AfterValidator(_less_than_all)]
     seed: Seed
     reference: CoordinatesReference
+
+    def without_labels(self) -> str:
+        flags = "the protocol 'paper' flags a share of the rows"
+        return flags if self.protocol == "paper" else ""
 
 
 Dataset = Annotated[
@@ -417,6 +470,10 @@ class Contrasted(Section):
     clip: Positive | None
     compile: Compile
 
+    def is_trained_in(self, steps: int) -> bool:
+        """Whether so many `steps` leave one to a tilted energy, which waits for its flow."""
+        return not self.tilted or self.warmup < steps
+
 
 class Ensemble(Section):
     """`members` models trained side by side, each on its part of every batch, with `snapshots` of
@@ -442,9 +499,9 @@ class NothingDrawn(Drawn):
 
 
 class Detection(Section):
-    """Evaluation of scores that are to find anomalies: the share of the rows that is `flagged`
-    where no labels set a threshold; null where they do, and, for points and images, where it is
-    the share 0.01."""
+    """Evaluation of what finds anomalies by its energy, as any model can: the share of the rows
+    that is `flagged` where no labels set a threshold; null where they do, and, for points and
+    images, where it is the share 0.01."""
 
     flagged: Part | None
 
@@ -476,7 +533,7 @@ class Experiment(Section):
     ensemble: Ensemble | None
     model: Section
     sample: Drawn
-    evaluate: Section
+    evaluate: Detection
 
 
 def _rising_to_one(betas: list[float]) -> list[float]:

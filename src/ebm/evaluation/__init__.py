@@ -132,6 +132,6 @@ def _check_finite(samples: dict[str, Tensor]) -> None:
 def _set_usual_threshold(result: Evaluation, case: Case) -> None:
     """The energy from which on a point is unusual, as a share of the validation split is."""
     usual = energies(case.model, case.prepared.tensors["validation"].to(case.device))
-    threshold = metrics.share_threshold(usual, case.settings.get("flagged") or FLAGGED)
+    threshold = metrics.share_threshold(usual, case.settings["flagged"] or FLAGGED)
     if math.isfinite(threshold):
         result.thresholds["energy"] = threshold

@@ -17,7 +17,7 @@ from ebm.evaluation.published import MNIST_BINARY, refer_to_published
 from ebm.evaluation.result import Case, Evaluation, bound, measure_acceptance
 from ebm.outliers import outlier_sets
 from ebm.reference import KEPT, Reference
-from ebm.schema import FEWEST_DRAWN
+from ebm.schema import OfImages
 from ebm.tasks import Chained
 from ebm.variants.base import EBM
 
@@ -110,7 +110,8 @@ def _likelihood(result: Evaluation, case: Case, train: Tensor, test: Tensor) -> 
     """log p = -E - log Z, log Z in the middle of the model's own two estimates, if it has any: one
     that tends to err low, one that tends to err high."""
     model, about = case.model, case.about
-    estimates = model.log_partition(train, **case.settings)
+    annealing = {name: n for name, n in case.settings.items() if name != "flagged"}
+    estimates = model.log_partition(train, **annealing)
     if estimates is None:
         return
     low, high = (estimate.item() for estimate in estimates)
@@ -154,9 +155,8 @@ def _correct_bits(result: Evaluation, dimensions: int) -> None:
 
 def enough(drawn: Tensor, told: str = "") -> None:
     """EBMError if there are too few samples, with what is `told` of their number."""
-    if len(drawn) < FEWEST_DRAWN:
-        wanted = f"images are measured from {FEWEST_DRAWN} on"
-        raise EBMError(f"sample.count = {len(drawn)}{told}: {wanted}")
+    if len(drawn) < OfImages.fewest:
+        raise EBMError(f"sample.count = {len(drawn)}{told}: {OfImages.too_few}")
 
 
 def measure_samples(

@@ -58,7 +58,7 @@ def evaluate_table(case: Case) -> Evaluation:
     result = Evaluation()
     test, truth = case.points("test"), case.labels("test")
     paper = case.about.get("protocol") == "paper"
-    flagged = case.settings.get("flagged")
+    flagged = case.settings["flagged"]
     if paper:
         rule = Rule(test, None, flagged)
     else:

@@ -71,11 +71,9 @@ class Sample(schema.Drawn):
     steps: Count
 
 
-class Evaluate(Section):
-    """`grid`: cells per axis of the square on which a learned density is integrated (0 for
-    images). `steps`: Langevin steps of what is completed, denoised, composed and transferred."""
+class Evaluate(schema.DensityDetection):
+    """`steps`: Langevin steps of what is completed, denoised, composed and transferred."""
 
-    grid: Size
     steps: Size
 
 

@@ -27,7 +27,7 @@ class Sample(schema.Drawn):
     steps: Count
 
 
-class Evaluate(Section):
+class Evaluate(schema.Detection):
     """Annealed importance sampling: `chains`, `temperatures`, and the Gibbs steps that bring the
     chains of the reverse estimate from the data into the model's own distribution first."""
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ebm import schema
-from ebm.schema import Betas, Count, Decay, NonNegative, Positive, Section, Size, Widths
+from ebm.schema import Betas, Count, Decay, NonNegative, Positive, Section, Widths
 
 
 class Model(Section):
@@ -28,15 +28,8 @@ class Model(Section):
     compile: schema.Compile
 
 
-class Evaluate(Section):
-    """`grid`: cells per axis of the square on which exp(-E) is integrated (0 for points that do
-    not lie in the plane)."""
-
-    grid: Size
-
-
 class Experiment(schema.Experiment):
     variant: Literal["wgan_gp"]
     model: Model
     sample: schema.Drawn
-    evaluate: Evaluate
+    evaluate: schema.DensityDetection
