@@ -8,20 +8,19 @@ from functools import partial
 from typing import Any
 
 from ebm.params import dotted
-from ebm.schema import COMPANIONS
+from ebm.schema import COMPANIONS, ORACLE_TITLES
 from pipelines.results import Comparison, History, Line, Picture, Reference, Result
 from pipelines.typeset import duration, measured, number, template
 from pipelines.words import (
     AREAS,
-    BEFORE,
     DATA,
     EQUILIBRIA,
     KINDS,
     METRICS,
-    ORACLES,
     SAMPLERS,
     VARIANTS,
     Metric,
+    beside,
     method,
     metric,
 )
@@ -86,7 +85,7 @@ def render(
             r.name: matrix(r.record.dataset, [r], list(AREAS)) for r in results if classes(r)
         },
         curves={r.name: curves(r.history, EQUILIBRIA.get(r.record.variant)) for r in results},
-        beside={r.name: BEFORE.get(r.record.variant, "Before MCMC") for r in results},
+        beside={r.name: beside(r.record.variant) for r in results},
         settings={result.name: dotted(_settings(result)) for result in results},
         glossary=[metric for name, metric in METRICS.items() if name in shown],
         kinds={kind: text for kind, text in KINDS.items() if kind in kinds},
@@ -324,7 +323,7 @@ def by_oracle(table: Sequence[Line]) -> dict[str, list[Line]]:
     """Lines of one target belong in one table, under its title."""
     tables: dict[str, list[Line]] = {}
     for line in table:
-        tables.setdefault(ORACLES.get(line.oracle, line.oracle), []).append(line)
+        tables.setdefault(ORACLE_TITLES.get(line.oracle, line.oracle), []).append(line)
     return tables
 
 

@@ -4,6 +4,8 @@ mean."""
 import math
 from dataclasses import dataclass
 
+from ebm.schema import AGAINST
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -286,15 +288,6 @@ SAMPLERS = {
     ),
     "cost": Metric("Cost", -1, "Evaluations for one transition, those of all rungs together."),
 }
-ORACLES = {
-    "banana": "Banana",
-    "funnel": "Neal's funnel, 10 dimensions",
-    "8gaussians": "Eight Gaussians",
-    "ising": "Ising lattice, 4 × 4 spins",
-}
-BEFORE = {"nce": "Of its noise", "fce": "Of its flow"}
-"""By variant, whose the numbers are beside those of the energy, without a defence; of all others
-those of the same model's generator, before MCMC."""
 
 KINDS = {
     "exact": "the value of a perfect model, known in closed form",
@@ -320,6 +313,12 @@ def metric(name: str) -> Metric:
             rest = name.removeprefix(f"{stem}_").replace("_", " ")
             return Metric(f"{known.label}, {rest}", known.better, "", known.unit, False)
     return Metric(name.replace("_", " "), 0, "", "", False)
+
+
+def beside(variant: str) -> str:
+    """Whose the numbers beside those of an energy are: of what it was trained against, without a
+    defence; else of the same model's generator."""
+    return f"Of its {AGAINST[variant]}" if variant in AGAINST else "Before MCMC"
 
 
 def method(variant: str) -> str:

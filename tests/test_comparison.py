@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from ebm.comparison import (
     sample,
     weighted,
 )
-from ebm.oracles import ORACLES, TITLES, Banana, Funnel, Ising
+from ebm.oracles import ORACLES, Banana, Funnel, Ising
 from ebm.samplers import HMC, MALA, ParallelTempering, PowerTempering, RandomWalk, SpinGibbs
-from pipelines import words
+from ebm.schema import ORACLE_TITLES, OracleName
 from pipelines.results import Line
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -194,12 +195,11 @@ def test_metrics_are_flat_numbers_and_everything_can_be_written(compared):
         assert title
         assert caption.endswith(".")
         assert len(figures.png(figure)) > 5000
-    assert [ax.get_title() for ax in compared.figures[0][-1].axes] == [*words.ORACLES.values()]
+    assert [ax.get_title() for ax in compared.figures[0][-1].axes] == [*ORACLE_TITLES.values()]
 
 
-def test_a_target_has_one_title_in_figures_and_on_the_page():
-    assert words.ORACLES == TITLES
-    assert TITLES.keys() == ORACLES.keys()
+def test_every_target_has_a_title_and_a_name_in_the_settings():
+    assert ORACLE_TITLES.keys() == ORACLES.keys() == {*get_args(OracleName)}
 
 
 def test_the_same_seed_gives_the_same_numbers():

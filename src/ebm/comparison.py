@@ -38,7 +38,7 @@ from torch import Tensor
 from ebm import EBMError, figures, metrics
 from ebm.diagnostics import autocorrelation_time, diagnose, swap_rates
 from ebm.estimators import kish
-from ebm.oracles import ORACLES, TITLES, Expectation, Ising, Oracle, Planar
+from ebm.oracles import ORACLES, Expectation, Ising, Oracle, Planar
 from ebm.samplers import (
     HMC,
     MALA,
@@ -52,6 +52,7 @@ from ebm.samplers import (
     adapt,
     run,
 )
+from ebm.schema import ORACLE_TITLES
 from ebm.seeds import seed
 
 MARKS = 80  # points of an error curve
@@ -132,7 +133,9 @@ def compare(settings: dict[str, Any]) -> Comparison:
         if not isinstance(oracle, Ising):
             found.append(weighted(oracle, settings["chains"], settings["evaluations"]))
         result.table += [{"oracle": name, **row(oracle, chains)} for chains in found]
-        curves[TITLES[name]] = {c.contender.name: _curve(c, oracle.expectations) for c in found}
+        curves[ORACLE_TITLES[name]] = {
+            c.contender.name: _curve(c, oracle.expectations) for c in found
+        }
         result.figures.append(_picture(name, oracle, found))
     caption = (
         f"Of the known expectations, over {settings['chains']} chains, by the evaluations that "
@@ -302,7 +305,7 @@ def _curve(chains: Chains, expectations: Sequence[Expectation]) -> tuple[Any, An
 def _picture(
     name: str, oracle: Planar | Ising, found: Sequence[Chains]
 ) -> tuple[str, str, str, Figure]:
-    title = f"Chains: {TITLES[name]}"
+    title = f"Chains: {ORACLE_TITLES[name]}"
     if isinstance(oracle, Ising):
         lines = {}
         for chains in found:

@@ -41,11 +41,6 @@ def value(data: Tensor, noise: Tensor, ratio: float = 1.0) -> Tensor:
     return logsigmoid(data - shift).mean() + ratio * logsigmoid(shift - noise).mean()
 
 
-def equilibrium(ratio: float = 1.0) -> float:
-    """V where nothing is left to tell: p = q."""
-    return -math.log1p(ratio) - ratio * math.log1p(1 / ratio)
-
-
 def accuracy(data: Tensor, noise: Tensor, ratio: float = 1.0) -> Tensor:
     """Mean of the shares of data [N] and of noise [M] that the classifier knows for what they
     are, of which a tie is neither: 1/2 where nothing is left to tell; a scalar."""

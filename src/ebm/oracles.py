@@ -237,10 +237,3 @@ ORACLES: dict[str, Callable[[], Planar | Ising]] = {
     "8gaussians": lambda: Mixture(DENSITIES["8gaussians"]()),
     "ising": Ising,
 }
-TITLES = {
-    "banana": "Banana",
-    "funnel": "Neal's funnel, 10 dimensions",
-    "8gaussians": "Eight Gaussians",
-    "ising": "Ising lattice, 4 × 4 spins",
-}
-"""What to call them, for a reader."""

@@ -475,6 +475,11 @@ class Contrasted(Section):
         return not self.tilted or self.warmup < steps
 
 
+AGAINST = {"nce": "noise", "fce": "flow"}
+"""By variant, what contrastive energies are trained against. Their chains begin with its draws;
+those of others, if at draws, with a generator's."""
+
+
 class Ensemble(Section):
     """`members` models trained side by side, each on its part of every batch, with `snapshots` of
     each taken `every` so many steps; `without`: the class that each never sees, in turn, as
@@ -544,6 +549,13 @@ def _rising_to_one(betas: list[float]) -> list[float]:
 
 Ladder = Annotated[list[Positive], Field(min_length=2), AfterValidator(_rising_to_one)]
 OracleName = Literal["banana", "funnel", "8gaussians", "ising"]
+ORACLE_TITLES = {
+    "banana": "Banana",
+    "funnel": "Neal's funnel, 10 dimensions",
+    "8gaussians": "Eight Gaussians",
+    "ising": "Ising lattice, 4 × 4 spins",
+}
+"""What to call the oracles in figures and on the page."""
 
 
 class Samplers(Section):

@@ -16,17 +16,11 @@ from ebm.evaluation.contrast import measure_contrast
 from ebm.evaluation.result import Case, Evaluation, bound, measure_acceptance
 from ebm.evaluation.scores import variant
 from ebm.flows import Density
+from ebm.schema import AGAINST
 from ebm.variants.base import EBM
 
 RADIUS = 4.0
 """A sample within this many standard deviations of a mode counts as of high quality."""
-
-BEFORE = {
-    "nce": ("Draws of the noise", "the noise that the energy was trained against"),
-    "fce": ("Draws of the flow", "the flow that the energy was trained against"),
-}
-"""What chains begin with, by variant: the title of a panel, and words for a caption. Of all others
-it is draws of a generator."""
 
 
 def evaluate_density(case: Case) -> Evaluation:
@@ -107,7 +101,10 @@ def _draw_panels(result: Evaluation, case: Case, true: Any, learned: Any) -> Non
     model, points = case.model, {"Samples": case.drawn}
     shown = "and samples."
     if "generator" in case.samples:
-        title, draws = BEFORE.get(variant(model), ("Generator, before MCMC", "the generator"))
+        title, draws = "Generator, before MCMC", "the generator"
+        if against := AGAINST.get(variant(model)):
+            title = f"Draws of the {against}"
+            draws = f"the {against} that the energy was trained against"
         points = {title: case.samples["generator"], "After MCMC": case.drawn}
         shown = f"draws of {draws}, and samples: Markov chains that began with such draws."
     if isinstance(model, Contrasted) and model.defence:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ebm import EBMError, figures, metrics
 from ebm.evaluation.images import ENERGIES, described, draw_energies, enough, measure_samples
 from ebm.evaluation.published import MNIST_STACKED, refer_to_published
-from ebm.evaluation.result import Case, Evaluation, measure_acceptance
+from ebm.evaluation.result import Case, Evaluation, bound, measure_acceptance
 from ebm.evaluation.scores import Numbers, energies, evaluating
 from ebm.reference import Reference
 
@@ -62,7 +62,7 @@ def _modes(
     real = counts["training stacks"] = mode_counts(train[:n], reference)
     source = f"{int(real.sum())} training stacks, counted by {described(reference)}"
     for name, value in _coverage(real).items():
-        result.refer(name, value, "ceiling" if name == "modes" else "floor", source)
+        result.refer(name, value, bound(name), source)
     expected = f"the expectation of {n} draws of the uniform distribution"
     result.refer("mode_kl", metrics.uniform_kl(modes, n), "floor", expected)
     shares = {name: (count / count.sum()).cpu().numpy() for name, count in counts.items()}
