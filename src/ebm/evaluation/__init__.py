@@ -15,24 +15,27 @@ Names of metrics, the same in every experiment:
     grid_kl                 KL(true density || learned density), the true one on the cells of the
                             square that holds it, the learned one normalised as below, nats
     outside                 share of the learned density that lies beyond that square
-    log_likelihood          mean log p of the test split, nats; where Z is estimated, the middle of
-                            `_lower`, `_upper`: estimates that tend to err low and high (annealed
-                            importance sampling, back from the data and forward), and within their
-                            noise may cross; `_train` is the same of the training split; in the
-                            plane Z is the integral over the square and the 8 around it, where
-                            the model has support; that of a flow is 1
-    log_partition           log Z, nats; `_left`, of an energy that has learned its constant, is 0
-                            where that is right: by a grid, of images by importance sampling from
-                            the noise that the energy was trained against; `_ess`, that sample's
-                            effective size
+    log_likelihood          mean log p of the test split, nats; in the plane Z is the integral over
+                            the square and the 8 around it, where the model has support; that of a
+                            flow is 1; where Z is estimated, the middle of the next two
+    log_likelihood_lower, log_likelihood_upper   by estimates that tend to err low and high
+                            (annealed importance sampling, back from the data and forward), and
+                            within their noise may cross
+    log_likelihood_train    the middle of the same of the training split
+    log_partition           log Z, nats, in the middle of the same two estimates
+    log_partition_left      log Z of an energy that has learned its constant, nats: 0 where that is
+                            right; by a grid, of images by importance sampling from the noise that
+                            the energy was trained against
+    log_partition_ess       the effective size of that sample
     log_partition_error     root mean square error of log Z of the true density, estimated from
                             the model's noise, over several trials
     log_density_mse         mean squared error of log p at the test points, nats^2
-    bits_per_dim            -log2 p per pixel and channel of images, NaN where log Z is not known;
-                            `_train` of the training split
+    bits_per_dim            -log2 p per pixel and channel of the test images, NaN where log Z is
+                            not known
+    bits_per_dim_train      the same of as many training images
     accuracy                of the model as a classifier, by p(y | x) or by the class with the
-                            lowest energy; `_supervised` of the same network without the unlabelled
-                            points
+                            lowest energy
+    accuracy_supervised     the same of the same network without the unlabelled points
     frechet_distance        between samples and test split: of raw coordinates in the plane, of the
                             features of `ebm.reference` for images, as are the next four
     frechet_distance_extrapolated   the same for infinitely many samples
@@ -44,16 +47,19 @@ Names of metrics, the same in every experiment:
     conditional_accuracy    share of conditional samples that the reference classifier assigns to
                             the class that was asked for
     auroc_<set>             of the energy as score of anomaly, test split against an outlier set
-                            (`ebm.outliers`); `auroc_mean` over all sets
+                            (`ebm.outliers`)
+    auroc_mean              the mean of these over all sets
     acceptance              mean acceptance probability of what the sampling chains proposed to
                             Metropolis' rule; of IGEBM, of the last jump of each chain
     precision, recall, f1   of the test rows that are flagged as anomalies (`ebm.evaluation.tables`
-                            has the rule), their areas `auroc` and `auprc` over all thresholds
+                            has the rule)
+    auroc, auprc            areas under their ROC and precision-recall curves, over all thresholds
     f1_ensemble, auprc_ensemble   the same of the mean energy of all trainings
     flagged_share           share of the test rows that are flagged, where nobody knows which are
                             anomalies
     auprc_<protocol>_<d>    class d as the anomaly, by protocol (`ebm.evaluation.novelty`):
-    auroc_<test>_<d>        `released`, `strict`, `tenth`; `..._mean` over all classes
+    auroc_<test>_<d>        `released`, `strict`, `tenth`; of the first two `auroc` too
+    auprc_<protocol>_mean, auroc_<test>_mean   their means over all classes
 
 The suffix `_generator` marks a number of the generator's samples before any MCMC, or of the flow
 or Gaussian that an energy was trained against, without its defence; `_gradient` one of |grad E|^2
