@@ -1,6 +1,8 @@
 """What an evaluation says of models and samples whose truth is known."""
 
 import math
+from copy import deepcopy
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -152,7 +154,7 @@ def test_samples_are_kept_in_the_shares_that_are_wanted():
 def test_conditional_accuracy_is_the_share_of_the_class_asked_for(digits, measure, real):
     ceiling = real.references["conditional_accuracy"][0]
     assert ceiling["kind"] == "ceiling"
-    right = measure.classify(digits.points("test")) == digits.labels("test")
+    right = measure.see(digits.points("test")).classes == digits.labels("test")
     each = [right[digits.labels("test") == k].double().mean().item() for k in range(10)]
     assert ceiling["value"] == pytest.approx(sum(each) / 10)
     assert real.metrics["conditional_accuracy"] > 0.95
@@ -185,7 +187,7 @@ def test_the_accuracy_of_a_model_is_the_share_in_which_it_sees_their_own_class(
     found = measured(ByClass(x, y), drawn, digits, measure)
     assert found.metrics["accuracy"] == (nearest == own).double().mean().item() > 0.95
     (baseline,) = found.references["accuracy"]
-    right = (measure.classify(test) == own).double().mean().item()
+    right = (measure.see(test).classes == own).double().mean().item()
     assert (baseline["kind"], baseline["value"]) == ("baseline", right)
     assert found.metrics["acceptance"] == pytest.approx(0.5)
     assert not {"accuracy", "acceptance"} & real.metrics.keys()
@@ -198,11 +200,22 @@ def test_every_kind_of_data_has_its_evaluator():
     assert kinds == EVALUATORS.keys()
 
 
+def test_the_classifier_looks_once_at_each_set_of_images(digits, measure):
+    looks, network = [], deepcopy(measure.network)
+    network.body.register_forward_pre_hook(lambda _, x: looks.append(len(x[0])))
+    x, y = digits.points("validation"), digits.labels("validation")
+    samples = {"samples": x, "labels": y, "generator": torch.rand(100, 8, 8)}
+    model = ByClass(digits.points("train"), digits.labels("train"))
+    found = measured(model, samples, digits, replace(measure, network=network))
+    assert {"conditional_accuracy", "inception_score_generator"} < found.metrics.keys()
+    assert sum(looks) == 136 + 100 + 136 + 360 + 180  # of samples, those in the shares of test
+
+
 def test_the_inception_score_is_that_of_the_classes_shown(digits, measure, real):
     (ceiling,) = real.references["inception_score"]
     assert ceiling["kind"] == "ceiling"
     assert "the test split" in ceiling["source"]
-    probabilities = measure.logits(digits.points("test")).softmax(1)
+    probabilities = measure.see(digits.points("test")).logits.softmax(1)
     assert ceiling["value"] == pytest.approx(metrics.inception_score(probabilities))
     assert real.metrics["inception_score"] == pytest.approx(ceiling["value"], rel=0.1)
     one = digits.points("train")[digits.labels("train") == 0][:60]
@@ -618,7 +631,7 @@ def test_images_are_held_against_the_test_split_and_their_floor_is_of_training_i
     digits, measure
 ):
     """Of as many, in the order in which they are."""
-    features = {split: measure.features(digits.points(split)) for split in data.SPLITS}
+    features = {split: measure.see(digits.points(split)).features for split in data.SPLITS}
     found = measured(
         Nearest(digits.points("train")), {"samples": digits.points("validation")}, digits, measure
     )

@@ -37,20 +37,20 @@ def digits(prepared):
 
 def test_a_classifier_learns_the_digits_in_seconds(digits, prepared):
     assert digits.metrics["accuracy"] > 0.97
-    seen = digits.classify(prepared.points("test")) == prepared.labels("test")
+    seen = digits.see(prepared.points("test")).classes == prepared.labels("test")
     assert digits.metrics["accuracy"] == seen.double().mean().item()
 
 
 def test_its_floors_are_small_beside_what_noise_scores(digits, prepared):
     test = digits.statistics["test"]
-    noise = digits.features(torch.rand(360, 8, 8))
+    noise = digits.see(torch.rand(360, 8, 8)).features
     assert 0 < digits.metrics["frechet_distance"] < metrics.frechet_distance(noise, test) / 20
     assert abs(digits.metrics["kernel_distance"]) < metrics.kernel_distance(noise, test) / 20
 
 
 def test_statistics_are_those_of_the_features(digits, prepared):
     for split in ("train", "test"):
-        features = digits.features(prepared.points(split))
+        features = digits.see(prepared.points(split)).features
         mean, covariance = metrics.moments(features)
         assert torch.equal(digits.statistics[split], features)
         assert torch.equal(digits.statistics[f"{split}_mean"], mean)
@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(prepared, dig
 
 def test_features_do_not_depend_on_the_batch(digits, prepared):
     x = prepared.points("test")
-    torch.testing.assert_close(digits.features(x[:7]), digits.features(x)[:7])
+    torch.testing.assert_close(digits.see(x[:7]).features, digits.see(x).features[:7])
     assert not digits.network.training
 
 
@@ -82,8 +82,8 @@ def test_what_is_written_is_read_back(digits, prepared, tmp_path):
     reference.write(digits, tmp_path)
     back = reference.read(tmp_path, prepared, CPU)
     x = prepared.points("validation")
-    assert torch.equal(back.features(x), digits.features(x))
-    assert torch.equal(back.classify(x), digits.classify(x))
+    assert torch.equal(back.see(x).features, digits.see(x).features)
+    assert torch.equal(back.see(x).classes, digits.see(x).classes)
     assert (back.metrics, back.config) == (digits.metrics, digits.config)
     assert all(torch.equal(back.statistics[k], v) for k, v in digits.statistics.items())
 
@@ -127,9 +127,9 @@ def test_coordinates_are_the_points_themselves(prepared, tmp_path):
     (tmp_path / "config.json").write_text('{"kind": "coordinates"}')
     found = reference.read(tmp_path, prepared, CPU)
     x = prepared.points("test")
-    assert torch.equal(found.features(x), x.view(-1, 64))
+    assert torch.equal(found.see(x).features, x.view(-1, 64))
     assert torch.equal(found.statistics["test_mean"], x.double().view(-1, 64).mean(0))
-    assert found.classify(x) is None
+    assert found.see(x).classes is None
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (28, 28), (3, 32, 32), (1, 9, 13)])
@@ -138,6 +138,7 @@ def test_a_classifier_takes_images_of_many_shapes(shape):
     x = torch.rand(5, *shape)
     assert network.features(x).shape == (5, reference.FEATURES)
     assert network.logits(x).shape == (5, 7)
+    assert torch.equal(network.logits(x), network.head(network.features(x)))
 
 
 def test_warping_by_nothing_is_the_identity_and_else_keeps_the_range():
@@ -174,8 +175,8 @@ def test_inception_is_written_and_read_like_a_classifier(inception, prepared, tm
     back = reference.read(tmp_path, prepared, CPU)
     x = prepared.points("test")[:1]
     with torch.no_grad():
-        assert torch.equal(back.features(x), inception.features(x))
-    assert back.classify(x) is None
+        assert torch.equal(back.see(x).features, inception.features(x))
+    assert back.see(x).classes is None
 
 
 def test_inception_without_a_network_is_one_line(prepared, monkeypatch):

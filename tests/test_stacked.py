@@ -56,12 +56,12 @@ def test_no_part_of_a_test_stack_was_trained_on(stacks):
 
 def test_the_classifier_of_parts_finds_modes(judge, stacks):
     x = stacks.points("test")
-    found = judge.classify(x)
+    found = judge.see(x).classes
     right = (found == stacks.labels("test")).double().mean().item()
     assert judge.metrics["accuracy"] == right
     assert judge.metrics["part_accuracy"] > 0.97
     assert right == pytest.approx(judge.metrics["part_accuracy"] ** 3, abs=0.05)
-    assert judge.logits(x).shape == (300, 3, 10)
+    assert judge.see(x).logits.shape == (300, 3, 10)
 
 
 def test_its_features_of_a_stack_are_those_of_its_parts_one_after_another(judge, stacks):
@@ -69,7 +69,7 @@ def test_its_features_of_a_stack_are_those_of_its_parts_one_after_another(judge,
     network = judge.network.classifier
     with torch.no_grad():
         parts = [network.features(x[:, part]) for part in range(3)]
-    torch.testing.assert_close(judge.features(x), torch.cat(parts, 1))
+    torch.testing.assert_close(judge.see(x).features, torch.cat(parts, 1))
 
 
 def test_it_comes_back_from_its_folder_and_is_at_rest(judge, stacks, tmp_path):
@@ -78,7 +78,7 @@ def test_it_comes_back_from_its_folder_and_is_at_rest(judge, stacks, tmp_path):
     again = reference.read(tmp_path, stacks, CPU)
     assert not any(module.training for module in again.network.modules())
     x = stacks.points("test")
-    assert torch.equal(again.classify(x), judge.classify(x))
+    assert torch.equal(again.see(x).classes, judge.see(x).classes)
 
 
 def test_real_stacks_score_the_floor_of_the_mode_kl(stacks):

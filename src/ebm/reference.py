@@ -96,9 +96,10 @@ class Parts(Network):
         """Features of the parts, one after another: [N, parts * FEATURES]."""
         return self.classifier.features(x.flatten(0, 1)).view(len(x), -1)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits of the classes of each part: [N, parts, classes]."""
-        return self.classifier.logits(x.flatten(0, 1)).view(*x.shape[:2], -1)
+    def head(self, features: Tensor) -> Tensor:
+        """Logits of the classes of each part by its features: [N, parts, classes]."""
+        logits = self.classifier.head(features.view(-1, FEATURES))
+        return logits.view(len(features), -1, logits.shape[1])
 
 
 class Inception(Network):
@@ -154,6 +155,25 @@ def _channels(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a network sees in points: `features` [N, D]; a classifier unnormalised
+    log-probabilities of the classes too, `logits` [N, classes], or [N, parts, classes] of those of
+    each part of a stack."""
+
+    features: Tensor
+    logits: Tensor | None
+
+    @property
+    def classes(self) -> Tensor | None:
+        """The most likely class of each image [N], of a stack its mode, which is the number whose
+        digits are the classes of the parts."""
+        if self.logits is None:
+            return None
+        found = self.logits.argmax(-1)
+        return found if found.dim() == 1 else mode(found)
+
+
+@dataclass(frozen=True)
 class Reference:
     """A network, the `config` that builds it, and what it says of a data set's own splits."""
 
@@ -162,25 +182,17 @@ class Reference:
     statistics: dict[str, Tensor]
     metrics: dict[str, float]
 
-    def features(self, x: Tensor) -> Tensor:
-        """Features [N, D] of points [N, *] that lie where the network lies."""
-        return metrics.in_batches(self.network.features, x, BATCH)
+    @property
+    def classifies(self) -> bool:
+        """Whether the network is a classifier."""
+        return isinstance(self.network, Classifier | Parts)
 
-    def logits(self, x: Tensor) -> Tensor | None:
-        """Unnormalised log-probabilities of the classes [N, classes], or of those of each part of
-        a stack [N, parts, classes]; None of a network that is no classifier."""
+    def see(self, x: Tensor) -> Seen:
+        """What the network sees in points [N, *] that lie where it lies, by one look at each."""
+        features = metrics.in_batches(self.network.features, x, BATCH)
         if not isinstance(self.network, Classifier | Parts):
-            return None
-        return metrics.in_batches(self.network.logits, x, BATCH)
-
-    def classify(self, x: Tensor) -> Tensor | None:
-        """The most likely class of each image [N], of a stack its mode, which is the number whose
-        digits are the classes of the parts; None of a network that is no classifier."""
-        logits = self.logits(x)
-        if logits is None:
-            return None
-        found = logits.argmax(-1)
-        return found if found.dim() == 1 else mode(found)
+            return Seen(features, None)
+        return Seen(features, metrics.in_batches(self.network.head, features, BATCH))
 
 
 def make(
@@ -262,7 +274,7 @@ def measure(
     split, on `device`."""
     found = Reference(network.to(device).eval(), config, {}, {})
     for split in ("train", "test"):
-        features = found.features(prepared.points(split).to(device))
+        features = found.see(prepared.points(split).to(device)).features
         mean, covariance = metrics.moments(features)
         moments = {f"{split}_mean": mean, f"{split}_covariance": covariance}
         found.statistics.update({split: features[:KEPT].clone(), **moments})
@@ -278,7 +290,8 @@ def _floors(found: Reference, prepared: Prepared, device: torch.device) -> dict[
         ),
         "kernel_distance": metrics.kernel_distance(of["train"], of["test"]),
     }
-    labels, classes = prepared.labels("test"), found.classify(prepared.points("test").to(device))
+    labels, test = prepared.labels("test"), prepared.points("test").to(device)
+    classes = found.see(test).classes if found.classifies else None
     if labels is not None and classes is not None:
         floors["accuracy"] = (classes == labels.to(device)).double().mean().item()
     if isinstance(found.network, Parts):

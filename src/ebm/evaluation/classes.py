@@ -23,9 +23,9 @@ def measure_classes(result: Evaluation, case: Case) -> None:
     if "accuracy_supervised" in right:
         source = "the same network, trained on the same labels alone"
         result.refer("accuracy", right["accuracy_supervised"], "baseline", source)
-    elif case.seen is not None:
+    elif case.seen and case.seen.classes is not None:
         source = "a classifier, trained on the same labels"
-        result.refer("accuracy", agreement(case.seen, labels), "baseline", source)
+        result.refer("accuracy", agreement(case.seen.classes, labels), "baseline", source)
 
 
 def agreement(found: Tensor, labels: Tensor) -> float:

@@ -16,7 +16,7 @@ from ebm.evaluation.contrast import measure_constant
 from ebm.evaluation.published import MNIST_BINARY, refer_to_published
 from ebm.evaluation.result import Case, Evaluation, bound, measure_acceptance
 from ebm.outliers import outlier_sets
-from ebm.reference import KEPT, Reference
+from ebm.reference import KEPT, Reference, Seen
 from ebm.schema import OfImages
 from ebm.tasks import Chained
 from ebm.variants.base import EBM
@@ -58,7 +58,7 @@ def _measure(result: Evaluation, case: Case, train: Tensor, test: Tensor) -> dic
         _correct_bits(result, test[0].numel())
     sets = {"train": train[:ENERGIES], "test": test}
     if draws:
-        measure_samples(result, samples, train, test, case.reference)
+        measure_samples(result, case, looked_at(case.reference, samples, train))
         sets["samples"] = drawn[:ENERGIES]
         _conditional_accuracy(result, case)
     measure_acceptance(result, samples)
@@ -159,47 +159,49 @@ def enough(drawn: Tensor, told: str = "") -> None:
         raise EBMError(f"sample.count = {len(drawn)}{told}: {OfImages.too_few}")
 
 
-def measure_samples(
-    result: Evaluation,
-    samples: dict[str, Tensor],
-    train: Tensor,
-    test: Tensor,
-    reference: Reference,
-) -> None:
-    """How near samples come to the test split, beside as many training images (or all), and how
-    clearly each shows one class of many; the same of a generator's, before MCMC."""
-    drawn = samples["samples"]
-    result.metrics |= image_scores(drawn, reference) | class_scores(drawn, reference)
-    real = train[: len(drawn)]
-    source = f"{len(real)} training images, scored alike by {described(reference)}"
-    if len(real) < len(drawn):
-        source += f"; fewer than the {len(drawn)} samples, so distances are a little too large"
-    for name, value in image_scores(real, reference).items():
-        result.refer(name, value, bound(name), source)
-    source = f"the test split, scored alike by {described(reference)}"
-    for name, value in class_scores(test, reference).items():
-        result.refer(name, value, "ceiling", source)
+def looked_at(reference: Reference, samples: dict[str, Tensor], train: Tensor) -> dict[str, Seen]:
+    """What `reference` sees in the samples, in a generator's, and in as many images of `train` (or
+    all) as there are samples."""
+    sets = {"samples": samples["samples"], "train": train[: len(samples["samples"])]}
     if "generator" in samples:
-        before = samples["generator"]
-        scores = image_scores(before, reference) | class_scores(before, reference)
-        result.add(scores, "_generator")
+        sets["generator"] = samples["generator"]
+    return {name: reference.see(x) for name, x in sets.items()}
 
 
-def class_scores(x: Tensor, reference: Reference) -> dict[str, float]:
-    """The inception score of images x [N, *] by a classifier, of stacks the mean over the scores
-    of their parts; nothing by what is no classifier."""
-    logits = reference.logits(x)
-    if logits is None:
+def measure_samples(result: Evaluation, case: Case, seen: dict[str, Seen]) -> None:
+    """How near samples come to the test split, beside training images, and how clearly each shows
+    one class of many; the same of a generator's, before MCMC. All as `looked_at` has `seen`
+    them."""
+    by, of = described(case.reference), case.reference.statistics
+    result.metrics |= image_scores(seen["samples"], of) | class_scores(seen["samples"])
+    drawn, real = (len(seen[name].features) for name in ("samples", "train"))
+    source = f"{real} training images, scored alike by {by}"
+    if real < drawn:
+        source += f"; fewer than the {drawn} samples, so distances are a little too large"
+    for name, value in image_scores(seen["train"], of).items():
+        result.refer(name, value, bound(name), source)
+    if case.seen:
+        for name, value in class_scores(case.seen).items():
+            result.refer(name, value, "ceiling", f"the test split, scored alike by {by}")
+    if "generator" in seen:
+        before = seen["generator"]
+        result.add(image_scores(before, of) | class_scores(before), "_generator")
+
+
+def class_scores(seen: Seen) -> dict[str, float]:
+    """The inception score of images that a classifier has `seen`, of stacks the mean over the
+    scores of their parts; nothing by what is no classifier."""
+    if (logits := seen.logits) is None:
         return {}
-    parts = logits.double().softmax(-1).view(len(x), -1, logits.shape[-1]).unbind(1)
+    parts = logits.double().softmax(-1).view(len(logits), -1, logits.shape[-1]).unbind(1)
     return {"inception_score": fmean(metrics.inception_score(part) for part in parts)}
 
 
-def image_scores(x: Tensor, reference: Reference) -> dict[str, float]:
-    """Distances of images x [N, *] to the test split, by the features of `reference`."""
-    features, of = reference.features(x), reference.statistics
-    gaussian = of["test_mean"], of["test_covariance"]
-    order = torch.randperm(len(x))
+def image_scores(seen: Seen, of: dict[str, Tensor]) -> dict[str, float]:
+    """Distances of images to the test split, by the features that were `seen` and the statistics
+    `of` the reference."""
+    features, gaussian = seen.features, (of["test_mean"], of["test_covariance"])
+    order = torch.randperm(len(features))
     kept = features[order[:KEPT]]
     precision, recall = metrics.precision_recall(kept, of["test"])
     return {
@@ -243,9 +245,9 @@ def _conditional_accuracy(result: Evaluation, case: Case) -> None:
     """Share of the samples in which the classifier sees the class that was asked for, beside that
     of test images of the same classes."""
     labels, classes = case.samples.get("labels"), case.labels("test")
-    if labels is None or classes is None:
+    if labels is None or classes is None or case.seen is None:
         return
-    found, real = case.reference.classify(case.drawn), case.seen
+    found, real = case.reference.see(case.drawn).classes, case.seen.classes
     if found is None or real is None:
         return
     result.metrics["conditional_accuracy"] = agreement(found, labels)

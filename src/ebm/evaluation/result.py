@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ebm.data import Prepared
 from ebm.figures import Drawing
-from ebm.reference import Reference
+from ebm.reference import Reference, Seen
 from ebm.variants.base import EBM
 
 
@@ -49,9 +49,10 @@ class Case:
         return None if labels is None else labels.to(self.device)
 
     @cached_property
-    def seen(self) -> Tensor | None:
-        """The class that the reference sees in each test point [N]; None if it knows none."""
-        return self.reference.classify(self.points("test"))
+    def seen(self) -> Seen | None:
+        """What the reference sees in the test points; None if it is no classifier, and would see
+        no more than is among its statistics."""
+        return self.reference.see(self.points("test")) if self.reference.classifies else None
 
 
 LOWER_IS_BETTER = {

@@ -2,12 +2,11 @@
 ensemble, one by one."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import fmean, stdev
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebm import metrics
 from ebm.data import unit
@@ -26,30 +25,15 @@ AT_ONCE = 2**20
 Numbers = dict[str, float]
 
 
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """`networks` in eval mode; afterwards every module is as it was."""
-    before = [(module, module.training) for network in networks for module in network.modules()]
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
 def energies(model: EBM, x: Tensor) -> Tensor:
     """E of points [N, *], or of bytes that `ebm.data.unit` makes points of: [N], float64."""
-    with evaluating(model):
-        return metrics.in_batches(lambda part: model.energy(unit(part)).double(), x, _rows(x))
+    return metrics.in_batches(lambda part: model.energy(unit(part)).double(), x, _rows(x))
 
 
 def scores(model: EBM, x: Tensor) -> dict[str, Tensor]:
     """`energy` E and `gradient` |grad E|^2 over all axes of points [N, *], or of bytes: [N] each,
     float64. There is no `gradient` where E cannot be differentiated."""
-    with evaluating(model):
-        parts = [_scored(model, part) for part in x.split(_rows(x))]
+    parts = [_scored(model, part) for part in x.split(_rows(x))]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -5,11 +5,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ebm import EBMError, figures, metrics
-from ebm.evaluation.images import ENERGIES, described, draw_energies, enough, measure_samples
+from ebm.evaluation.images import (
+    ENERGIES,
+    described,
+    draw_energies,
+    enough,
+    looked_at,
+    measure_samples,
+)
 from ebm.evaluation.published import MNIST_STACKED, refer_to_published
 from ebm.evaluation.result import Case, Evaluation, bound, measure_acceptance
-from ebm.evaluation.scores import Numbers, energies, evaluating
-from ebm.reference import Reference
+from ebm.evaluation.scores import Numbers, energies
+from ebm.reference import Reference, Seen
 
 PUBLISHED = 26
 """Samples to a mode by which the published numbers were counted."""
@@ -19,15 +26,15 @@ SHOWN, COLUMNS = 50, 5
 
 
 def evaluate_stacked(case: Case) -> Evaluation:
-    """Modes that the samples reach by the classifier of `reference`, which looks at single parts
-    and in eval mode: one that draws its units at random would find modes that are not there."""
+    """Modes that the samples reach by the classifier of `reference`, which looks at single
+    parts."""
     result = Evaluation()
     model, samples, drawn = case.model, case.samples, case.drawn
     enough(drawn)
     train, test = case.points("train", max(len(drawn), ENERGIES)), case.points("test")
-    with evaluating(case.reference.network):
-        _modes(result, samples, train, case.reference)
-        measure_samples(result, samples, train, test, case.reference)
+    seen = looked_at(case.reference, samples, train)
+    _modes(result, seen, train.shape[1], case.reference)
+    measure_samples(result, case, seen)
     if case.about.get("base") == "mnist" and len(drawn) >= PUBLISHED * 10 ** train.shape[1]:
         stacks = MNIST_STACKED.get(train.shape[1], {})
         refer_to_published(result, model, stacks)
@@ -40,26 +47,22 @@ def evaluate_stacked(case: Case) -> Evaluation:
     return result
 
 
-def mode_counts(x: Tensor, reference: Reference) -> Tensor:
-    """How many of the stacks x [N, parts, H, W] the classifier finds in each mode
-    [10^parts]."""
-    found = reference.classify(x)
-    if found is None:
+def mode_counts(seen: Seen, parts: int) -> Tensor:
+    """How many stacks of so many `parts` the classifier has `seen` in each mode [10^parts]."""
+    if seen.classes is None:
         raise EBMError("reference.kind: stacks are counted by a classifier; expected 'classifier'")
-    return metrics.mode_counts(found, 10 ** x.shape[1])
+    return metrics.mode_counts(seen.classes, 10**parts)
 
 
-def _modes(
-    result: Evaluation, samples: dict[str, Tensor], train: Tensor, reference: Reference
-) -> None:
+def _modes(result: Evaluation, seen: dict[str, Seen], parts: int, reference: Reference) -> None:
     """Coverage of the samples, beside that of as many training stacks and of the uniform."""
-    counts = {"samples": mode_counts(samples["samples"], reference)}
+    counts = {"samples": mode_counts(seen["samples"], parts)}
     n, modes = int(counts["samples"].sum()), len(counts["samples"])
     result.metrics |= _coverage(counts["samples"]) | {"modes_total": modes}
-    if "generator" in samples:
-        counts["generator"] = mode_counts(samples["generator"], reference)
+    if "generator" in seen:
+        counts["generator"] = mode_counts(seen["generator"], parts)
         result.add(_coverage(counts["generator"]), "_generator")
-    real = counts["training stacks"] = mode_counts(train[:n], reference)
+    real = counts["training stacks"] = mode_counts(seen["train"], parts)
     source = f"{int(real.sum())} training stacks, counted by {described(reference)}"
     for name, value in _coverage(real).items():
         result.refer(name, value, bound(name), source)
