@@ -116,6 +116,21 @@ def test_the_published_likelihood_is_of_drawn_mnist_alone(digits, measure):
         assert ("published" in kinds) == ((name, how) in drawn)
 
 
+def test_log_z_is_annealed_by_its_own_settings_whatever_share_is_flagged(digits, measure):
+    settings = {"hidden": 24, "k": 1, "chains": 0, "learning_rate": 0.1, "momentum": 0.0}
+    rbm = variants.build("rbm", (8, 8), settings | {"weight_decay": 0.0}, None)
+    binary = {name: x.round() if name in data.SPLITS else x for name, x in digits.tensors.items()}
+    prepared, nothing = data.Prepared(binary, digits.manifest), {"samples": binary["train"][:0]}
+    annealing = {"chains": 10, "temperatures": 5, "burn_in": 2}
+    found, other = (
+        measured(rbm, nothing, prepared, measure, annealing | {"flagged": share})
+        for share in (None, 0.2)
+    )
+    assert math.isfinite(found.metrics["log_partition"])
+    assert found.metrics == other.metrics
+    assert found.thresholds["energy"] > other.thresholds["energy"]
+
+
 def test_noise_is_far_and_one_class_covers_little(digits, measure, real):
     model = Nearest(digits.points("train"))
     noise = measured(model, {"samples": torch.rand(180, 8, 8)}, digits, measure)
