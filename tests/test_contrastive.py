@@ -226,3 +226,20 @@ def test_every_gradient_is_cut_to_its_norm(name, turn):
     model.training_step(x)
     moved = torch.cat([(p - q).flatten() for p, q in zip(moving, before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "spline", "coupling"])
+def test_samples_that_are_drawn_in_slices_are_those_that_are_drawn_at_once(monkeypatch, kind):
+    flow = {"kind": kind} | ({"transforms": 1, "bins": 3, "width": 8} if kind == "spline" else {})
+    flow |= {"transforms": 1, "width": 8} if kind == "coupling" else {}
+    model, _ = small(noise=flow)
+    found, rows = [], []
+    model.network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    for at_once in (2**23, 14):
+        monkeypatch.setattr("ebm.flows.AT_ONCE", at_once)
+        torch.manual_seed(0)
+        rows.clear()
+        found.append(model.sample(50, steps=3))
+    assert max(rows) == 7
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value)

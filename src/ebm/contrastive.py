@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
-from ebm.flows import Defended, Density, Flow, Gaussian, Latents, Noise, Space, adam
+from ebm.flows import Defended, Density, Flow, Gaussian, Latents, Noise, Space, adam, in_slices
 from ebm.networks import scalar
 from ebm.recorded import Loss
 from ebm.samplers import Independence, by_row, with_acceptance
@@ -268,9 +268,8 @@ class Contrasted(EBM):
         noise and proposes such; `generator` [n, *], those that it started at, or where these have
         a defence other ones of the flow alone; the mean `acceptance` of every step [steps]."""
         noise = self.contrast
-        kernel = Independence(
-            lambda v: -self.log_density(v), noise.draw_with_log_prob, noise.log_prob
-        )
+        energy = in_slices(lambda v: -self.log_density(v))
+        kernel = Independence(energy, noise.draw_with_log_prob, in_slices(noise.log_prob))
         start = kernel.start(n)
         end, rates = with_acceptance(kernel, start, steps)
         drawn = self.flow.draw_with_log_prob(n)[0] if self.defence else start.x

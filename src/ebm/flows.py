@@ -17,7 +17,7 @@ over D log 2.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,19 @@ log = logging.getLogger(__name__)
 
 Latents = tuple[Tensor, ...]
 """All that is random in draws."""
+
+
+AT_ONCE = 2**23
+"""Numbers of points that go through a flow, or the energy beside it, at once in drawing many."""
+
+
+def in_slices(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function of points [B, *] to values [B], some of them at once."""
+    return lambda v: torch.cat([function(part) for part in v.split(_rows_at_once(v))])
+
+
+def _rows_at_once(*points: Tensor) -> int:
+    return max(1, AT_ONCE // max(1, sum(x[:1].numel() for x in points)))
 
 
 class Noise:
@@ -62,6 +75,13 @@ class Flow(nn.Module, Noise):
 
     def initialise(self, v: Tensor) -> None:
         """Set what depends on data [N, *], if anything does, once, before the first step."""
+
+    def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
+        latents = self.latents(n)
+        rows = _rows_at_once(*latents)
+        parts = zip(*(latent.split(rows) for latent in latents), strict=True)
+        draws, log_prob = zip(*(self.from_latents(*part) for part in parts), strict=True)
+        return torch.cat(draws), torch.cat(log_prob)
 
 
 OFF_A_LEVEL = 1e-3

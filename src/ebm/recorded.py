@@ -100,8 +100,12 @@ class CompiledGradient:
 def _compiled(module: fx.GraphModule) -> Callable[..., Any]:
     from torch._dynamo.exc import BackendCompilerFailed
 
-    # Each replay meets one kind of inputs only, so there is nothing to guard against.
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    # Each replay meets one kind of inputs only, so there is nothing to guard against; kernels that
+    # were chosen by the clock could sum otherwise the next time.
+    options: dict[str, Any] = {
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+        "deterministic": True,
+    }
     compiled = torch.compile(module, dynamic=False, options=options)
 
     def call(*inputs: Tensor) -> Any:

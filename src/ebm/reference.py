@@ -188,8 +188,9 @@ class Reference:
         return isinstance(self.network, Classifier | Parts)
 
     def see(self, x: Tensor) -> Seen:
-        """What the network sees in points [N, *] that lie where it lies, by one look at each."""
-        features = metrics.in_batches(self.network.features, x, BATCH)
+        """What the network sees in points [N, *] that lie where it lies, or in bytes that
+        `ebm.data.unit` makes points of, by one look at each."""
+        features = metrics.in_batches(lambda part: self.network.features(unit(part)), x, BATCH)
         if not isinstance(self.network, Classifier | Parts):
             return Seen(features, None)
         return Seen(features, metrics.in_batches(self.network.head, features, BATCH))
@@ -274,7 +275,7 @@ def measure(
     split, on `device`."""
     found = Reference(network.to(device).eval(), config, {}, {})
     for split in ("train", "test"):
-        features = found.see(prepared.points(split).to(device)).features
+        features = found.see(prepared.tensors[split].to(device)).features
         mean, covariance = metrics.moments(features)
         moments = {f"{split}_mean": mean, f"{split}_covariance": covariance}
         found.statistics.update({split: features[:KEPT].clone(), **moments})
@@ -290,15 +291,14 @@ def _floors(found: Reference, prepared: Prepared, device: torch.device) -> dict[
         ),
         "kernel_distance": metrics.kernel_distance(of["train"], of["test"]),
     }
-    labels, test = prepared.labels("test"), prepared.points("test").to(device)
+    labels, test = prepared.labels("test"), prepared.tensors["test"].to(device)
     classes = found.see(test).classes if found.classifies else None
     if labels is not None and classes is not None:
         floors["accuracy"] = (classes == labels.to(device)).double().mean().item()
     if isinstance(found.network, Parts):
         singles, truth = (prepared.tensors[f"test_parts{end}"] for end in ("", "_labels"))
-        guess = metrics.in_batches(
-            found.network.classifier.logits, unit(singles).to(device), BATCH
-        )
+        judge = found.network.classifier
+        guess = metrics.in_batches(lambda x: judge.logits(unit(x)), singles.to(device), BATCH)
         floors["part_accuracy"] = (guess.argmax(1) == truth.to(device)).double().mean().item()
     return floors
 
