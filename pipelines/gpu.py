@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 LOCKS = Path("/tmp")
 """One folder for the machine: that of TMPDIR may be another for each job or user."""
 POLL_SECONDS = 0.5
-TOLD = 64  # bytes of a lock's file that say who has the card
 
 DEVICES = "cpu, cuda or cuda:N"
 
@@ -56,7 +55,7 @@ def count() -> int:
 
 
 def _present() -> list[str]:
-    """The UUIDs of this machine's cards."""
+    """The UUIDs of this machine's cards, but for those that this process may not open."""
     import pynvml
 
     try:
@@ -64,8 +63,11 @@ def _present() -> list[str]:
     except pynvml.NVMLError:  # no driver, no card
         return []
     try:
-        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        return [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(pynvml.NVMLError):
+                found.append(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
+        return found
     finally:
         pynvml.nvmlShutdown()
 
@@ -123,6 +125,7 @@ def _take(cards: Mapping[int, str], ranks: int) -> int | None:
         for index in free.keys() - set(mine):
             os.close(free[index])
         for rank, index in enumerate(mine):
+            os.ftruncate(free[index], 0)
             os.pwrite(free[index], _told(rank), 0)
             _held.append(free[index])
     return mine[0] if mine else None
@@ -142,7 +145,7 @@ def _given(cards: Mapping[int, str], rank: int) -> int | None:
 def _told(rank: int) -> bytes:
     """For whom a card is taken: for a rank of the group that meets at this address."""
     address = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
-    return f"{address} {rank}".encode().ljust(TOLD)
+    return f"{address} {rank}".encode()
 
 
 @contextlib.contextmanager

@@ -191,7 +191,7 @@ def provenance(settings: dict[str, Any], device: str) -> dict[str, Any]:
         "seed": settings["seed"],
         "threads": settings["threads"],
         **git_state(),
-        "device": _hardware(device),
+        "device": hardware(device),
         "params_sha256": digest(settings),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -199,7 +199,7 @@ def provenance(settings: dict[str, Any], device: str) -> dict[str, Any]:
     }
 
 
-def _hardware(device: str) -> str:
+def hardware(device: str) -> str:
     """The name of the GPU, or the instructions of the CPU, on which the last bits depend."""
     import torch
 

@@ -107,14 +107,15 @@ def _labels(model: "EBM", prepared: "Prepared", name: str, device: "torch.device
 def _checkpoint_folder(
     name: str, settings: dict[str, Any], prepared: "Prepared", device: str
 ) -> Path:
-    """Checkpoints of another configuration, data set, device or code are never resumed from."""
+    """Checkpoints of another configuration, data set, hardware or code are never resumed from: one
+    kind of card draws other numbers than another."""
     modules = sorted(
         m.__file__
         for name, m in sys.modules.items()
         if name.startswith("ebm.") and m.__file__ and not DECLARES.fullmatch(name)
     )
     code = [sha256(Path(file).read_bytes()).hexdigest() for file in modules]
-    key = stage.digest([settings, prepared.manifest["sha256"], device, code])
+    key = stage.digest([settings, prepared.manifest["sha256"], stage.hardware(device), code])
     return stage.scratch() / ".checkpoints" / name / key[:16]
 
 

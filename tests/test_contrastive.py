@@ -235,11 +235,11 @@ def test_samples_that_are_drawn_in_slices_are_those_that_are_drawn_at_once(monke
     model, _ = small(noise=flow)
     found, rows = [], []
     model.network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    for at_once in (2**23, 14):
-        monkeypatch.setattr("ebm.flows.AT_ONCE", at_once)
+    for numbers in (2**23, 14):
+        monkeypatch.setattr("ebm.flows.AT_ONCE", numbers)
         torch.manual_seed(0)
         rows.clear()
         found.append(model.sample(50, steps=3))
     assert max(rows) == 7
-    for key, value in found[0].items():
-        torch.testing.assert_close(found[1][key], value)
+    for key, at_once in found[0].items():
+        torch.testing.assert_close(found[1][key], at_once)

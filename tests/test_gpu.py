@@ -109,11 +109,11 @@ def test_a_process_that_asks_twice_has_one_card():
         assert said(other) == "1"
 
 
-def rank(number, port="1"):
+def rank(number, port="1", address="127.0.0.1"):
     return {
         "LOCAL_RANK": str(number),
         "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": address,
         "MASTER_PORT": port,
     }
 
@@ -131,6 +131,14 @@ def test_processes_that_train_together_take_all_their_cards_or_none():
             assert (said(first), said(second)) == ("0", "1")
             with holder(**rank(1, "2")) as stranger:
                 assert said(stranger).startswith("waiting")
+
+
+def test_of_what_a_group_with_a_longer_address_wrote_nothing_is_left():
+    for address in ("host" * 30, "localhost"):
+        with holder(**rank(0, address=address)) as first:
+            assert said(first) == "0"
+            with holder(**rank(1, address=address)) as second:
+                assert said(second) == "1"
 
 
 def test_more_processes_than_cards_is_an_error_and_no_endless_wait(monkeypatch):
@@ -190,6 +198,29 @@ def test_without_a_driver_there_is_no_card(monkeypatch):
     monkeypatch.delenv("EBM_DEVICE", raising=False)
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
     assert gpu.count() == 0
+
+
+def test_a_card_that_may_not_be_opened_is_none(monkeypatch):
+    """As of a job that was given one of several."""
+    import pynvml
+
+    def handle(index):
+        if index == 1:
+            raise pynvml.NVMLError_NoPermission
+        return index
+
+    monkeypatch.undo()
+    monkeypatch.delenv("EBM_DEVICE", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, fake in {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 3,
+        "nvmlDeviceGetHandleByIndex": handle,
+        "nvmlDeviceGetUUID": lambda found: f"GPU-{found}",
+    }.items():
+        monkeypatch.setattr(pynvml, name, fake)
+    assert gpu.count() == 2
 
 
 @pytest.fixture

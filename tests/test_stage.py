@@ -131,10 +131,14 @@ def test_a_damaged_sample_file_is_one_line(tmp_path, damage):
         evaluate._samples(path)
 
 
-def test_checkpoints_are_of_one_configuration_one_data_set_and_one_device():
+def test_checkpoints_are_of_one_configuration_one_data_set_and_one_kind_of_device(monkeypatch):
+    cards = iter(["one", "another"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: next(cards))
+
     def folder(steps=1, sha256="0", device="cpu"):
         prepared = SimpleNamespace(manifest={"sha256": sha256})
         return train._checkpoint_folder("toy", {"steps": steps}, prepared, device)
 
     assert folder() == folder()
-    assert len({folder(), folder(steps=2), folder(sha256="1"), folder(device="cuda")}) == 4
+    on_cards = [folder(device="cuda") for _ in range(2)]
+    assert len({folder(), folder(steps=2), folder(sha256="1"), *on_cards}) == 5
