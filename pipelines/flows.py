@@ -27,6 +27,7 @@ from typing import Any
 from uuid import UUID
 
 from pipelines import ROOT, EBMError, dag, gpu, lockfile, reproduce, run, serve, timeline, worker
+from pipelines.commands import cores
 from pipelines.dag import Stage
 from pipelines.polling import end_with_parent, polling
 from pipelines.run import StageFailed
@@ -242,7 +243,7 @@ class Tasks:
     """
 
     def __init__(self, launcher: Launcher, root: Path, force: bool) -> None:
-        self.places, self.cards = run.cores(), gpu.count()
+        self.places, self.cards = cores(), gpu.count()
         self._launcher, self._root, self._force = launcher, root, force
         self._context = contextvars.copy_context()  # Prefect's; other threads do not have it
         self._states: dict[str, State] = {}

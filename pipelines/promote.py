@@ -19,13 +19,15 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ebm import EBMError, did_you_mean, files
-from pipelines import stage, tracking, words
+from pipelines import tracking, words
+from pipelines.commands import guarded
 from pipelines.courier import SETTINGS
 from pipelines.spool import public, root, tracking_uri
 
@@ -168,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
             tracking.flush()  # a run that still waits may be the best
             print(promote(options.experiment, options.metric, options.alias, options.better))
 
-    stage.guarded(act)
+    sys.exit(guarded(act))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from ebm import EBMError, params
 from pipelines import page, results, stage
+from pipelines.commands import guarded
 from pipelines.results import Comparison, History, Provenance, Result
 
 log = logging.getLogger(__name__)
@@ -126,4 +128,4 @@ def _fill(folder: Path, files: Mapping[str, bytes], absent: Sequence[str]) -> No
 
 
 if __name__ == "__main__":
-    stage.guarded(main)
+    sys.exit(guarded(main))

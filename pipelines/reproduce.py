@@ -6,7 +6,6 @@ import logging
 import resource
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -19,15 +18,10 @@ from dvc.stage import Stage
 
 from ebm import EBMError
 from pipelines import ROOT
+from pipelines.commands import uninterruptible
 from pipelines.lockfile import Entry, entries, lent, modified
 from pipelines.repository import opened, unmade, when_free
 from pipelines.stage import CODE
-
-IN_PLACE = {"dump"}
-"""The functions in which DVC overwrites files of its own."""
-
-DEAF = {"match"}
-"""Compares the names of parameters for DVC (dpath), and swallows whatever is raised meanwhile."""
 
 RESTORED = 64
 """The exit code of `reproduce` where the command did not run, because DVC had its outputs."""
@@ -195,9 +189,3 @@ def _give_up_unless_there_is_a_result(_: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.001)  # SIGALRM: again in a moment
         return
     raise KeyboardInterrupt
-
-
-def uninterruptible(frame: FrameType | None) -> bool:
-    """Whether a signal found DVC where an exception would be lost, or leave half a file."""
-    names = {caller.f_code.co_name for caller, _ in traceback.walk_stack(frame)}
-    return not names.isdisjoint(IN_PLACE | DEAF)

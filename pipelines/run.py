@@ -6,33 +6,28 @@ a stage prints is shown with its name in front, and kept in `.checkpoints/logs/`
 """
 
 import argparse
-import contextlib
 import os
 import re
-import signal
 import socket
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from ebm import EBMError
 from pipelines import ROOT, dag, gpu, timeline
+from pipelines.commands import LAST_LINES, cores, guarded, our_python, positive, show
 from pipelines.dag import Plan, Stage
-from pipelines.reproduce import RESTORED, uninterruptible
+from pipelines.reproduce import RESTORED
 from pipelines.supervise import Launcher
 from pipelines.timeline import Result
 
-LAST_LINES = 12
 KEPT_BYTES = str(1 << 30)  # more than any tensor takes here
 BY = "python -m pipelines.run"
 NOTHING_TO_DO = "nothing to do: every stage is up to date"
-INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StageFailed(EBMError):
@@ -142,20 +137,6 @@ def start_launcher(
     return Launcher(target, root, {**quiet, **keeping, **os.environ, **changed})
 
 
-def our_python() -> dict[str, str]:
-    """The PATH along which `python` is the one that runs us."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return {"PATH": path}
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
-
-
 def run(
     targets: Sequence[str] = (),
     jobs: int | None = None,
@@ -256,51 +237,6 @@ def tally(results: Sequence[Result], seconds: float) -> str:
     return f"{told} in {seconds:.1f} s"
 
 
-def show(text: str) -> None:
-    """Print a line, whole even when several threads print."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-def command(call: Callable[[], bool]) -> int:
-    """A call as the whole of a command: its exit code, and one line instead of a traceback."""
-    try:
-        with interruptible():
-            return 0 if call() else 1
-    except KeyboardInterrupt as interrupt:
-        return 128 + (interrupt.args or (signal.SIGINT,))[0]
-    except (EBMError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Make the first signal that asks us to end a KeyboardInterrupt, and ignore impatient ones.
-
-    Also where SIGINT is ignored at first, as in a background process of a shell script; but a
-    hang-up that is (`nohup`) stays so.
-    """
-    deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    caught = [n for n in INTERRUPTIONS if not (deaf and n == signal.SIGHUP)]
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if uninterruptible(frame):
-            threading.Timer(0.001, os.kill, (os.getpid(), number)).start()  # again in a moment
-            return
-        for other in caught:
-            signal.signal(other, signal.SIG_IGN)
-        os.write(2, b"interrupted: ending the stages that run; the next run goes on from here\n")
-        raise KeyboardInterrupt(number)
-
-    before = {number: signal.signal(number, interrupt) for number in caught}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def main(
     execute: Callable[..., bool] = run, grammar: argparse.ArgumentParser | None = None
 ) -> int:
@@ -314,7 +250,7 @@ def main(
             params.load(file)
         return execute(**vars(options))
 
-    return command(validated)
+    return guarded(validated, stages=True)
 
 
 def _params_of(targets: Sequence[str], root: Path) -> set[Path]:
@@ -343,13 +279,6 @@ def parser() -> argparse.ArgumentParser:
         help="after a failure, go on with what does not depend on it (default: yes)",
     )
     return parser
-
-
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
 
 
 if __name__ == "__main__":

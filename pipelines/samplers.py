@@ -1,6 +1,7 @@
 """Stage `samplers`: compare the kernels on targets of which everything is known; numbers, a table,
 figures."""
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ebm import params
 from ebm.params import ParamsError
 from pipelines import stage, tracking
+from pipelines.commands import guarded
 
 if TYPE_CHECKING:
     from ebm.comparison import Comparison
@@ -53,4 +55,4 @@ def _track(settings: dict[str, Any], result: "Comparison", record: dict[str, Any
 
 
 if __name__ == "__main__":
-    stage.guarded(main)
+    sys.exit(guarded(main))

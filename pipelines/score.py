@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ebm import EBMError
 from pipelines import stage
+from pipelines.commands import guarded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -345,7 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="score: %(message)s", stream=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is half done goes
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    stage.guarded(lambda: score(**options))
+    sys.exit(guarded(lambda: score(**options)))
 
 
 if __name__ == "__main__":

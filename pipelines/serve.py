@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ebm import EBMError, files
-from pipelines import ROOT, run
-from pipelines.run import LAST_LINES, our_python, show
+from pipelines import ROOT
+from pipelines.commands import LAST_LINES, guarded, our_python, positive, show
 from pipelines.supervise import Ended, Launcher
 
 POOL = "ebm"  # as in prefect.yaml
@@ -252,10 +252,10 @@ def main() -> int:
         "--host", default="127.0.0.1", help="where to listen (default: %(default)s)"
     )
     parser.add_argument(
-        "--port", type=run.positive, default=4200, help="its port (default: %(default)s)"
+        "--port", type=positive, default=4200, help="its port (default: %(default)s)"
     )
     options = parser.parse_args()
-    return run.command(lambda: serve(options.host, options.port))
+    return guarded(lambda: serve(options.host, options.port), stages=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""What every stage shares: one argument, one-line errors, a device, threads, a checksum."""
+"""What every stage shares: its argument, a device, threads, checksums, where results come from."""
 
 import argparse
-import errno
 import hashlib
 import json
 import logging
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError
 from pipelines import gpu
+from pipelines.commands import guarded
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +23,6 @@ if TYPE_CHECKING:
     from ebm.figures import Drawing
 
 PARAMS = Path("params.yaml")
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-"""What the system may refuse that its user can give: room, the right to write, a folder where
-there is a file."""
-OUT_OF_MEMORY = r"can't allocate memory(: you tried to allocate \d+ bytes)?"
-"""What PyTorch says, among other things, where the machine has no more."""
-LESS = "fewer points or rows, or a smaller batch, take less"
 CODE = "src", "pipelines"
 """Folders whose files make results, whether or not git was told of them."""
 
@@ -39,36 +32,12 @@ _RECORDS = [  # what a run itself changes
 
 
 def main(run: Callable[[str], None], noun: str) -> None:
-    """Run a stage for the `noun` named on the command line; a known error is one line and exit
-    1."""
+    """Run a stage for the `noun` named on the command line, and exit."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("name", help=f"the {noun}, a key of params.yaml")
     name = parser.parse_args().name
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
-    guarded(lambda: run(name))
-
-
-def guarded(run: Callable[[], None]) -> None:
-    """Call `run`; turn what a user can mend into one line on stderr and an exit code."""
-    try:
-        run()
-    except EBMError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
-        sys.exit(f"error: {error.filename or 'disk'}: {os.strerror(error.errno)}")
-    except MemoryError as error:
-        sys.exit(f"error: {str(error) or 'out of memory'}; {LESS}")
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; not every stage has imported it
-            problem = str(error).partition(". ")[0]
-            sys.exit(f"error: {problem}; EBM_DEVICE=cpu computes without a GPU")
-        if not (asked := re.search(OUT_OF_MEMORY, str(error))):
-            raise
-        sys.exit(f"error: {asked[0]}; {LESS}")
+    sys.exit(guarded(lambda: run(name)))
 
 
 def scratch() -> Path:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError, files
 from pipelines import ROOT, dag, gpu, lockfile, patch, run, space, stage, tracking
+from pipelines.commands import cores, guarded, positive, show
 from pipelines.promote import add_direction, direction
 from pipelines.space import Space
 from pipelines.supervise import Cancelled, Launcher
@@ -236,7 +237,7 @@ def schedule(
 def sweep(jobs: int | None = None, apply: bool = False, **options: Any) -> bool:
     """Run a sweep with the options of `plan`; True if it has a best trial."""
     planned = plan(**options)
-    jobs = jobs or run.cores()
+    jobs = jobs or cores()
     if planned.upstream and not run.run(planned.upstream, jobs, root=planned.recipe.root):
         raise EBMError(NOT_READY)
 
@@ -251,8 +252,8 @@ def sweep(jobs: int | None = None, apply: bool = False, **options: Any) -> bool:
 @contextlib.contextmanager
 def _worker(trials: Trials, launcher: Launcher) -> Iterator[Work]:
     def work(trial: "Trial") -> Outcome:
-        run.show(f"start trial {trial.number}")
-        return trials.run(trial, lambda line: run.show(f"trial {trial.number} | {line}"))
+        show(f"start trial {trial.number}")
+        return trials.run(trial, lambda line: show(f"trial {trial.number} | {line}"))
 
     yield work
 
@@ -274,7 +275,7 @@ def conduct(
     """
     jobs = at_once(sweep.recipe.stages, jobs)
     finished, started = study.finished(), time.monotonic()
-    run.show(f"study {sweep.recipe.folder.name}: {finished} of {sweep.trials} trials have ended")
+    show(f"study {sweep.recipe.folder.name}: {finished} of {sweep.trials} trials have ended")
     if finished >= sweep.trials:
         write_table(sweep, study)  # a sweep that was cut short has none
         return
@@ -286,7 +287,7 @@ def conduct(
     ):
         for outcome in schedule(study, work, pool, jobs, sweep.trials):
             finished += 1
-            run.show(
+            show(
                 "\n".join(
                     [
                         f"[{finished}/{sweep.trials}] {outcome}",
@@ -297,7 +298,7 @@ def conduct(
             if best := study.best():
                 tracked.log({"best": best.value or 0.0}, finished)
         _summarise(sweep, study, tracked)
-    run.show(f"{tally(study)} in {time.monotonic() - started:.1f} s")
+    show(f"{tally(study)} in {time.monotonic() - started:.1f} s")
 
 
 def at_once(stages: Sequence[dag.Stage], jobs: int) -> int:
@@ -375,7 +376,7 @@ def conclude(sweep: Sweep, study: "Study", apply: bool) -> bool:
     now; with `apply`, into that file."""
     best = study.best()
     if best is None:
-        run.show("no trial is done, so there are no best parameters")
+        show("no trial is done, so there are no best parameters")
         return False
     recipe = sweep.recipe
     path = recipe.root / "params.yaml"
@@ -383,21 +384,21 @@ def conclude(sweep: Sweep, study: "Study", apply: bool) -> bool:
     new = space.patched(now, recipe.experiment, best.trial.texts)
     sweep.file.write_text(patch.diff(now, new, "params.yaml"), encoding="utf-8")
     tried = ", ".join(f"{key} {text}" for key, text in best.trial.texts.items())
-    run.show(f"best: trial {best.trial.number}, {recipe.metric} {best.value:.6g}: {tried}")
+    show(f"best: trial {best.trial.number}, {recipe.metric} {best.value:.6g}: {tried}")
     if now == new:
-        run.show("params.yaml has these parameters already")
+        show("params.yaml has these parameters already")
     elif apply:
         files.replace(path, new.encode())
-        run.show("params.yaml has these parameters now")
+        show("params.yaml has these parameters now")
     else:
-        run.show(f"git apply {sweep.file.relative_to(recipe.root)}  # or again with --apply")
+        show(f"git apply {sweep.file.relative_to(recipe.root)}  # or again with --apply")
     return True
 
 
 def main(execute: Callable[..., bool] = sweep, module: str = "pipelines.sweep") -> int:
     """The command line of a module, for this function or another one with the same arguments."""
     options = parser(module).parse_args()
-    return run.command(lambda: execute(**vars(options)))
+    return guarded(lambda: execute(**vars(options)), stages=True)
 
 
 def parser(module: str) -> argparse.ArgumentParser:
@@ -418,8 +419,8 @@ def parser(module: str) -> argparse.ArgumentParser:
         metavar="KEY=VALUES",
         help="a parameter of the experiment and what it may be, see below; repeatable",
     )
-    add("--trials", type=run.positive, default=20, help="that will have ended (default: 20)")
-    add("-j", "--jobs", type=run.positive, help="trials at a time (default: cores)")
+    add("--trials", type=positive, default=20, help="that will have ended (default: 20)")
+    add("-j", "--jobs", type=positive, help="trials at a time (default: cores)")
     add("--prune-by", metavar="SCALAR:higher|lower", help="end trainings that look bad")
     add("--study", help="its name (default: the experiment's)")
     add("--seed", type=int, default=0, help="of what is tried (default: 0)")

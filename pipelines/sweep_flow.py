@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
-from pipelines import EBMError, run, serve, sweep
+from pipelines import EBMError, serve, sweep
+from pipelines.commands import cores
 from pipelines.flows import (
     end_with_worker,
     new_task,
@@ -55,7 +56,7 @@ def search(
         with sweep.begun(planned) as opened:
             try:
                 flow_run = runtime.flow_run.id
-                jobs = jobs or run.cores()
+                jobs = jobs or cores()
                 sweep.conduct(planned, opened, jobs, tasks, EBM_FLOW_RUN_ID=flow_run)
             except Cancelled:
                 return states.Cancelled(message=sweep.tally(opened))

@@ -28,7 +28,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from ebm.params import dotted
-from pipelines import ROOT, stage
+from pipelines import ROOT
+from pipelines.commands import guarded
 from pipelines.spool import Echo, Spool, State, root, tracking_uri
 
 log = logging.getLogger(__name__)
@@ -294,8 +295,4 @@ if __name__ == "__main__":
     parser.add_argument("--to", metavar="URI", help=f"another store for {runs}: a wrong address")
     options = parser.parse_args()
 
-    def deliver() -> None:
-        if not flush(to=options.to):
-            sys.exit(1)
-
-    stage.guarded(deliver)
+    sys.exit(guarded(lambda: flush(to=options.to)))

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ebm import EBMError, params
 from pipelines import patch, space, stage, tracking
+from pipelines.commands import LAST_LINES
 from pipelines.polling import polling
-from pipelines.run import LAST_LINES
 from pipelines.spool import Spool, root
 from pipelines.supervise import Cancelled, Launcher, Process
 

@@ -9,8 +9,8 @@ import os
 import sys
 from typing import NoReturn
 
-from pipelines import run, tracking
-from pipelines.run import show
+from pipelines import tracking
+from pipelines.commands import guarded, positive, show
 from pipelines.serve import check_port
 from pipelines.spool import public, tracking_uri
 
@@ -50,9 +50,9 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Open the tracked runs in MLflow.")
     parser.add_argument(
-        "--port", type=run.positive, default=5000, help="its port (default: %(default)s)"
+        "--port", type=positive, default=5000, help="its port (default: %(default)s)"
     )
-    return run.command(lambda: ui(parser.parse_args().port))
+    return guarded(lambda: ui(parser.parse_args().port), stages=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ ROUTING = {
     "pipelines/processes.py": "starts others; how many there are changes rounding at most",
     "pipelines/gpu.py": "chooses among cards",
     "pipelines/supervise.py": "starts and ends processes",
-    "pipelines/stage.py": "arguments, errors; device and threads change rounding at most",
+    "pipelines/commands.py": "what the user is told of errors, signals",
+    "pipelines/stage.py": "its argument; device and threads change rounding at most",
     "pipelines/tracking.py": "reports what was computed",
     "pipelines/spool.py": "reports what was computed",
 }

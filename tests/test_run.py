@@ -299,39 +299,6 @@ def test_a_runner_that_is_ended_leaves_nothing_and_the_next_run_works(house, end
     assert not dag.plan(root=house.root).stale
 
 
-def match(signals):
-    """Swallows what is raised meanwhile, as DVC's comparison of this name does."""
-    try:
-        for number in signals:
-            os.kill(os.getpid(), number)
-        time.sleep(0.05)
-    except BaseException:
-        pytest.fail("it was raised where it is lost")
-
-
-@pytest.mark.parametrize("number", run.INTERRUPTIONS)
-def test_a_signal_that_dvc_would_swallow_comes_again_in_a_moment(number):
-    def wait():
-        with run.interruptible():
-            match([number])
-            time.sleep(10)
-
-    with pytest.raises(KeyboardInterrupt) as caught:
-        wait()
-    assert caught.value.args == (number,)
-
-
-def test_nohup_is_heeded():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with run.interruptible():
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def test_ctrl_c_while_dvc_starts_lets_no_stage_begin(house):
     with house.start("-j2") as runner:
         wait_for(lambda: "start train@a" in runner.stdout.readline(), 30)
@@ -452,14 +419,6 @@ def test_a_mistake_is_told_in_one_line(house, arguments, edit, told):
     if edit:
         house.edit(*edit)
     assert house.run(*arguments) == (1, told)
-
-
-def test_a_disk_that_is_full_ends_a_command_in_one_line(capsys):
-    def full():
-        raise OSError(28, "No space left on device")
-
-    assert run.command(full) == 1
-    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
 
 
 def test_what_a_user_has_set_counts_for_stages_too(tmp_path, monkeypatch):

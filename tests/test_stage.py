@@ -1,7 +1,5 @@
 """What every stage shares: errors in one line, checkpoints that outlive what cannot matter."""
 
-import errno
-import os
 import subprocess
 import sys
 from functools import partial
@@ -31,45 +29,6 @@ def test_code_that_cannot_change_a_result_throws_no_checkpoint_away(
         file.write_text(text)
         folders.append(train._checkpoint_folder("toy", {}, prepared, "cpu"))
     assert (folders[0] == folders[1]) == same
-
-
-@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EACCES", "EROFS", "ENOTDIR", "EEXIST"])
-def test_what_the_system_refuses_is_one_line(name):
-    number = getattr(errno, name)
-
-    def run():
-        raise OSError(number, os.strerror(number), "models/toy")
-
-    with pytest.raises(SystemExit, match=f"error: models/toy: {os.strerror(number)}"):
-        stage.guarded(run)
-
-
-def test_a_gpu_that_is_too_small_is_one_line():
-    def run():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 1")
-
-    with pytest.raises(SystemExit, match=r"^error: CUDA out of memory; EBM_DEVICE=cpu computes"):
-        stage.guarded(run)
-
-
-@pytest.mark.parametrize(
-    ("allocate", "line"),
-    [
-        (lambda: torch.empty(2**55), "error: can't allocate memory: you tried to allocate "),
-        (lambda: np.empty(2**55), "error: Unable to allocate "),
-    ],
-)
-def test_more_memory_than_there_is_is_one_line(allocate, line):
-    with pytest.raises(SystemExit, match=f"^{line}.*; fewer points or rows"):
-        stage.guarded(allocate)
-
-
-def test_an_error_of_our_own_keeps_its_traceback():
-    def run():
-        raise RuntimeError("a shape that does not fit")
-
-    with pytest.raises(RuntimeError, match="a shape"):
-        stage.guarded(run)
 
 
 def test_a_stage_by_hand_has_its_checkpoints_in_the_checkout(tmp_path, monkeypatch):
