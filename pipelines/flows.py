@@ -109,7 +109,7 @@ def pipeline(
 
     Args:
         targets: What to rebuild, with all it needs: stages (`evaluate@rbm-digits`), groups
-            (`train`), patterns (`*@meg-*`) or a graph (`paper/dvc.yaml`). None: all of `dvc.yaml`.
+            (`train`), patterns (`*@meg-*`), a graph (`paper/dvc.yaml`). Empty: all of `dvc.yaml`.
         jobs: How many stages may run at once. None: one for each core, or one for each worker.
         force: Run the stages even if nothing that they depend on has changed.
         keep_going: After a failure, go on with what does not depend on the failed stage.

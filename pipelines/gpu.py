@@ -35,7 +35,7 @@ _claimed: list[int] = []  # the index of the card that this process has, once it
 
 
 def known_device(name: str) -> bool:
-    """Whether EBM_DEVICE may be that: one of DEVICES."""
+    """Whether it is a value of EBM_DEVICE: one of DEVICES."""
     return re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name) is not None
 
 
@@ -73,7 +73,8 @@ def _present() -> list[str]:
 
 
 def _exists(present: list[str], name: str) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES may name a card so: an index, a UUID or its beginning."""
+    """Whether a name in CUDA_VISIBLE_DEVICES, an index or a UUID or its beginning, is that of a
+    card that is there."""
     if name.isdecimal():
         return int(name) < len(present)
     return name.startswith("MIG-") or (

@@ -89,8 +89,8 @@ def modified(path: str, fs: Any = None) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _lock_opened(file: Path) -> Iterator[dict[str, Any]]:
-    """What stands in a `dvc.lock`; what is other when the context is left is written, as a whole
-    or not at all. Entries that are the objects that they were keep their text."""
+    """What stands in a `dvc.lock`; what has changed when the context is left is written, the
+    whole file or nothing. Entries that nobody has replaced keep their text, comments included."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     lock = parse_yaml(text, file) or {"schema": "2.0"}
     before = dict(lock.get("stages", {}))

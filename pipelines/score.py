@@ -81,16 +81,18 @@ class Model:
 
 @dataclass
 class Seen:
-    """What went by: `things` (rows or images), how many, those among them with an energy and those
-    flagged, those with a number beyond float32, and by column the categories that were never
-    fitted."""
+    """What went by so far, for the summary."""
 
     things: str
+    """What is counted: rows or images."""
     count: int = 0
     scored: int = 0
+    """Those that have an energy: all but rows with an empty cell."""
     flagged: int = 0
     beyond: int = 0
+    """Those with a number that float32 cannot hold."""
     unseen: Counter[str] = field(default_factory=Counter)
+    """By column, values of categories that the model was never fitted to."""
 
 
 def score(

@@ -81,8 +81,8 @@ def without_proxy() -> None:
 
 
 def server_given() -> str | None:
-    """The address of the server that PREFECT_API_URL names, if it does; EBMError if nobody answers
-    there, be it that he wants a password."""
+    """The address of the server that PREFECT_API_URL names, if it does; EBMError if nothing
+    answers there. A refusal (HTTP 401, say) is an answer."""
     if not (url := os.environ.get("PREFECT_API_URL")):
         return None
     try:

@@ -54,8 +54,8 @@ def checkout() -> Path:
 
 
 def device(threads: int, wait: bool = True) -> "torch.device":
-    """A GPU where there is one (EBM_DEVICE overrides), else the CPU with `threads` threads; what
-    is computed there is the same whenever it is, as far as PyTorch can, and not in TF32.
+    """A GPU where there is one (EBM_DEVICE overrides), else the CPU with `threads` threads. From
+    then on PyTorch computes by deterministic algorithms where it has them, and never in TF32.
 
     The GPU is PyTorch's current device from then on, and no other stage's until this process ends.
     Where none is free the stage waits for one, or takes the CPU if it is not to `wait`.

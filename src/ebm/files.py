@@ -10,9 +10,8 @@ from ebm import EBMError
 
 
 def replace(path: Path, content: bytes, sync: bool = True) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never a part,
-    and so does whoever comes after a kill or finds the disk full, or, unless not to `sync`, comes
-    after a power cut."""
+    """Write `content` to `path` so that whoever reads it, also after a kill or a full disk, sees
+    the old file or the new one and never a part; with `sync` after a power cut, too."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with fresh.open("wb") as file:

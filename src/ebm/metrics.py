@@ -169,7 +169,7 @@ def _radii(x: Tensor, neighbours: int) -> Tensor:
     return nearest[:, -1]
 
 
-def _unordered(inliers: Tensor, outliers: Tensor) -> bool:
+def _has_nan(inliers: Tensor, outliers: Tensor) -> bool:
     """Whether a score is NaN."""
     return bool(inliers.isnan().any() or outliers.isnan().any())
 
@@ -178,7 +178,7 @@ def auroc(inliers: Tensor, outliers: Tensor) -> float:
     """Area under the ROC curve of scores [N] and [M] that should be higher for outliers:
     P(outlier > inlier) + P(outlier = inlier) / 2, the statistic of Mann & Whitney (1947). NaN if a
     score is NaN."""
-    if _unordered(inliers, outliers):
+    if _has_nan(inliers, outliers):
         return math.nan
     ordered = inliers.sort().values
     below = torch.searchsorted(ordered, outliers)
@@ -193,7 +193,7 @@ def auprc(inliers: Tensor, outliers: Tensor, prevalence: float | None = None) ->
 
     With a `prevalence` the outliers count as if they made up that share of the rows.
     """
-    if _unordered(inliers, outliers):
+    if _has_nan(inliers, outliers):
         return math.nan
     true = len(outliers) - torch.searchsorted(outliers.sort().values, outliers)
     false = len(inliers) - torch.searchsorted(inliers.sort().values, outliers)
@@ -207,7 +207,7 @@ def auprc_trapezoid(inliers: Tensor, outliers: Tensor) -> float:
     """The same area with straight lines between the points of the curve and a first point at
     precision 1: what scikit-learn's `auc` makes of its `precision_recall_curve`, and what much
     released code reports. Straight lines flatter scores with many ties (Davis & Goadrich 2006)."""
-    if _unordered(inliers, outliers):
+    if _has_nan(inliers, outliers):
         return math.nan
     _, true, false = operating_points(inliers, outliers)
     precision = torch.cat([true.new_ones(1).double(), true.double() / (true + false)])
@@ -249,7 +249,7 @@ def detection(inliers: Tensor, outliers: Tensor, threshold: float) -> tuple[floa
     share of the flagged that are outliers, share of the outliers that are flagged, and their
     harmonic mean. 0 where nothing is flagged, as scikit-learn has it; NaN if a score or the
     threshold is."""
-    if _unordered(inliers, outliers) or math.isnan(threshold):
+    if _has_nan(inliers, outliers) or math.isnan(threshold):
         return math.nan, math.nan, math.nan
     true = int((outliers.double() >= threshold).sum())
     flagged = true + int((inliers.double() >= threshold).sum())
@@ -274,7 +274,7 @@ def best_f1_threshold(inliers: Tensor, outliers: Tensor) -> float:
     """The threshold of the best F1 on scores [N] and [M]; of several rules the one that flags
     fewest. All thresholds between two neighbouring scores flag the same of these; the middle
     leaves new points as much room on either side. NaN if a score is NaN."""
-    if _unordered(inliers, outliers):
+    if _has_nan(inliers, outliers):
         return math.nan
     thresholds, true, false = operating_points(inliers, outliers)
     f1 = 2 * true.double() / (true + false + len(outliers))

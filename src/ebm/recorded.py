@@ -28,8 +28,8 @@ SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 def kind(*inputs: Tensor) -> Hashable:
-    """What two lots of tensors share if one record serves both; which of them are the same one is
-    a part of that."""
+    """By what a record is found again: shapes, strides, types and devices of its inputs, and which
+    of these are the same tensor."""
     names = [id(t) for t in inputs]
     pairs = zip(inputs, names, strict=True)
     return tuple((t.shape, t.stride(), t.dtype, t.device, names.index(n)) for t, n in pairs)

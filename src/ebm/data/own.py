@@ -1,8 +1,9 @@
 """What a user's tables and images have in common: they lie where DVC sees a change, and fit into
 memory."""
 
-import os
 from pathlib import Path
+
+import psutil
 
 from ebm import EBMError
 
@@ -23,4 +24,4 @@ def check_room(needed: int, what: str, advice: str) -> None:
 
 def memory() -> int:
     """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().total
