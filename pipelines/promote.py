@@ -157,7 +157,7 @@ def _where() -> str:
     return public(tracking_uri())
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
             tracking.flush()  # a run that still waits may be the best
             print(promote(options.experiment, options.metric, options.alias, options.better))
 
-    sys.exit(guarded(act))
+    return guarded(act)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -198,4 +198,4 @@ def add_direction(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

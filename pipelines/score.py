@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 PACKINGS = (".bz2", ".tar", ".xz", ".zip", ".zst")
 """What a file may be packed as for whoever reads it by its name, and is never written as."""
 BATCH, AT_ONCE = 4096, 2**19  # points, and numbers, that go through the network at once at most
+LARGEST = 1e18
+"""From here on numbers of points have an infinite energy: the squares of some leave float32."""
 CHUNK, POINTS = 50_000, 2**25  # rows of a table, and numbers of their points, in memory at once
 
 
@@ -90,7 +92,7 @@ class Seen:
     """Those that have an energy: all but rows with an empty cell."""
     flagged: int = 0
     beyond: int = 0
-    """Those with a number that float32 cannot hold."""
+    """Those with a number that is not below LARGEST."""
     unseen: Counter[str] = field(default_factory=Counter)
     """By column, values of categories that the model was never fitted to."""
 
@@ -241,7 +243,7 @@ def _of_rows(
             kept = transform.complete(frame)
         points, unseen = transform.encode(frame[kept], str(source), finite=False)
         seen.unseen.update(unseen)
-        within = points.isfinite().all(1).numpy()
+        within = (points.abs() < LARGEST).all(1).numpy()
         seen.beyond += int((~within).sum())
         found = np.full(len(points), np.inf)
         found[within] = model.energies(points[within])
@@ -308,7 +310,9 @@ def _report(seen: Seen, threshold: float | None, seconds: float) -> None:
     if seen.scored < count:
         log.warning("%d rows have an empty cell and no energy", count - seen.scored)
     if seen.beyond:
-        log.warning("%d rows have a number beyond float32, so their energy is inf", seen.beyond)
+        log.warning(
+            "%d rows have a number too large to compute with, so their energy is inf", seen.beyond
+        )
     if threshold is None:
         log.info("no threshold, so nothing is flagged: give one by --threshold")
     elif seen.scored:
@@ -318,7 +322,7 @@ def _report(seen: Seen, threshold: float | None, seconds: float) -> None:
         )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.score",
         description=__doc__,
@@ -348,8 +352,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="score: %(message)s", stream=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is half done goes
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    sys.exit(guarded(lambda: score(**options)))
+    return guarded(lambda: score(**options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,9 +9,9 @@ import torch
 from small_models import MODELS
 from torch.distributions import MultivariateNormal, Normal
 
-from ebm import variants
+from ebm import EBMError, variants
 from ebm.contrastive import accuracy, importance_log_partition, value
-from ebm.flows import Defended
+from ebm.flows import Defended, Gaussian
 from ebm.metrics import cell_centres
 from ebm.variants.nce import NCE
 
@@ -119,6 +119,11 @@ def test_every_constant_starts_where_its_density_integrates_to_one():
         p = torch.cat([model.log_densities(grid), model.log_density(grid)[:, None]], 1).exp()
     torch.testing.assert_close(p.sum(0) * (14 / 200) ** 2, torch.ones(4))
     torch.testing.assert_close(p[:, 3], p[:, :3].mean(1))
+
+
+def test_one_point_has_no_gaussian():
+    with pytest.raises(EBMError, match="two training rows at least"):
+        Gaussian(2).initialise(torch.zeros(1, 2))
 
 
 def test_what_lies_beside_data_on_a_line_is_unlikely_and_not_impossible():

@@ -158,6 +158,18 @@ def test_samples_of_classes_in_turn_are_measured_in_the_shares_of_the_data(digit
     assert found["frechet_distance"] < 0.8 * unaware["frechet_distance"]
 
 
+def test_too_few_samples_in_the_shares_of_classes_are_told_with_how_many_it_takes():
+    with pytest.raises(EBMError, match=r"sample\.count = 100: 9 are left .* 30 on: try 334$"):
+        images.enough(torch.zeros(9), 100)
+    images.enough(torch.zeros(30), 334)
+
+
+def test_what_is_not_finite_is_no_reference():
+    result = Evaluation()
+    result.refer("log_partition_error", math.inf, "exact", "nothing")
+    assert not result.references
+
+
 def test_samples_are_kept_in_the_shares_that_are_wanted():
     labels, wanted = torch.arange(300) % 3, torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
     kept = labels[images.in_shares(labels, wanted)]

@@ -51,6 +51,15 @@ def parts(fce):
     return {n: state[n] for n in energy}, {n: state[n] for n in flow}
 
 
+def test_one_class_alone_is_learned_too():
+    fce = model(**SEMI | {"classes": 1})
+    x = torch.randn(40, 2)
+    fce.initialise(x, torch.zeros(40, dtype=torch.long))
+    for _ in range(3):
+        assert fce.training_step(x)["cross_entropy"] == 0
+    assert fce.classify(x)["accuracy_supervised"].tolist() == [0] * 40
+
+
 def flow_turn_value(fce, data, seed):
     """V of the flow's turn with the draws of a seed."""
     torch.manual_seed(seed)

@@ -192,6 +192,15 @@ def test_numbers_that_differ_by_rounding_are_one_number(scale):
     assert transform.apply(pd.DataFrame({"size": [0.3001], "other": [1]}))[0, 0] < 1e-3
 
 
+@pytest.mark.parametrize("step", [1, 10, 10**6])
+def test_numbers_too_large_to_be_told_apart_are_no_larger_than_others(step):
+    """As identities of 19 digits."""
+    frame = pd.DataFrame({"size": [10**18 + step * k for k in range(100)], "other": range(100)})
+    found = fit(frame, [], "minmax", "it").apply(frame)[:, 0]
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
 @pytest.mark.parametrize(("start", "told"), [(1.7e12, True), (0.0, False)])
 def test_numbers_that_single_precision_cannot_tell_apart_are_told_of(caplog, start, told):
     """Milliseconds since 1970, of one hour: of 131,072 each there is one number."""
@@ -343,6 +352,7 @@ HEAD = "id,amount,colour,kind\n"
         (HEAD + "1,two,red,fine\n" * 9, "column 'amount' = 'two': not a number"),
         (HEAD + "1,2,red,bad\n" * 9, "column 'kind' is never 'fine' (normal); it is 'bad'"),
         (HEAD + "1,2,red,fine\n1,2,red,fine \n", "'fine ' differ from normal by blanks only"),
+        (HEAD + "1,2,red,fine \n1,2,red,bad\n", "'fine ' differ from normal by blanks only"),
         (HEAD + "1,2,red,fine\n" * 9, "no row is anomalous; set label: null, normal: []"),
         ("id,amount,colour\n1,2,red\n", "label: no column 'kind'; it has 'id', 'amount'"),
         ("id,amount,kind\n1,2,fine\n", "categorical: no column 'colour'"),

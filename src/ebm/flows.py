@@ -117,6 +117,8 @@ class Gaussian(Flow):
         self.register_buffer("scale", torch.eye(dimensions))
 
     def initialise(self, v: Tensor) -> None:
+        if len(v) < 2:
+            raise EBMError("a Gaussian of the data takes two training rows at least")
         v = v.double()  # columns that add up to 1 leave float32 a covariance below 0
         covariance = torch.atleast_2d(v.T.cov())
         narrow = torch.linalg.eigvalsh(covariance)[0] < NARROW**2

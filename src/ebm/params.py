@@ -159,8 +159,11 @@ def _check_experiment(file: str, name: str, experiment: Experiment, params: Para
     if isinstance(model, Contrasted) and not model.is_trained_in(train.steps):
         raise ParamsError(
             f"{where}.model.warmup = {model.warmup}: "
-            f"leaves no step to a tilted energy, train.steps = {train.steps}"
+            f"leaves no step to what comes after it, train.steps = {train.steps}"
         )
+    if not train.steps and not experiment.takes_no_steps:
+        problem = f"should be more, as variant {experiment.variant} learns step by step"
+        raise ParamsError(f"{where}.train.steps = 0: {problem}")
     if train.checkpoint_every % train.log_every:
         raise ParamsError(
             f"{where}.train.checkpoint_every = {train.checkpoint_every}: "
@@ -184,6 +187,9 @@ def _check_ensemble(where: str, experiment: Experiment, dataset: Dataset) -> Non
             f"{where}.ensemble.members = {ensemble.members}: "
             f"more than the rows of a batch, train.batch_size = {train.batch_size}"
         )
+    if (classes := len(ensemble.without)) > ensemble.members:
+        problem = f"{classes} classes, each of which takes one of members = {ensemble.members}"
+        raise ParamsError(f"{where}.ensemble.without: {problem}")
     if (taken := ensemble.snapshots * ensemble.every) > train.steps:
         raise ParamsError(
             f"{where}.ensemble: snapshots * every = {taken}: more than train.steps = {train.steps}"

@@ -471,8 +471,9 @@ class Contrasted(Section):
     compile: Compile
 
     def is_trained_in(self, steps: int) -> bool:
-        """Whether so many `steps` leave one to a tilted energy, which waits for its flow."""
-        return not self.tilted or self.warmup < steps
+        """Whether so many `steps` are enough for the warm-up and for what has to wait for it: a
+        tilted energy."""
+        return self.warmup < steps if self.tilted else self.warmup <= steps
 
 
 AGAINST = {"nce": "noise", "fce": "flow"}
@@ -539,6 +540,11 @@ class Experiment(Section):
     model: Section
     sample: Drawn
     evaluate: Detection
+
+    @property
+    def takes_no_steps(self) -> bool:
+        """Whether the model is fitted to all data at once, before the first step."""
+        return False
 
 
 def _rising_to_one(betas: list[float]) -> list[float]:

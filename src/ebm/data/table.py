@@ -250,11 +250,11 @@ def _anomalies(frame: "DataFrame", settings: TableData) -> Tensor:
     values = present(frame[settings.label], settings.path)
     found = list(values.unique())
     where = f"{settings.path}: column {settings.label!r}"
-    if absent := [name for name in settings.normal if name not in found]:
-        raise EBMError(f"{where} is never {listed(absent)} (normal); it is {listed(found)}")
     stripped = {name.strip() for name in settings.normal}
     if alike := [v for v in found if v not in settings.normal and str(v).strip() in stripped]:
         raise EBMError(f"{where}: {listed(alike)} differ from normal by blanks only")
+    if absent := [name for name in settings.normal if name not in found]:
+        raise EBMError(f"{where} is never {listed(absent)} (normal); it is {listed(found)}")
     anomalous = torch.from_numpy(~values.isin(settings.normal).to_numpy())
     if not anomalous.any():
         advice = "set label: null, normal: [], ignore the column and give evaluate.flagged"

@@ -79,7 +79,7 @@ class Column:
         bounds = _bent(np.array([self.low, self.high]), scale)
         low, high = bounds.tolist()
         rounding = ROUNDING * np.spacing(np.abs(bounds).max())
-        return low, high - low if high - low > rounding else 1.0
+        return low, high - low if high - low > rounding else max(1.0, rounding)
 
 
 def _bent(numbers: np.ndarray, scale: Scale) -> np.ndarray:

@@ -49,7 +49,7 @@ def _measure(result: Evaluation, case: Case, train: Tensor, test: Tensor) -> dic
     model, samples = case.model, _in_shares_of_test(case)
     drawn = samples["samples"]
     if draws := len(case.drawn) > 0:
-        enough(drawn, " in the shares of the classes" if "labels" in samples else "")
+        enough(drawn, len(case.drawn))
     _likelihood(result, case, train, test)
     _bits(result, model, train, test)
     if isinstance(model, Contrasted):
@@ -153,10 +153,15 @@ def _correct_bits(result: Evaluation, dimensions: int) -> None:
         result.metrics[name] += known / (dimensions * math.log(2))
 
 
-def enough(drawn: Tensor, told: str = "") -> None:
-    """EBMError if there are too few samples, with what is `told` of their number."""
-    if len(drawn) < OfImages.fewest:
-        raise EBMError(f"sample.count = {len(drawn)}{told}: {OfImages.too_few}")
+def enough(kept: Tensor, count: int) -> None:
+    """EBMError if too few samples are `kept` of so many."""
+    if len(kept) >= OfImages.fewest:
+        return
+    problem = OfImages.too_few
+    if 0 < len(kept) < count:
+        needed = math.ceil(OfImages.fewest * count / len(kept))
+        problem = f"{len(kept)} are left in the shares of the classes; {problem}: try {needed}"
+    raise EBMError(f"sample.count = {count}: {problem}")
 
 
 def looked_at(reference: Reference, samples: dict[str, Tensor], train: Tensor) -> dict[str, Seen]:

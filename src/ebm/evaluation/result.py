@@ -1,5 +1,6 @@
 """What an evaluation is of, and what it finds: numbers, what to hold them against, pictures."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -84,7 +85,9 @@ class Evaluation:
         self.metrics |= {name + suffix: value for name, value in numbers.items()}
 
     def refer(self, metric: str, value: float, kind: str, source: str) -> None:
-        """Hold `metric` against `value`."""
+        """Hold `metric` against `value`, if there is one."""
+        if not math.isfinite(value):
+            return
         entry = {"value": value, "kind": kind, "source": source}
         self.references.setdefault(metric, []).append(entry)
 

@@ -30,7 +30,7 @@ def evaluate_stacked(case: Case) -> Evaluation:
     parts."""
     result = Evaluation()
     model, samples, drawn = case.model, case.samples, case.drawn
-    enough(drawn)
+    enough(drawn, len(drawn))
     train, test = case.points("train", max(len(drawn), ENERGIES)), case.points("test")
     seen = looked_at(case.reference, samples, train)
     _modes(result, seen, train.shape[1], case.reference)

@@ -201,7 +201,7 @@ class FCE(Contrasted):
         return (-self.unnormalised(v) - self.log_z).log_softmax(1)
 
     def _twin(self, v: Tensor) -> Tensor:
-        return -self.twin.of_points(v)
+        return -self.twin.of_points(v).view(len(v), -1)
 
     def classify(self, x: Tensor) -> dict[str, Tensor]:
         """The most likely class of x [B, *], all being as frequent: `accuracy`; and by the twin,

@@ -30,6 +30,10 @@ class Model(schema.Contrasted):
     smoothness: NonNegative
     radius: Positive
 
+    def is_trained_in(self, steps: int) -> bool:
+        """Whether so many `steps` leave one to the game, which waits for the warm-up."""
+        return self.warmup < steps
+
 
 class Experiment(schema.Experiment):
     variant: Literal["fce"]

@@ -26,3 +26,7 @@ class Experiment(schema.Experiment):
     model: Model
     sample: schema.Drawn
     evaluate: schema.DensityDetection
+
+    @property
+    def takes_no_steps(self) -> bool:
+        return self.model.flow.kind == "gaussian"

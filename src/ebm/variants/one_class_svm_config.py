@@ -24,3 +24,7 @@ class Experiment(schema.Experiment):
     model: Model
     sample: schema.NothingDrawn
     evaluate: schema.Detection
+
+    @property
+    def takes_no_steps(self) -> bool:
+        return True
