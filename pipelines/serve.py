@@ -7,21 +7,19 @@ Where PREFECT_API_URL names a server, that one is used and none is started.
 
 import argparse
 import contextlib
-import http.client
 import ipaddress
-import json
 import os
 import queue
 import socket
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import httpx
 
 from ebm import EBMError, files
 from pipelines import ROOT
@@ -31,8 +29,6 @@ from pipelines.supervise import Ended, Launcher
 POOL = "ebm"  # as in prefect.yaml
 FOLDER = ROOT / ".prefect"
 PATIENCE = 180.0  # seconds in which a server has to be up; 20 are usual
-NO_ANSWER = (OSError, ValueError, http.client.HTTPException)
-"""What comes of an address that is none, and of servers that are not there or not Prefect's."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SETTINGS = {
     "DO_NOT_TRACK": "true",
@@ -87,11 +83,10 @@ def server_given() -> str | None:
         return None
     try:
         request(url.rstrip("/"), "health")
-    except urllib.error.HTTPError:
+    except httpx.HTTPStatusError:
         pass
-    except NO_ANSWER as error:
-        problem = getattr(error, "reason", error)
-        raise EBMError(f"PREFECT_API_URL = {url}: no server answers ({problem})") from None
+    except httpx.HTTPError as error:
+        raise EBMError(f"PREFECT_API_URL = {url}: no server answers ({error})") from None
     return url
 
 
@@ -160,17 +155,28 @@ def server(host: str, port: int, url: str, ends: Ends) -> Iterator[None]:
 def _healthy(url: str) -> bool:
     try:
         return request(url, "health") is True
-    except NO_ANSWER:
+    except httpx.HTTPError:
         return False
 
 
 def request(url: str, path: str, content: object = None) -> Any:
-    """What the server answers: to a GET, or with content to a POST."""
-    body = None if content is None else json.dumps(content).encode()
-    headers = {"Content-Type": "application/json"}
-    asked = urllib.request.Request(f"{url}/{path}", body, headers)
-    with urllib.request.urlopen(asked, timeout=30) as answer:
-        return json.load(answer)
+    """What the server answers: to a GET, or with content to a POST.
+
+    Servers elsewhere are asked through a proxy where the environment names one, those here are not
+    (`without_proxy`).
+
+    Raises:
+        httpx.HTTPStatusError: it refuses.
+        httpx.HTTPError: the address is none, or the server is not there, or not Prefect's.
+    """
+    method = "GET" if content is None else "POST"
+    try:
+        answer = httpx.request(
+            method, f"{url}/{path}", json=content, timeout=30, follow_redirects=True
+        )
+        return answer.raise_for_status().json()
+    except (httpx.InvalidURL, ValueError) as error:
+        raise httpx.RequestError(str(error)) from None
 
 
 def end_dead_runs(url: str) -> None:
@@ -181,8 +187,11 @@ def end_dead_runs(url: str) -> None:
     busy = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
     pool = {"name": {"any_": [POOL]}}
     crashed = {"type": "CRASHED", "message": "the server and its worker ended before it"}
-    for dead in request(url, "flow_runs/filter", {"flow_runs": busy, "work_pools": pool}):
-        request(url, f"flow_runs/{dead['id']}/set_state", {"state": crashed, "force": True})
+    try:
+        for dead in request(url, "flow_runs/filter", {"flow_runs": busy, "work_pools": pool}):
+            request(url, f"flow_runs/{dead['id']}/set_state", {"state": crashed, "force": True})
+    except httpx.HTTPError as error:
+        raise EBMError(f"{url}: {error}") from None
 
 
 def create_pool(url: str) -> None:

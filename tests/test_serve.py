@@ -8,6 +8,7 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import psutil
@@ -94,12 +95,16 @@ def test_a_port_that_is_taken_is_told_in_one_line(house, port):
 
 
 class Health(BaseHTTPRequestHandler):
-    """Healthy to who asks for `/api/health`; elsewhere it wants a password."""
+    """Healthy to who asks for `/api/health`, with a page at `/page`; elsewhere it wants a
+    password. It takes nothing."""
+
+    ANSWERS: ClassVar = {"/api/health": (200, b"true"), "/page/health": (200, b"<html>")}
 
     def do_GET(self):
-        self.send_response(200 if self.path == "/api/health" else 401)
+        status, body = self.ANSWERS.get(self.path, (401, b"true"))
+        self.send_response(status)
         self.end_headers()
-        self.wfile.write(b"true")
+        self.wfile.write(body)
 
     def log_message(self, *_):
         pass
@@ -124,6 +129,12 @@ def test_a_server_that_is_named_has_to_answer_and_none_here_is_asked_through_a_p
             url = f"http://127.0.0.1:{server.server_port}/{path}"
             monkeypatch.setenv("PREFECT_API_URL", url)
             serve.check_prefect()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("PREFECT_API_URL", f"{url}/page")
+        with pytest.raises(EBMError, match=f"PREFECT_API_URL = {url}/page: no server answers"):
+            serve.check_prefect()
+        with pytest.raises(EBMError, match=f"^{url}/api: .*501"):
+            serve.end_dead_runs(f"{url}/api")
         server.shutdown()
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "elsewhere,127.0.0.1,localhost,::1"
     monkeypatch.setenv("no_proxy", "*")
