@@ -14,7 +14,6 @@ MEASURE seconds and at the end of a stage that is over sooner. What of this cann
 MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false turns it off.
 """
 
-import fcntl
 import os
 import shutil
 import signal
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from ebm import files
 from pipelines.spool import Event, Spool, State, UnfitError, public, root
 
 if TYPE_CHECKING:
@@ -109,10 +109,10 @@ class Courier:
             case "tags":
                 self._store(state).tag(_run_id(state), event["tags"])
             case "artifact" | "model" as op:
-                files = spool.files / event["files"]
-                if files.exists():  # or else it is delivered, and only the note of it is lost
-                    getattr(self._store(state), op)(_run_id(state), files, event)
-                    shutil.rmtree(files)
+                folder = spool.files / event["files"]
+                if folder.exists():  # or else it is delivered, and only the note of it is lost
+                    getattr(self._store(state), op)(_run_id(state), folder, event)
+                    shutil.rmtree(folder)
             case "close":
                 if not state.measured and time.time() - event["time"] / 1000 < LINGER:
                     self._measure(spool, state)
@@ -257,16 +257,12 @@ def _any_written(own: Spool) -> bool:
 def _lock(wanted: Callable[[], bool]) -> bool:
     """Wait for the checkout's lock as long as it is `wanted`; held to the end of the process."""
     descriptor = os.open(root() / ".tracking" / "lock", os.O_RDONLY | os.O_CREAT, 0o600)
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wanted():
-                return False
-            time.sleep(0.25)
-        else:
-            (root() / ".tracking" / "courier.log").write_bytes(b"")  # what the last one said
-            return True
+    while not files.lock(descriptor, wait=False):
+        if not wanted():
+            return False
+        time.sleep(0.25)
+    (root() / ".tracking" / "courier.log").write_bytes(b"")  # what the last one said
+    return True
 
 
 def _leave_in_time(own: Spool, delivers: threading.Event) -> None:

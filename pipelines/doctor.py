@@ -7,7 +7,6 @@ when it is its turn, so that a machine on which little is installed is told what
 
 import configparser
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from ebm import files
 from pipelines import ROOT, gpu
 from pipelines.spool import Spool, misread
 
@@ -182,8 +182,8 @@ def migrations() -> tuple[set[str], set[str]]:
     spec = importlib.util.find_spec("mlflow")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     pattern = "store/db_migrations/versions/*.py"
-    files = [file for folder in folders for file in Path(folder).glob(pattern)]
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    found = [file for folder in folders for file in Path(folder).glob(pattern)]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in found)
     named = [
         {word for line in re.findall(rf"^{key}\s*=(.*)$", text, re.M) for word in _quoted(line)}
         for key in ("revision", "down_revision")
@@ -197,7 +197,7 @@ def spools(root: Path, _: Environment) -> Iterator[Finding]:
     left = [spool for spool in pending if not spool.written()]
     if not pending:
         yield ok("tracking: everything is delivered")
-    elif not left or held(root / ".tracking/lock"):
+    elif not left or files.held(root / ".tracking/lock"):
         yield note(f"tracking: runs that are being written or delivered: {len(pending)}")
     else:
         problems = [state.problem for spool in left if (state := spool.state()) and state.problem]
@@ -231,7 +231,7 @@ def locks(root: Path, _: Environment) -> Iterator[Finding]:
     takes out processes that are gone, but stops at a table that it cannot read.
     """
     lock = root / ".dvc/tmp/lock"
-    if held(lock):
+    if files.held(lock):
         yield note(f"DVC is busy (process {lock.read_text().strip()})")
     try:
         entries = _entries(json.loads((root / TABLE).read_text(encoding="utf-8")))
@@ -257,7 +257,7 @@ def _entries(table: Any) -> dict[int, str]:
 
 
 def _broken(root: Path) -> Finding:
-    if held(root / f"{TABLE}.lock"):
+    if files.held(root / f"{TABLE}.lock"):
         return note(f"{TABLE} is being written")
     return wrong(f"{TABLE} is broken, and DVC refuses to work", f"`rm {TABLE}` while no DVC runs")
 
@@ -339,18 +339,6 @@ def browser(_: Path, environment: Environment) -> Iterator[Finding]:
         yield ok("Chromium")
     else:
         yield note("no Chromium: tests in a browser are skipped", "`playwright install chromium`")
-
-
-def held(path: Path) -> bool:
-    """Whether a living process holds the kernel's lock on a file."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def alive(pid: int) -> bool:

@@ -9,7 +9,6 @@ of them, all or none, so that two such groups never wait for each other's.
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import logging
 import os
@@ -19,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from ebm import EBMError
+from ebm import EBMError, files
 from pipelines.supervise import restart_clock
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ _claimed: list[int] = []  # the index of the card that this process has, once it
 
 
 def known_device(name: str) -> bool:
-    """Whether it is a value of EBM_DEVICE: one of DEVICES."""
+    """Whether `name`, as EBM_DEVICE has it, is of one of the forms in DEVICES."""
     return re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name) is not None
 
 
@@ -73,8 +72,8 @@ def _present() -> list[str]:
 
 
 def _exists(present: list[str], name: str) -> bool:
-    """Whether a name in CUDA_VISIBLE_DEVICES, an index or a UUID or its beginning, is that of a
-    card that is there."""
+    """Whether `name`, an entry of CUDA_VISIBLE_DEVICES, is that of a card that is `present`: its
+    index, its UUID or the beginning of that. Names of parts of a card (MIG) are not looked up."""
     if name.isdecimal():
         return int(name) < len(present)
     return name.startswith("MIG-") or (
@@ -154,7 +153,7 @@ def _turn() -> Iterator[None]:
     """Within this context, for a moment, nobody else tries locks."""
     descriptor = _open("turn")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        files.lock(descriptor)
         yield
     finally:
         os.close(descriptor)
@@ -163,12 +162,10 @@ def _turn() -> Iterator[None]:
 def _lock(card: str) -> int | None:
     """The descriptor of the card's lock, now ours; None if somebody has it."""
     descriptor = _open(card)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    if files.lock(descriptor, wait=False):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _open(name: str) -> int:

@@ -5,7 +5,6 @@ only a courier writes. Who is alive is asked of the kernel: a stage holds a shar
 events, and however it ends, the lock ends with it.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -89,7 +88,7 @@ class Spool:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a URI may hold a password
         self.files.mkdir(exist_ok=True)
         descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        files.lock(descriptor, shared=True)
         if self._torn():
             os.write(descriptor, b"\n")
         return descriptor
@@ -127,17 +126,7 @@ class Spool:
 
     def written(self) -> bool:
         """Whether a living process holds this spool open for writing."""
-        try:
-            descriptor = os.open(self.events, os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return files.held(self.events, shared=True)
 
     def end(self) -> int:
         """The offset behind the last event."""

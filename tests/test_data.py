@@ -171,3 +171,18 @@ def test_a_kill_while_a_file_is_written_leaves_the_old_one(tmp_path, monkeypatch
     files.replace(path, b"new", sync=False)
     assert [p.name for p in tmp_path.iterdir()] == ["it"]
     assert path.read_bytes() == b"new"
+
+
+def test_who_holds_a_lock_is_seen_until_the_file_is_closed(tmp_path):
+    path = tmp_path / "lock"
+    assert not files.held(path)
+    with files.locked(path):
+        assert files.held(path)
+        with pytest.raises(EBMError, match="at work"), files.locked(path, "another is at work"):
+            pass
+    with path.open("rb") as one, path.open("rb") as other:
+        assert files.lock(one.fileno(), shared=True)
+        assert files.lock(other.fileno(), shared=True)
+        assert not files.held(path)
+        assert files.held(path, shared=True)
+    assert not files.held(path, shared=True)

@@ -24,13 +24,31 @@ def replace(path: Path, content: bytes, sync: bool = True) -> None:
         fresh.unlink(missing_ok=True)
 
 
+def lock(descriptor: int, shared: bool = False, wait: bool = True) -> bool:
+    """Lock an open file, alone or `shared` with others who share it, until it is closed or the
+    process ends. Where others have it: wait, or return False if this is not to `wait`."""
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(descriptor, how if wait else how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def held(path: Path, shared: bool = False) -> bool:
+    """Whether a living process has locked the file at `path`, be it, if asked so, `shared`."""
+    try:
+        with path.open("rb") as file:
+            return not lock(file.fileno(), shared=not shared, wait=False)
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
-    """Hold the lock that is the file at `path`; it dies with the process. If another one holds it:
-    an EBMError that says `refusal`, or without one wait."""
+    """Hold the lock of the file at `path`, which is made; if another process holds it, wait, or
+    raise an EBMError that says `refusal`, where one is given."""
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-        except BlockingIOError:
-            raise EBMError(refusal) from None
+        if not lock(file.fileno(), wait=not refusal):
+            raise EBMError(refusal)
         yield
