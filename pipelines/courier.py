@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from ebm import files
-from pipelines.spool import Event, Spool, State, UnfitError, public, root
+from pipelines.places import main_checkout, public
+from pipelines.spool import Event, Spool, State, UnfitError
 
 if TYPE_CHECKING:
     from pipelines.machine import Machine
@@ -256,12 +257,12 @@ def _any_written(own: Spool) -> bool:
 
 def _lock(wanted: Callable[[], bool]) -> bool:
     """Wait for the checkout's lock as long as it is `wanted`; held to the end of the process."""
-    descriptor = os.open(root() / ".tracking" / "lock", os.O_RDONLY | os.O_CREAT, 0o600)
+    descriptor = os.open(main_checkout() / ".tracking" / "lock", os.O_RDONLY | os.O_CREAT, 0o600)
     while not files.lock(descriptor, wait=False):
         if not wanted():
             return False
         time.sleep(0.25)
-    (root() / ".tracking" / "courier.log").write_bytes(b"")  # what the last one said
+    (main_checkout() / ".tracking" / "courier.log").write_bytes(b"")  # what the last one said
     return True
 
 
@@ -277,7 +278,7 @@ def _leave_in_time(own: Spool, delivers: threading.Event) -> None:
 def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stage; its end ends this
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
-    os.chdir(root())  # MLflow puts artifacts into ./mlruns
+    os.chdir(main_checkout())  # MLflow puts artifacts into ./mlruns
     if not arguments or arguments[0] == "--to":
         _lock(lambda: True)
         return 0 if Courier(*arguments[1:]).round() else 1

@@ -25,7 +25,8 @@ from typing import Any, Literal
 
 from ebm import files
 from pipelines import ROOT, gpu
-from pipelines.spool import Spool, misread
+from pipelines.places import misread
+from pipelines.spool import Spool
 
 Environment = Mapping[str, str]
 

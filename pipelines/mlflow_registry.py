@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ebm import EBMError
 from pipelines.courier import reason
 from pipelines.mlflow_store import DATA, EXPERIMENT, MODEL, check, settle
-from pipelines.spool import public
+from pipelines.places import public
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, Tens
 
 from ebm import EBMError
 from ebm.files import locked
-from pipelines.spool import Event, UnfitError, misread, public, root
+from pipelines.places import main_checkout, misread, public
+from pipelines.spool import Event, UnfitError
 
 EXPERIMENT = "ebm"
 KEY = "ebm.key"
@@ -236,7 +237,7 @@ def create_database(path: Path) -> None:
 def settle(uri: str) -> None:
     """Have the database of a checkout that was moved, or copied, find its artifacts where they are
     now: MLflow keeps absolute paths. That at another address stays as it is."""
-    path, here = root() / "mlflow.db", f"{root() / 'mlruns'}/"
+    path, here = main_checkout() / "mlflow.db", f"{main_checkout() / 'mlruns'}/"
     if uri != f"sqlite:///{path}" or not path.is_file():
         return
     with closing(sqlite3.connect(path)) as database, database:

@@ -29,7 +29,7 @@ from ebm import EBMError, did_you_mean, files
 from pipelines import tracking, words
 from pipelines.commands import guarded
 from pipelines.courier import SETTINGS
-from pipelines.spool import public, root, tracking_uri
+from pipelines.places import main_checkout, public, tracking_uri
 
 if TYPE_CHECKING:
     from pipelines.mlflow_registry import Recorded, Registry
@@ -143,7 +143,7 @@ def _registry() -> "Iterator[Registry]":
     """The registry, which no other process of this checkout changes meanwhile."""
     from pipelines.mlflow_registry import Registry, plain_errors  # takes seconds
 
-    folder = root() / ".tracking"
+    folder = main_checkout() / ".tracking"
     folder.mkdir(parents=True, exist_ok=True)
     with plain_errors(tracking_uri()), files.locked(folder / "promote.lock"):
         yield Registry(tracking_uri())

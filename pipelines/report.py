@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ebm import EBMError, params
-from pipelines import page, results, stage
+from pipelines import page, places, results, stage
 from pipelines.commands import guarded
 from pipelines.results import Comparison, History, Provenance, Result
 
@@ -29,7 +29,7 @@ CURVE_ROWS = 200
 
 
 def main() -> None:
-    here, checkout = Path().resolve(), stage.checkout()
+    here, checkout = Path().resolve(), places.checkout()
     folder = here.relative_to(checkout) if here.is_relative_to(checkout) else Path()
     write(Path(), params.load(stage.PARAMS).plain(), folder)
 

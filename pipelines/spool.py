@@ -7,7 +7,6 @@ events, and however it ends, the lock ends with it.
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,37 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ebm import files
-from pipelines import ROOT
+from pipelines.places import main_checkout
 
 Event = dict[str, Any]
 
 
 class UnfitError(Exception):
     """An event that can never be delivered, whatever the store."""
-
-
-def root() -> Path:
-    """The folder that holds mlflow.db, mlruns/ and .tracking/."""
-    return Path(os.environ.get("DVC_ROOT") or ROOT)
-
-
-def tracking_uri() -> str:
-    """Where runs go: MLFLOW_TRACKING_URI, or `mlflow.db` in the root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root()}/mlflow.db"
-
-
-def misread(uri: str) -> str | None:
-    """Why MLflow would take the database at `uri` for another, and what to do, if so."""
-    if not uri.startswith("sqlite:///") or not {"%", "?"} & set(uri):
-        return None
-    own = os.environ.get("MLFLOW_TRACKING_URI") == uri
-    advice = "name another path in MLFLOW_TRACKING_URI" if own else "move the checkout"
-    return f"a path with % or ?, which MLflow reads as something else; {advice}"
-
-
-def public(uri: str) -> str:
-    """`uri` without this machine's paths, and without the user and the password it may hold."""
-    return re.sub(r"//[^/@]*@", "//", uri).replace(f"{root()}/", "")
 
 
 @dataclass
@@ -69,7 +44,7 @@ class Spool:
     """One run on disk: a stage appends to events.jsonl and files/, a courier keeps state.json."""
 
     def __init__(self, key: str, home: Path | None = None) -> None:
-        folder = (home or root()) / ".tracking" / key
+        folder = (home or main_checkout()) / ".tracking" / key
         self.key = key
         self.events = folder / "events.jsonl"
         self.files = folder / "files"
@@ -78,7 +53,7 @@ class Spool:
     @classmethod
     def all(cls, home: Path | None = None) -> "list[Spool]":
         """Every spool of this checkout, or of the one at `home`."""
-        found = (home or root()).glob(".tracking/*/events.jsonl")
+        found = (home or main_checkout()).glob(".tracking/*/events.jsonl")
         return [cls(path.parent.name, home) for path in sorted(found)]
 
     def open(self) -> int:

@@ -40,19 +40,6 @@ def main(run: Callable[[str], None], noun: str) -> None:
     sys.exit(guarded(lambda: run(name)))
 
 
-def scratch() -> Path:
-    """What owns the checkpoints: EBM_SCRATCH, as each trial of a sweep has its own; DVC_ROOT,
-    where DVC was called, also for stages that it runs in a copy; or the checkout."""
-    named = os.environ.get("EBM_SCRATCH") or os.environ.get("DVC_ROOT")
-    return Path(named).resolve() if named else checkout()
-
-
-def checkout() -> Path:
-    """The repository, or the copy of it that DVC made for an experiment, around this folder."""
-    here = Path().resolve()
-    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
-
-
 def device(threads: int, wait: bool = True) -> "torch.device":
     """A GPU where there is one (EBM_DEVICE overrides), else the CPU with `threads` threads. From
     then on PyTorch computes by deterministic algorithms where it has them, and never in TF32.

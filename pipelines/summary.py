@@ -9,7 +9,8 @@ from typing import Any
 
 from ebm import EBMError, params
 from pipelines import page, results, typeset
-from pipelines.spool import Spool, public
+from pipelines.places import public
+from pipelines.spool import Spool
 from pipelines.timeline import WORDS, Rebuild, clock
 from pipelines.words import AREAS, METRICS, Metric
 

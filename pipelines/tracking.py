@@ -30,7 +30,8 @@ from typing import Any, Self
 from ebm.params import dotted
 from pipelines import ROOT
 from pipelines.commands import guarded
-from pipelines.spool import Echo, Spool, State, root, tracking_uri
+from pipelines.places import main_checkout, tracking_uri
+from pipelines.spool import Echo, Spool, State
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ def _courier(*arguments: str) -> subprocess.Popen[bytes]:
     """Start a courier: for the run that is named, or without a name for all that waits now. What
     it and MLflow print goes to .tracking/courier.log."""
     command = [sys.executable, "-m", "pipelines.courier", *arguments]
-    with (root() / ".tracking" / "courier.log").open("ab") as output:
+    with (main_checkout() / ".tracking" / "courier.log").open("ab") as output:
         courier = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError, params
-from pipelines import processes, stage, tracking
+from pipelines import places, processes, stage, tracking
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ def _checkpoint_folder(
     )
     code = [sha256(Path(file).read_bytes()).hexdigest() for file in modules]
     key = stage.digest([settings, prepared.manifest["sha256"], stage.hardware(device), code])
-    return stage.scratch() / ".checkpoints" / name / key[:16]
+    return places.scratch() / ".checkpoints" / name / key[:16]
 
 
 def _provenance(

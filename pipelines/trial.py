@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, NoReturn
 from ebm import EBMError, params
 from pipelines import patch, space, stage, tracking
 from pipelines.commands import LAST_LINES
+from pipelines.places import main_checkout
 from pipelines.polling import polling
-from pipelines.spool import Spool, root
+from pipelines.spool import Spool
 from pipelines.supervise import Cancelled, Launcher, Process
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class Attempt:
     def _environment(self, one: "Stage") -> dict[str, str]:
         return {
             "PYTHONPATH": str(self._recipe.root),
-            "DVC_ROOT": str(root().resolve()),
+            "DVC_ROOT": str(main_checkout().resolve()),
             "DVC_STAGE": one.name,
             "EBM_SCRATCH": str(self.folder),
             "EBM_RUN": self._spool.key,

@@ -11,8 +11,8 @@ from typing import NoReturn
 
 from pipelines import tracking
 from pipelines.commands import guarded, positive, show
+from pipelines.places import public, tracking_uri
 from pipelines.serve import check_port
-from pipelines.spool import public, tracking_uri
 
 HOST = "127.0.0.1"
 SETTINGS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of language models

@@ -24,7 +24,8 @@ from tracking_store import (
 )
 
 from pipelines import ROOT, courier, tracking
-from pipelines.spool import Spool, tracking_uri
+from pipelines.places import tracking_uri
+from pipelines.spool import Spool
 
 pytestmark = MLFLOW_WARNS
 

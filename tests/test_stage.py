@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ebm import EBMError
-from pipelines import evaluate, stage, train
+from pipelines import evaluate, places, stage, train
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ def test_a_stage_by_hand_has_its_checkpoints_in_the_checkout(tmp_path, monkeypat
     (tmp_path / "paper").mkdir()
     monkeypatch.chdir(tmp_path / "paper")
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    assert stage.scratch() == tmp_path / "paper"
+    assert places.scratch() == tmp_path / "paper"
     (tmp_path / ".dvc").mkdir()
-    assert stage.scratch() == stage.checkout() == tmp_path
+    assert places.scratch() == places.checkout() == tmp_path
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "paper"))
-    assert stage.scratch() == tmp_path / "paper"
+    assert places.scratch() == tmp_path / "paper"
     monkeypatch.setenv("EBM_SCRATCH", str(tmp_path / "trial"))
-    assert stage.scratch() == tmp_path / "trial"
-    assert stage.checkout() == tmp_path
+    assert places.scratch() == tmp_path / "trial"
+    assert places.checkout() == tmp_path
 
 
 @pytest.mark.parametrize("path", [None, "/nowhere"])

@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from tracking_store import MLFLOW_WARNS, abandon, deliver, start, undelivered
 
 from pipelines import ROOT, courier, tracking
-from pipelines.spool import Spool, public, tracking_uri
+from pipelines.places import public, tracking_uri
+from pipelines.spool import Spool
 
 pytestmark = MLFLOW_WARNS
 

@@ -11,7 +11,8 @@ import pytest
 
 from pipelines import tracking
 from pipelines.courier import Courier
-from pipelines.spool import Spool, root
+from pipelines.places import main_checkout
+from pipelines.spool import Spool
 
 MLFLOW_WARNS = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy"  # MLflow 3.17 with SQLAlchemy 2.1
@@ -68,7 +69,9 @@ def _is_courier(folder):
         environment = (folder / "environ").read_bytes()
     except OSError:
         return False
-    return b"pipelines.courier" in command and f"DVC_ROOT={root()}\0".encode() in environment
+    return (
+        b"pipelines.courier" in command and f"DVC_ROOT={main_checkout()}\0".encode() in environment
+    )
 
 
 def wait_until(condition, seconds):
