@@ -20,8 +20,8 @@ from ebm import EBMError
 from pipelines import ROOT
 from pipelines.commands import uninterruptible
 from pipelines.lockfile import Entry, entries, lent, modified
+from pipelines.provenance import CODE
 from pipelines.repository import opened, unmade, when_free
-from pipelines.stage import CODE
 
 RESTORED = 64
 """The exit code of `reproduce` where the command did not run, because DVC had its outputs."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebm import params
 from ebm.params import ParamsError
-from pipelines import stage, tracking
+from pipelines import provenance, stage, tracking
 from pipelines.commands import guarded
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def main() -> None:
 
     torch.set_num_threads(section.threads)
     settings, begun = section.model_dump(), time.perf_counter()
-    record = stage.provenance(settings, "cpu")  # a few numbers: no work for a GPU
+    record = provenance.record(settings, "cpu")  # a few numbers: no work for a GPU
     result = compare(settings)
     _write(result)
     _track(settings, result, record | {"seconds": round(time.perf_counter() - begun, 3)})
@@ -43,7 +43,7 @@ def _write(result: "Comparison") -> None:
 def _track(settings: dict[str, Any], result: "Comparison", record: dict[str, Any]) -> None:
     tags = {
         "dvc.stage": "samplers",
-        **stage.git_tags(record),
+        **provenance.git_tags(record),
         "params.sha256": record["params_sha256"],
     }
     with tracking.Run.start("samplers", params=settings, tags=tags, dataset=None) as run:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError, files
-from pipelines import ROOT, dag, gpu, lockfile, patch, run, space, stage, tracking
+from pipelines import ROOT, dag, gpu, lockfile, patch, provenance, run, space, stage, tracking
 from pipelines.commands import cores, guarded, positive, show
 from pipelines.promote import add_direction, direction
 from pipelines.space import Space
@@ -330,7 +330,7 @@ def _tracked(sweep: Sweep, study: "Study") -> tracking.Run:
         },
         tags={
             "sweep.study": recipe.folder.name,
-            **stage.git_tags(stage.git_state()),
+            **provenance.git_tags(provenance.git_state()),
         },
         dataset=None,
     )

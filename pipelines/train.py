@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError, params
-from pipelines import places, processes, stage, tracking
+from pipelines import places, processes, provenance, stage, tracking
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ def _checkpoint_folder(
         if name.startswith("ebm.") and m.__file__ and not DECLARES.fullmatch(name)
     )
     code = [sha256(Path(file).read_bytes()).hexdigest() for file in modules]
-    key = stage.digest([settings, prepared.manifest["sha256"], stage.hardware(device), code])
+    key = stage.digest([settings, prepared.manifest["sha256"], provenance.hardware(device), code])
     return places.scratch() / ".checkpoints" / name / key[:16]
 
 
@@ -124,7 +124,7 @@ def _provenance(
 ) -> dict[str, Any]:
     from ebm import parallel
 
-    return stage.provenance(settings, device) | {
+    return provenance.record(settings, device) | {
         "experiment": name,
         "variant": settings["variant"],
         "dataset": settings["dataset"],
@@ -143,7 +143,7 @@ def _tracked(
         params=settings,
         tags={
             "dvc.stage": f"train@{name}",
-            **stage.git_tags(record),
+            **provenance.git_tags(record),
             "ebm.variant": record["variant"],
             "params.sha256": record["params_sha256"],
             "data.sha256": record["data_sha256"],

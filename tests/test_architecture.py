@@ -35,6 +35,7 @@ ROUTING = {
     "pipelines/places.py": "says where records and checkpoints lie",
     "pipelines/polling.py": "looks beside the work",
     "pipelines/processes.py": "starts others; how many there are changes rounding at most",
+    "pipelines/provenance.py": "says where results come from",
     "pipelines/gpu.py": "chooses among cards",
     "pipelines/supervise.py": "starts and ends processes",
     "pipelines/commands.py": "what the user is told of errors, signals",
