@@ -23,7 +23,7 @@ def evaluate(name: str) -> None:
     from ebm.evaluation import evaluate
 
     folder = Path("models", name)
-    device = stage.device(experiment.threads)
+    device = stage.claim_device(experiment.threads)
     model = variants.load(folder / "weights.safetensors", folder / "config.json").to(device)
     samples = {k: v.to(device) for k, v in _samples(folder / "samples.npz").items()}
     prepared = data.read(Path("data", experiment.dataset))

@@ -16,7 +16,7 @@ def reference(name: str) -> None:
 
     from ebm import data, reference, seeds
 
-    device = stage.device(settings.threads)
+    device = stage.claim_device(settings.threads)
     prepared = data.read(Path("data", name))
     seeds.seed("reference", dataset.seed)
     reference.write(reference.make(settings, prepared, device), folder)

@@ -15,7 +15,7 @@ def sample(name: str) -> None:
     from ebm import seeds, variants
 
     folder = Path("models", name)
-    device = stage.device(experiment.threads)
+    device = stage.claim_device(experiment.threads)
     model = variants.load(folder / "weights.safetensors", folder / "config.json").to(device)
     seeds.seed("sample", experiment.seed)
     settings = experiment.sample.model_dump()

@@ -120,7 +120,7 @@ def score(
 
     content = settings.get("transform")
     transform = Transform.from_json(content, str(config)) if content else None
-    device = stage.device(threads or torch.get_num_threads(), wait=False)
+    device = stage.claim_device(threads or torch.get_num_threads(), wait=False)
     network = variants.load(model / "weights.safetensors", config).to(device)
     loaded = Model(network, device, tuple(settings["shape"]), settings.get("binarize"))
     seen = Seen("images" if input.is_dir() else "rows")

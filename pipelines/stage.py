@@ -1,4 +1,4 @@
-"""What every stage shares: its argument, a device, threads, checksums, where results come from."""
+"""What every stage shares: its argument, a device, checksums, files."""
 
 import argparse
 import hashlib
@@ -31,9 +31,12 @@ def main(run: Callable[[str], None], noun: str) -> None:
     sys.exit(guarded(lambda: run(name)))
 
 
-def device(threads: int, wait: bool = True) -> "torch.device":
-    """A GPU where there is one (EBM_DEVICE overrides), else the CPU with `threads` threads. From
-    then on PyTorch computes by deterministic algorithms where it has them, and never in TF32.
+def claim_device(threads: int, wait: bool = True) -> "torch.device":
+    """Claim a GPU where there is one (EBM_DEVICE overrides), else take the CPU, with `threads`
+    threads.
+
+    From then on PyTorch uses deterministic algorithms where it has them, so that a computation
+    that is repeated gives the same bits, and computes convolutions in full float32, not in TF32.
 
     The GPU is PyTorch's current device from then on, and no other stage's until this process ends.
     Where none is free the stage waits for one, or takes the CPU if it is not to `wait`.

@@ -38,7 +38,7 @@ def train(name: str) -> None:
     from ebm.train import Watch, fit
 
     prepared = data.read(Path("data", experiment.dataset))
-    device = stage.device(processes.share(experiment.threads))
+    device = stage.claim_device(processes.share(experiment.threads))
     with processes.joined(device):
         seeds.seed("model", experiment.seed)
         settings = experiment.model_dump(include=SECTIONS)

@@ -391,7 +391,7 @@ def test_the_stages_that_ask_for_a_device_are_those_that_say_so():
     asking = {
         file.stem
         for file in (ROOT / "pipelines").glob("*.py")
-        if "stage.device(" in file.read_text()
+        if "stage.claim_device(" in file.read_text()
     }
     for graph in ("dvc.yaml", "paper/dvc.yaml"):
         stages = YAML(typ="safe").load(ROOT / graph)["stages"]

@@ -240,7 +240,7 @@ def cuda(one_stage, monkeypatch):
 def test_a_stage_computes_on_the_card_that_it_has(cuda):
     with holder() as other:
         assert said(other) == "0"
-        assert stage.device(1) == torch.device("cuda")
+        assert stage.claim_device(1) == torch.device("cuda")
     assert cuda == [1]
 
 
@@ -248,16 +248,16 @@ def test_who_is_not_to_wait_computes_on_the_cpu(cuda, caplog):
     caplog.set_level("INFO")
     with holder() as one, holder() as other:
         assert {said(one), said(other)} == {"0", "1"}
-        assert stage.device(1, wait=False) == torch.device("cpu")
+        assert stage.claim_device(1, wait=False) == torch.device("cpu")
     assert "others use all GPUs" in caplog.text
     assert not cuda
-    assert stage.device(1, wait=False) == torch.device("cuda")
+    assert stage.claim_device(1, wait=False) == torch.device("cuda")
 
 
 def test_what_a_stage_computes_is_repeatable_and_in_full_precision(cuda, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.use_deterministic_algorithms(False)
-    stage.device(1)
+    stage.claim_device(1)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.allow_tf32
 
@@ -266,12 +266,12 @@ def test_what_a_stage_computes_is_repeatable_and_in_full_precision(cuda, monkeyp
 def test_what_is_no_device_is_one_line(cuda, monkeypatch, name):
     monkeypatch.setenv("EBM_DEVICE", name)
     with pytest.raises(EBMError, match=rf"^EBM_DEVICE = {name}: expected cpu, cuda or cuda:N$"):
-        stage.device(1)
+        stage.claim_device(1)
 
 
 def test_a_stage_that_is_told_a_device_takes_that_one(cuda, monkeypatch):
     monkeypatch.setenv("EBM_DEVICE", "cpu")
-    assert stage.device(1) == torch.device("cpu")
+    assert stage.claim_device(1) == torch.device("cpu")
     monkeypatch.setenv("EBM_DEVICE", "cuda:1")
-    assert stage.device(1) == torch.device("cuda")
+    assert stage.claim_device(1) == torch.device("cuda")
     assert cuda == [1]
