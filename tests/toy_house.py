@@ -87,9 +87,8 @@ stages:
     outs: [out/report]
     deps:
 """
-# The real one needs an `ebm` that validates; this house has other parameters.
-VALIDATION = """\
-from ebm import EBMError
+# The real one would refuse the parameters of this house.
+VALIDATION = """
 
 def load(path):
     if "seed" not in path.read_text():
@@ -107,15 +106,19 @@ class House:
     def build(cls, root: Path, experiments: Sequence[str] = ("a", "b")) -> "House":
         """Make one in which no stage has run."""
         house = cls(root)
-        for folder in ("src/ebm", "told", ".dvc"):
+        for folder in ("src/ebm/variants", "told", ".dvc"):
             (root / folder).mkdir(parents=True)
         subprocess.run(["git", "init", "-q", root], check=True)
         ours = shutil.ignore_patterns("__pycache__")
         shutil.copytree(CHECKOUT / "pipelines", root / "pipelines", ignore=ours)
-        for name in ("__init__.py", "files.py", "schema.py"):
-            shutil.copy(CHECKOUT / "src" / "ebm" / name, root / "src" / "ebm")
+        core = CHECKOUT / "src" / "ebm"
+        configs = [f"variants/{file.name}" for file in (core / "variants").glob("*_config.py")]
+        settings = "params.py", "schema.py", "variants/__init__.py", *configs
+        for name in ("__init__.py", "files.py", *settings):
+            shutil.copy(core / name, root / "src" / "ebm" / name)
+        with (root / "src" / "ebm" / "params.py").open("a") as params:
+            params.write(VALIDATION)
         shutil.copy(CHECKOUT / "prefect.yaml", root)
-        house.write("src/ebm/params.py", VALIDATION)
         house.write(".dvc/config", "")
         house.write(".dvc/.gitignore", "/tmp\n/cache\n")
         house.write("stage.py", STAGE)
