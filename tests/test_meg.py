@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_models import same, weights
+from small_models import MODELS, same, weights
 
 from benchmarks import meg as benchmark
 from ebm.samplers import MALA, run
@@ -15,23 +15,8 @@ from ebm.variants.meg import MEG
 def model(shape=(2,), **changes):
     """A small MEG in float64."""
     torch.manual_seed(0)
-    settings = {
-        "network": "mlp",
-        "energy": [16, 16],
-        "generator": [16, 16],
-        "statistics": [16, 16],
-        "latent": 3,
-        "energy_steps": 2,
-        "score_penalty": 0.1,
-        "entropy": 1.0,
-        "energy_learning_rate": 1e-3,
-        "generator_learning_rate": 1e-3,
-        "betas": (0.5, 0.9),
-        "ema": 0.0,
-        "energy_ema": 0.0,
-        "precision": "float32",
-        "compile": False,
-    }
+    widths = {name: [16, 16] for name in ("energy", "generator", "statistics")}
+    settings = MODELS["meg"] | widths | {"latent": 3, "ema": 0.0, "energy_ema": 0.0}
     return MEG(shape, **settings | changes).double()
 
 
