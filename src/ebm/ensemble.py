@@ -3,7 +3,8 @@
 What one training says can be luck, so tables give a mean over several. `snapshots` are the last
 states of every member, taken every so many steps: the released code of MEG averages the scores of
 its last ten epochs, because those of a critic that still moves are a matter of the moment.
-`without` names a class for each member that it never sees: a detector of that class.
+`without` names a class for each member that it never sees: a detector of that class. Of members
+that draw samples, the ensemble draws as their mixture does.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,13 +120,15 @@ class Ensemble(EBM):
                 kept[slot].load_state_dict(member.state_dict())
 
     def sample(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws of every member, n in all: those of the first member come first; the way there,
-        where it is kept, of that one alone."""
+        """Draws of the members in turn, n in all; the way there, where it is kept, of the first
+        alone."""
         drawing = self._members()[: max(n, 1)]
-        counts = [len(part) for part in torch.arange(n).tensor_split(len(drawing))]
-        drawn = [m.sample(c, *args, **kwargs) for m, c in zip(drawing, counts, strict=True)]
+        turns = [torch.arange(n)[m :: len(drawing)] for m in range(len(drawing))]
+        drawn = [m.sample(len(t), *args, **kwargs) for m, t in zip(drawing, turns, strict=True)]
+        order = torch.cat(turns).argsort()
         alone = {name: drawn[0][name] for name in WAYS if name in drawn[0]}
-        return {name: torch.cat([d[name] for d in drawn]) for name in drawn[0]} | alone
+        found = {name: torch.cat([d[name] for d in drawn]) for name in drawn[0]}
+        return {k: v[order] if len(v) == n else v for k, v in found.items()} | alone
 
     def histories(self) -> list[list[EBM]]:
         """For each member its snapshots, or itself where there are none."""

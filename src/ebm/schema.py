@@ -89,7 +89,8 @@ class Data(Section):
     planar: ClassVar[bool] = False
     """Whether learned densities are integrated on a grid in the plane."""
     ensembles: ClassVar[bool] = False
-    """Whether several trainings of one experiment are measured, each as a detector."""
+    """Whether several trainings of one experiment can be measured: each as a detector, or all as
+    the one model that draws from each in turn."""
     left_out: ClassVar[bool] = False
     """Whether a training never sees the class that it is to find."""
 
@@ -236,6 +237,7 @@ class StackedData(OfImages):
     """
 
     sampled: ClassVar[bool] = True
+    ensembles: ClassVar[bool] = True
 
     kind: Literal["stacked"]
     base: Literal["digits", "mnist", "fashion-mnist"]

@@ -1,10 +1,13 @@
 """Stacks of images: which of the modes, the tuples of their parts' classes, the samples reach."""
 
+from statistics import fmean
+
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ebm import EBMError, figures, metrics
+from ebm.ensemble import histories
 from ebm.evaluation.images import (
     ENERGIES,
     described,
@@ -34,6 +37,7 @@ def evaluate_stacked(case: Case) -> Evaluation:
     train, test = case.points("train", max(len(drawn), ENERGIES)), case.points("test")
     seen = looked_at(case.reference, samples, train)
     _modes(result, seen, train.shape[1], case.reference)
+    _alone(result, seen["samples"], train.shape[1], len(histories(model)))
     measure_samples(result, case, seen)
     if case.about.get("base") == "mnist" and len(drawn) >= PUBLISHED * 10 ** train.shape[1]:
         stacks = MNIST_STACKED.get(train.shape[1], {})
@@ -74,6 +78,18 @@ def _modes(result: Evaluation, seen: dict[str, Seen], parts: int, reference: Ref
         "A line ends where its modes do: the classifier finds one in every stack, however bad."
     )
     result.draw("modes", "Modes", caption, figures.mode_shares(shares))
+
+
+def _alone(result: Evaluation, seen: Seen, parts: int, members: int) -> None:
+    """What the `members` of an ensemble, whose samples were `seen` in turn, reach each by itself:
+    together they miss nothing that one of them has."""
+    if members == 1 or seen.classes is None:
+        return
+    each = [seen.classes[m::members] for m in range(min(members, len(seen.classes)))]
+    coverage = [_coverage(metrics.mode_counts(own, 10**parts)) for own in each]
+    source = f"the mean over the {members} trainings, each by {len(each[-1])} samples of its own"
+    for name in coverage[0]:
+        result.refer(name, fmean(one[name] for one in coverage), "baseline", source)
 
 
 def _coverage(counts: Tensor) -> Numbers:
