@@ -11,6 +11,7 @@ import torch
 
 from ebm import metrics
 from ebm.densities import DENSITIES, EXTENT
+from ebm.schema import DensityData
 
 
 def test_modes_are_counted_within_the_radius_only():
@@ -410,6 +411,16 @@ def log_p_on_grid(name):
 def test_a_toy_density_integrates_to_one_and_fits_its_square(name):
     log_z = metrics.grid_log_partition(-log_p_on_grid(name), *EXTENT)
     assert log_z.item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["8gaussians", "25gaussians"])
+def test_the_narrowest_do_so_on_the_fewest_cells_that_an_evaluation_may_have(name):
+    fewest = DensityData.fewest_cells
+    for cells in range(fewest, fewest + 40):
+        grid = metrics.cell_centres(*EXTENT, cells)
+        energy = DENSITIES[name]().energy(grid.double())
+        log_z = metrics.grid_log_partition(energy, *EXTENT)
+        assert log_z.exp().item() == pytest.approx(1, abs=1e-2), cells
 
 
 @pytest.mark.parametrize("name", sorted(DENSITIES))

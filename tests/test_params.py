@@ -379,10 +379,11 @@ def test_a_density_in_the_plane_needs_cells_to_be_integrated_on(tmp_path):
     content = broken(put(f"{RBM}.dataset", "8gaussians"))
     told = "= '8gaussians': variant rbm has no `evaluate.grid`, which such data need"
     assert complaint(tmp_path, content) == f"params.yaml: {RBM}.dataset {told}"
-    line = complaint(tmp_path, broken(put(f"{MEG}.evaluate.grid", 0)))
-    assert line.endswith(
-        "grid = 0: should be the cells per axis, as 25gaussians lies in the plane"
-    )
+    for cells in (0, 159):
+        line = complaint(tmp_path, broken(put(f"{MEG}.evaluate.grid", cells)))
+        told = "should be the cells per axis, at least 160"
+        plane = "as 25gaussians lies in the plane and has narrow peaks"
+        assert line.endswith(f"grid = {cells}: {told}, {plane}")
 
 
 def test_too_few_samples_of_images_are_refused_before_anything_is_trained(tmp_path):

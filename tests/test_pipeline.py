@@ -30,7 +30,7 @@ def shrink(params):
     params["samplers"] |= {"chains": 4, "evaluations": 1000, "warmup": 10}
     rbm, meg = (params["experiments"][name] for name in EXPERIMENTS)
     rbm["evaluate"] = {"chains": 20, "temperatures": 50, "burn_in": 50, "flagged": None}
-    meg["evaluate"] = {"grid": 50, "flagged": None}
+    meg["evaluate"] = {"grid": 160, "flagged": None}
 
 
 def edit(clone, change):
@@ -93,7 +93,7 @@ def test_a_second_run_does_nothing(clone):
     [
         (("rbm-digits", "seed"), 7, {"train", "sample", "evaluate"}),
         (("rbm-digits", "sample", "steps"), 33, {"sample", "evaluate"}),
-        (("meg-25gaussians", "evaluate", "grid"), 60, {"evaluate"}),
+        (("meg-25gaussians", "evaluate", "grid"), 170, {"evaluate"}),
     ],
 )
 def test_a_changed_number_reruns_its_experiment_and_the_report(clone, path, value, expected):

@@ -220,16 +220,17 @@ def _check_samples(where: str, experiment: Experiment, dataset: Dataset) -> None
 
 
 def _check_grid(where: str, experiment: Experiment, dataset: Dataset) -> None:
-    """Raise EBMError where a density is to be integrated without cells."""
+    """Raise EBMError where a density is to be integrated on too few cells, or none."""
     evaluate = experiment.evaluate
-    if not dataset.planar:
+    if not dataset.fewest_cells:
         return
     if not isinstance(evaluate, DensityDetection):
         problem = f"variant {experiment.variant} has no `evaluate.grid`, which such data need"
         raise ParamsError(f"{where}.dataset = {experiment.dataset!r}: {problem}")
-    if not evaluate.grid:
-        problem = f"should be the cells per axis, as {experiment.dataset} lies in the plane"
-        raise ParamsError(f"{where}.evaluate.grid = 0: {problem}")
+    if evaluate.grid < dataset.fewest_cells:
+        problem = f"should be the cells per axis, at least {dataset.fewest_cells}"
+        plane = f"as {experiment.dataset} lies in the plane and has narrow peaks"
+        raise ParamsError(f"{where}.evaluate.grid = {evaluate.grid}: {problem}, {plane}")
 
 
 def _unknown(name: str, known: Sequence[str] | dict[str, Any]) -> str:

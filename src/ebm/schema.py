@@ -86,8 +86,8 @@ class Data(Section):
     """If there are samples, at least so many."""
     too_few: ClassVar[str] = ""
     """Why not fewer."""
-    planar: ClassVar[bool] = False
-    """Whether learned densities are integrated on a grid in the plane."""
+    fewest_cells: ClassVar[int] = 0
+    """If learned densities are integrated on a grid in the plane, at least so many per axis."""
     ensembles: ClassVar[bool] = False
     """Whether several trainings of one experiment can be measured: each as a detector, or all as
     the one model that draws from each in turn."""
@@ -118,7 +118,8 @@ class DensityData(Data):
     sampled: ClassVar[bool] = True
     fewest: ClassVar[int] = 2
     too_few: ClassVar[str] = "one point has no covariance; should be more"
-    planar: ClassVar[bool] = True
+    fewest_cells: ClassVar[int] = 160
+    """With these the integral of every density is off by less than 1 %; with 120, by 6 %."""
 
     kind: Literal["density"]
     density: Literal["8gaussians", "25gaussians", "swissroll", "rings", "2spirals"]
