@@ -25,7 +25,6 @@ unpickled, and nothing of the checkout is needed, since `ebm` travels along. `th
 `sample` are its model_config: SERVING_MODEL_CONFIG='{"threshold": 5}' serves another threshold.
 """
 
-import json
 import math
 import threading
 from collections.abc import Iterator
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from ebm.data.transform import Transform
 
 MOST_ROWS, MOST_SAMPLES = 10_000, 256  # in one request
-AT_ONCE = 2**18  # numbers that go through the network at once
 WAIT = 30.0  # seconds that a draw waits for others
 
 
@@ -54,16 +52,12 @@ class Energy(PythonModel):
     """E(x) of a trained energy-based model, on the CPU, and what it flags."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from ebm import variants
-        from ebm.data.transform import Transform
+        import torch
+
+        from ebm import trained
 
         weights, config = Path(context.artifacts["weights"]), Path(context.artifacts["config"])
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        self.ebm = variants.load(weights, config).eval()
-        self.shape = tuple(settings["shape"])
-        transform = settings.get("transform")
-        self.transform = Transform.from_json(transform, config.name) if transform else None
-        self.binarize = settings.get("binarize")
+        self.model = trained.read(weights, config, torch.device("cpu"))
         self.threshold = _threshold(context.model_config["threshold"])
         self.drawing = context.model_config["sample"]
         self.turn = threading.Lock()
@@ -85,9 +79,10 @@ class Energy(PythonModel):
         if not asked["samples"]:
             return self._answer(points)
         drawn = self._draw(asked["samples"], asked["seed"])
-        if self.transform is None:
+        transform = self.model.transform
+        if transform is None:
             return self._answer(drawn).assign(sample=drawn.tolist())
-        rows = self.transform.decode(drawn)
+        rows = transform.decode(drawn)
         samples: Any = rows.to_dict("records")
         return self._answer(self._points(rows)).assign(sample=samples)
 
@@ -97,13 +92,11 @@ class Energy(PythonModel):
         return pd.DataFrame({"energy": energy, "anomaly": anomaly})
 
     def _energies(self, points: "Tensor") -> np.ndarray:
-        """[B], float64; of no more than so many rows at once that memory is bounded."""
+        """[B], float64."""
         from ebm import EBMError
-        from ebm.metrics import in_batches
 
-        size = max(1, AT_ONCE // math.prod(self.shape))
         try:
-            energy = in_batches(self.ebm.energy, points, size).double().numpy()
+            energy = self.model.energies(points)
         except EBMError as error:
             _refuse(str(error))
         if (wrong := ~np.isfinite(energy)).any():
@@ -118,7 +111,7 @@ class Energy(PythonModel):
 
         with self._alone(), torch.random.fork_rng(devices=[]):
             seeds.seed("sample", seed)
-            drawn = self.ebm.sample(count, **self.drawing)["samples"].detach()
+            drawn = self.model.network.sample(count, **self.drawing)["samples"].detach()
         if not len(drawn):
             _refuse("samples: this model only scores, it draws none")
         return drawn
@@ -138,12 +131,11 @@ class Energy(PythonModel):
         """Points float32 [B, *shape] of a request."""
         import torch
 
-        from ebm.data import first_grey
-
         _check_rows(given)
-        if self.transform is None:
-            points = torch.from_numpy(_numbers(given, self.shape))
-            if self.binarize and (row := first_grey(points)) is not None:
+        transform = self.model.transform
+        if transform is None:
+            points = torch.from_numpy(_numbers(given, self.model.shape))
+            if (row := self.model.first_strange(points)) is not None:
                 _refuse(f"row {row + 1}: has greys; the model knows 0 and 1 alone")
             return points
         from ebm import EBMError
@@ -152,8 +144,8 @@ class Energy(PythonModel):
         first = 1 - FIRST_ROW  # so that messages count the rows from 1
         try:
             rows = given.set_axis(pd.RangeIndex(first, first + len(given)))
-            rows = _without_padding(rows, self.transform)
-            points, unseen = self.transform.encode(rows, "input")
+            rows = _without_padding(rows, transform)
+            points, unseen = transform.encode(rows, "input")
         except EBMError as error:
             _refuse(str(error))
         warn_of_unseen(unseen, "input")

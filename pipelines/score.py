@@ -37,48 +37,18 @@ from pipelines.commands import guarded
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
-    import torch
     from pandas import DataFrame
 
     from ebm.data.transform import Transform
-    from ebm.variants.base import EBM
+    from ebm.trained import Trained
 
 log = logging.getLogger(__name__)
 
 PACKINGS = (".bz2", ".tar", ".xz", ".zip", ".zst")
 """What a file may be packed as for whoever reads it by its name, and is never written as."""
-BATCH, AT_ONCE = 4096, 2**19  # points, and numbers, that go through the network at once at most
 LARGEST = 1e18
 """From here on numbers of points have an infinite energy: the squares of some leave float32."""
 CHUNK, POINTS = 50_000, 2**25  # rows of a table, and numbers of their points, in memory at once
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network on its device, the shape of its points, and how they were made bits, if so."""
-
-    network: "EBM"
-    device: "torch.device"
-    shape: tuple[int, ...]
-    binarize: str | None
-
-    @property
-    def batch(self) -> int:
-        """Points that go through the network at once."""
-        return max(1, min(BATCH, AT_ONCE // math.prod(self.shape)))
-
-    def energies(self, points: "torch.Tensor") -> "np.ndarray":
-        """Energies float64 [N] of points [N, *]."""
-        import numpy as np
-
-        from ebm.metrics import in_batches
-
-        if not len(points):
-            return np.empty(0)
-        return in_batches(self._energies, points, self.batch).numpy()
-
-    def _energies(self, points: "torch.Tensor") -> "torch.Tensor":
-        return self.network.energy(points.to(self.device)).cpu().double()
 
 
 @dataclass
@@ -110,25 +80,22 @@ def score(
     started = time.perf_counter()
     _check(input, output, threshold, chunk, threads)
     config = model / "config.json"
-    settings = _settings(config, input)
+    _check_kind(config, input)
     threshold = _threshold(model) if threshold is None else threshold
     import torch  # only once the arguments are known to be right
     from tqdm import tqdm
 
-    from ebm import variants
-    from ebm.data.transform import Transform, warn_of_unseen
+    from ebm import trained
+    from ebm.data.transform import warn_of_unseen
 
-    content = settings.get("transform")
-    transform = Transform.from_json(content, str(config)) if content else None
     device = stage.claim_device(threads or torch.get_num_threads(), wait=False)
-    network = variants.load(model / "weights.safetensors", config).to(device)
-    loaded = Model(network, device, tuple(settings["shape"]), settings.get("binarize"))
+    loaded = trained.read(model / "weights.safetensors", config, device)
     seen = Seen("images" if input.is_dir() else "rows")
-    if transform is None:
+    if loaded.transform is None:
         found = _of_images(loaded, input)
     else:
-        rows = chunk or max(1, min(CHUNK, POINTS // transform.width))
-        found = _of_rows(loaded, transform, input, rows, seen)
+        rows = chunk or max(1, min(CHUNK, POINTS // loaded.transform.width))
+        found = _of_rows(loaded, loaded.transform, input, rows, seen)
     with (
         _complete_or_absent(output) as file,
         tqdm(unit=f" {seen.things}", unit_scale=True, disable=None) as bar,
@@ -161,9 +128,9 @@ def _check(
         raise EBMError(f"--output {target}: lies in the folder that is scored")
 
 
-def _settings(config: Path, source: Path) -> dict[str, Any]:
-    """The settings of a model, as JSON; EBMError if there is none or it is no model of what
-    `source` is, a table or a folder of images."""
+def _check_kind(config: Path, source: Path) -> None:
+    """Raise EBMError unless there is a model of what `source` is, a table or a folder of
+    images."""
     if not config.exists():
         raise EBMError(f"{config.parent}: no model: there is no {config.name}")
     settings = stage.read_json(config, f"train@{config.parent.name}")
@@ -180,7 +147,6 @@ def _settings(config: Path, source: Path) -> dict[str, Any]:
     if not source.is_dir() and "transform" not in settings:
         kind = f"of data set {settings.get('dataset')!r}, which is no table"
         raise EBMError(f"{config.parent}: a model {kind}; expected one of a table")
-    return settings
 
 
 def _threshold(model: Path) -> float | None:
@@ -223,7 +189,7 @@ def _open(path: Path, packed: bool) -> TextIO:
 
 
 def _of_rows(
-    model: Model, transform: "Transform", source: Path, chunk: int, seen: Seen
+    model: "Trained", transform: "Transform", source: Path, chunk: int, seen: Seen
 ) -> "Iterator[tuple[DataFrame, np.ndarray]]":
     """Rows of a CSV file by their numbers, and their energies, `chunk` of them at a time: NaN
     where a row is left out."""
@@ -253,18 +219,18 @@ def _of_rows(
         yield pd.DataFrame({"row": np.arange(seen.count, seen.count + len(frame)) + 1}), energy
 
 
-def _of_images(model: Model, source: Path) -> "Iterator[tuple[DataFrame, np.ndarray]]":
+def _of_images(model: "Trained", source: Path) -> "Iterator[tuple[DataFrame, np.ndarray]]":
     """Images in a folder by their paths, and their energies, a batch at a time."""
     import pandas as pd
 
-    from ebm.data import first_grey, folder, unit
+    from ebm.data import folder, unit
 
     paths = folder.files(source)
     size = model.batch
     for start in range(0, len(paths), size):
         some = paths[start : start + size]
         points = unit(folder.read_all(some, model.shape))
-        if model.binarize and (row := first_grey(points)) is not None:
+        if (row := model.first_strange(points)) is not None:
             pixels = "x".join(map(str, model.shape[-2:]))
             known = f"black and white alone (`binarize: {model.binarize}`)"
             raise EBMError(f"{some[row]}: has greys at {pixels} pixels; the model knows {known}")

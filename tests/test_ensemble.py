@@ -183,6 +183,15 @@ def test_a_class_to_be_left_out_has_to_be_there_beside_others():
         ensemble(without=[0]).initialise(x, y)
 
 
+def test_a_member_whose_own_rows_are_all_of_its_class_learns_from_those_of_others():
+    """Else a training could end at a batch that chance has drawn."""
+    model = ensemble(members=2, without=[1, 0])
+    x, y = torch.arange(6.0).view(6, 1), torch.tensor([1, 1, 1, 1, 0, 0])
+    model.training_step(x, y)
+    first, second = (member.seen[0].flatten().tolist() for member in model.members)
+    assert (first, second) == ([4, 5], [3])
+
+
 def test_a_member_that_is_left_without_rows_says_so():
     with pytest.raises(EBMError, match=r"train\.batch_size: too small for ensemble\.without"):
         ensemble(without=[1]).training_step(torch.zeros(6, 1), torch.ones(6))

@@ -271,7 +271,7 @@ def scored(input, output="scores.csv", threshold=None):
 
 @pytest.mark.parametrize("batch", [1, 7, 100])
 def test_images_are_scored_as_they_were_learned(root, model, batch, caplog, monkeypatch):
-    monkeypatch.setattr("pipelines.score.BATCH", batch)
+    monkeypatch.setattr("ebm.trained.BATCH", batch)
     with torch.no_grad():
         points = torch.cat([prepared().points(split) for split in data.SPLITS])
         expected = model.energy(points).double()

@@ -12,6 +12,7 @@ from ebm.demonstrations import demonstrate
 from ebm.samplers import value_and_gradient
 from ebm.seeds import seed
 from ebm.train import DivergenceError, Watch
+from ebm.variants import igebm
 from ebm.variants.igebm import IGEBM, augmented, free_energy
 
 IMAGES = MODELS["igebm"] | {
@@ -802,6 +803,23 @@ def test_samples_of_classes_are_asked_for_in_turn_and_drawn_of_their_own():
     assert drawn["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
     expected = (drawn["labels"] / 2)[:, None].expand(7, 4)
     torch.testing.assert_close(drawn["samples"], expected, rtol=0, atol=1e-3)
+
+
+def test_chains_that_do_not_fit_into_memory_together_run_in_parts(monkeypatch):
+    model = build(classes=3, noise=0.0, step_size=0.02, gradient_clip=None, ema=0.0)
+    model.network, rows = Levels(), []
+    monkeypatch.setattr(igebm, "AT_ONCE", 160)
+    plain = model.conditional_energy
+    monkeypatch.setattr(
+        model, "conditional_energy", lambda x, y: rows.append(len(x)) or plain(x, y)
+    )
+    drawn = model.sample(100, steps=60)
+    assert set(rows) == {40, 20}
+    assert drawn["labels"].tolist() == [n % 3 for n in range(100)]
+    expected = (drawn["labels"] / 2)[:, None].expand(100, 4)
+    torch.testing.assert_close(drawn["samples"], expected, rtol=0, atol=1e-3)
+    assert torch.equal(drawn["chain"][:, -1], drawn["samples"][:32])
+    assert drawn["chain_steps"][-1] == 60
 
 
 def test_chains_jump_as_often_as_asked_and_walk_as_they_were_told():

@@ -23,9 +23,10 @@ from test_data import density, digits
 from ebm import EBMError, data, variants
 from ebm.data import kddcup99, table
 from ebm.data.transform import Transform
+from ebm.trained import Trained
 from ebm.variants.base import EBM
 from pipelines import train
-from pipelines.score import CHUNK, Model, main, score
+from pipelines.score import CHUNK, main, score
 
 pytestmark = pytest.mark.usefixtures("one_stage")
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,7 +264,7 @@ def test_memory_is_that_of_a_chunk_and_not_of_the_file(home, first):
     ("shape", "batch"), [((2,), 4096), ((1, 32, 32), 512), ((3, 1024, 1024), 1)]
 )
 def test_as_many_points_as_memory_holds_are_scored_at_once_and_always_one(shape, batch):
-    assert Model(First(), torch.device("cpu"), shape, None).batch == batch
+    assert Trained(First(), torch.device("cpu"), shape).batch == batch
 
 
 @pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt, SystemExit])

@@ -13,6 +13,7 @@ from small_models import MODELS, build, data
 
 from ebm import variants
 from ebm.seeds import seed
+from ebm.variants import base
 from ebm.variants.base import EBM
 
 
@@ -43,6 +44,21 @@ def test_an_energy_at_rest_draws_nothing(name):
     first = model.energy(data())
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(model.energy(data()), first)
+
+
+@pytest.mark.parametrize("name", ["bigan", "meg", "vae", "wgan_gp"])
+def test_draws_are_the_same_however_many_are_made_at_once(name, monkeypatch):
+    """Those that are measured can be more than fit into the memory of a card."""
+    model = build(name).eval()
+    torch.manual_seed(1)
+    whole = model.sample(11)["samples"]
+    rows = []
+    network = model.decoder if name == "vae" else model.averaged_generator()
+    network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    monkeypatch.setattr(base, "SLICE", 4)
+    torch.manual_seed(1)
+    torch.testing.assert_close(model.sample(11)["samples"], whole)
+    assert rows == [4, 4, 3]
 
 
 AT_REST = """

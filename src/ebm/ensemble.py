@@ -16,10 +16,7 @@ from torch.optim import Optimizer
 
 from ebm import EBMError
 from ebm.parallel import parts, world
-from ebm.variants.base import EBM
-
-WAYS = ("chain", "chain_steps")
-"""What samples have beside points that were drawn: some chains on their way, and its steps."""
+from ebm.variants.base import EBM, WAYS, joined
 
 
 class Ensemble(EBM):
@@ -91,9 +88,11 @@ class Ensemble(EBM):
         return {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
 
     def _step(self, m: int, x: Tensor, y: Tensor | None, rows: Tensor) -> dict[str, Tensor]:
-        """A step of member `m` on its `rows`, without those of the class that it must not see."""
+        """A step of member `m` on its `rows`, without those of the class that it must not see; on
+        what it may see of all rows if these are all of that class."""
         if self.without and y is not None:
-            rows = rows[self._seen(m, y[rows])]
+            seen = self._seen(m, y)
+            rows = rows[seen[rows]] if seen[rows].any() else seen.nonzero().squeeze(1)
             if not len(rows):
                 raise EBMError("train.batch_size: too small for ensemble.without: no row is left")
         classes = y[rows] if y is not None and self.classes else None
@@ -126,9 +125,8 @@ class Ensemble(EBM):
         turns = [torch.arange(n)[m :: len(drawing)] for m in range(len(drawing))]
         drawn = [m.sample(len(t), *args, **kwargs) for m, t in zip(drawing, turns, strict=True)]
         order = torch.cat(turns).argsort()
-        alone = {name: drawn[0][name] for name in WAYS if name in drawn[0]}
-        found = {name: torch.cat([d[name] for d in drawn]) for name in drawn[0]}
-        return {k: v[order] if len(v) == n else v for k, v in found.items()} | alone
+        found = joined(drawn).items()
+        return {k: v[order] if len(v) == n and k not in WAYS else v for k, v in found}
 
     def histories(self) -> list[list[EBM]]:
         """For each member its snapshots, or itself where there are none."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import cache, cached_property
@@ -19,6 +19,12 @@ from ebm.recorded import CompiledGradient, Objective
 log = logging.getLogger(__name__)
 
 N = TypeVar("N", bound=nn.Module)
+
+WAYS = ("chain", "chain_steps")
+"""What samples have beside points that were drawn: some chains on their way, and its steps."""
+
+SLICE = 4096
+"""Points that a generator makes at once."""
 
 BATCHES, BATCH = 32, 512
 """Latents whose activations say how an averaged generator normalises."""
@@ -179,9 +185,31 @@ class Generative(EBM):
         """The moving average of the generator, if there is one."""
         return None
 
+    def generate(self, z: Tensor) -> Tensor:
+        """G(z), by the moving average where there is one: [B, latent] -> [B, *]."""
+        return (self.averaged_generator() or self.generator)(z)
+
+    def generated(self, z: Tensor) -> Tensor:
+        """As `generate`, of any number of latents, without their graph."""
+        return in_slices(self.generate, z)
+
     def _prior(self, n: int) -> Tensor:
         """n latents z [n, latent]."""
         return standard_normal(self.generator, n, self.latent)
+
+
+@torch.no_grad()
+def in_slices(network: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """The points [B, *] that a generating network makes of latents [B, latent], so many at once
+    that memory is bounded; no graph."""
+    return torch.cat([network(part) for part in z.split(SLICE)])
+
+
+def joined(drawn: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What was drawn in several parts as `sample` gives it: one after the other, the way of some
+    chains that of the first part's."""
+    first = drawn[0]
+    return {k: v if k in WAYS else torch.cat([d[k] for d in drawn]) for k, v in first.items()}
 
 
 def descend(optimizer: Optimizer, loss: Tensor, clip: float = math.inf) -> Tensor:

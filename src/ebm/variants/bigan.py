@@ -120,11 +120,9 @@ class BiGAN(Generative):
     def averaged_generator(self) -> nn.Module | None:
         return None if self.average is None else self.average[1]
 
-    @torch.no_grad()
     def sample(self, n: int) -> dict[str, Tensor]:
         """`samples` G(z) [n, *]."""
-        _, generator, _ = self.average or self._current()
-        return {"samples": generator(self._prior(n))}
+        return {"samples": self.generated(self._prior(n))}
 
     def _current(self) -> nn.ModuleList:
         """Encoder, generator and discriminator as they are trained."""

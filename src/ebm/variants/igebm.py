@@ -79,12 +79,17 @@ from ebm.samplers import (
     run,
     value_and_gradient,
 )
-from ebm.variants.base import EBM, autocast, average_of, descend, update_average
+from ebm.variants.base import EBM, autocast, average_of, descend, joined, update_average
 
 NEIGHBOURS = 100
 """Points of the buffer that stand in for the model where its entropy is estimated."""
 CHAINS = 512
 """Chains of the buffer whose energies are computed at once."""
+AT_ONCE = 2**22
+"""Numbers of points that are drawn at once: more images than these would have to lie in a card's
+memory with all that their gradients take."""
+SHOWN = 32
+"""Chains whose way is kept."""
 
 
 class IGEBM(EBM):
@@ -264,9 +269,14 @@ class IGEBM(EBM):
         if steps is None:
             steps = round(self.replay_age.double().mean().item() * self.langevin_steps)
         labels = torch.arange(n, device=self.replay.device) % max(self.classes, 1)
+        size = max(SHOWN, AT_ONCE // math.prod(self.shape))
+        return joined([self._drawn(part, steps) for part in labels.split(size)])
+
+    def _drawn(self, labels: Tensor, steps: int) -> dict[str, Tensor]:
+        """The same of chains that run side by side, each for one of the labels [n]."""
         y = labels if self.classes else None
         kernel = self.chains(lambda x: self.conditional_energy(x, y))
-        end, chain, marks = at_milestones(kernel, self.starts(n), steps, chains=32)
+        end, chain, marks = at_milestones(kernel, self.starts(len(labels)), steps, SHOWN)
         drawn = {
             "samples": end.x.clamp(*self.bounds),
             "chain": chain.clamp(*self.bounds),

@@ -39,10 +39,14 @@ from ebm.networks import Joint, Kind, decoder, encoder
 from ebm.parallel import parts, shuffled
 from ebm.recorded import Loss
 from ebm.samplers import MALA, InSlices, with_acceptance
-from ebm.variants.base import Generative, autocast, average_of, parameters_of, update_average
-
-SLICE = 4096
-"""Points that are generated at once."""
+from ebm.variants.base import (
+    SLICE,
+    Generative,
+    autocast,
+    average_of,
+    parameters_of,
+    update_average,
+)
 
 
 class MEG(Generative):
@@ -140,10 +144,6 @@ class MEG(Generative):
         product = self.statistics.pair(features, shuffled)
         return -softplus(-joint).mean() - softplus(product).mean()
 
-    def generate(self, z: Tensor) -> Tensor:
-        """G(z), by the moving average where there is one: [B, latent] -> [B, *]."""
-        return (self.average or self.generator)(z)
-
     def latent_energy(self, z: Tensor, inverse_temperature: float) -> Tensor:
         """beta E(G(z)) + |z|^2 / 2 for z [B, latent]: shape [B]."""
         return inverse_temperature * self.energy(self.generate(z)) + z.square().sum(1) / 2
@@ -154,14 +154,9 @@ class MEG(Generative):
         """`samples` G(z) after `steps` of latent MALA; if there are any, `generator` G(z) before
         them, both [n, *]; and the mean `acceptance` of every step [steps]."""
         z = self._prior(n)
-        generated = self._generated(z)
+        generated = self.generated(z)
         if not steps:
             return {"samples": generated, "acceptance": torch.ones(0)}
         energy = InSlices(lambda z: self.latent_energy(z, inverse_temperature), SLICE)
         end, rates = with_acceptance(MALA(energy, step_size), z, steps)
-        return {"samples": self._generated(end.x), "generator": generated, "acceptance": rates}
-
-    @torch.no_grad()
-    def _generated(self, z: Tensor) -> Tensor:
-        """G(z), a slice of z at a time."""
-        return torch.cat([self.generate(part) for part in z.split(SLICE)])
+        return {"samples": self.generated(end.x), "generator": generated, "acceptance": rates}

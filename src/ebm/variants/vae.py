@@ -37,7 +37,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam, Optimizer
 
 from ebm import networks
-from ebm.variants.base import EBM, descend, standard_normal
+from ebm.variants.base import EBM, descend, in_slices, standard_normal
 
 
 class VAE(EBM):
@@ -102,7 +102,7 @@ class VAE(EBM):
     @torch.no_grad()
     def sample(self, n: int) -> dict[str, Tensor]:
         """`samples` [n, *]: means of p(x | z) for images, draws of it for vectors."""
-        decoded = self.decoder(self._noise(n))
+        decoded = in_slices(self.decoder, self._noise(n))
         if self.log_scale is None:
             return {"samples": decoded.sigmoid()}
         return {"samples": decoded + self.log_scale.exp() * torch.randn_like(decoded)}

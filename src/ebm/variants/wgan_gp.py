@@ -130,10 +130,9 @@ class WGANGP(Generative):
             energy = self.energy(self.generator(z))
         return energy.mean(), {}
 
-    @torch.no_grad()
     def sample(self, n: int) -> dict[str, Tensor]:
         """`samples` G(z) [n, *]."""
-        return {"samples": (self.average or self.generator)(self._prior(n))}
+        return {"samples": self.generated(self._prior(n))}
 
 
 def between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
