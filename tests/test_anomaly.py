@@ -191,7 +191,7 @@ def test_where_validation_is_all_normal_a_share_of_it_is_flagged():
     assert thresholds(prepared) == thresholds(prepared, flagged=0.1)  # labels decide
 
 
-def test_a_table_without_labels_has_a_threshold_and_no_claims():
+def test_a_table_without_labels_has_a_threshold_and_no_claims(caplog):
     found = measured(Bowl(), table(labelled=False), flagged=0.25)
     assert found.metrics.keys() == {"flagged_share"}
     assert found.metrics["flagged_share"] == pytest.approx(0.25, abs=0.1)
@@ -201,6 +201,8 @@ def test_a_table_without_labels_has_a_threshold_and_no_claims():
     unknown = measured(Bowl((math.nan, 0.0, 0.0)), table(labelled=False), flagged=0.25)
     assert math.isnan(unknown.metrics["flagged_share"])
     assert not unknown.thresholds
+    assert not unknown.references
+    assert "of 120 of 120 rows that set the threshold is not finite" in caplog.text
     assert [name for name, *_ in found.figures] == ["scores"]
 
 

@@ -47,6 +47,15 @@ def test_an_autoregression_is_worth_what_is_known(rho):
     assert found.r_hat < 1.02
 
 
+@pytest.mark.parametrize("unit", [2.0**-70, 2.0**70, 1e-300])
+def test_in_another_unit_a_trace_is_worth_the_same(unit):
+    """As that of a density may be, which is tiny where the energy is high."""
+    trace = autoregression(0.8, draws=500)
+    plain, found = diagnose(trace), diagnose(unit * trace)
+    assert found._replace(mcse=0.0) == pytest.approx(plain._replace(mcse=0.0))
+    assert found.mcse == pytest.approx(unit * plain.mcse)
+
+
 def test_an_alternating_chain_is_worth_more_than_its_number():
     assert diagnose(autoregression(-0.5)).ess_bulk > 1.5 * 8 * 5000
 

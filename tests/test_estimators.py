@@ -134,6 +134,12 @@ def test_known_weights_have_their_effective_sample_size(weights, size):
     assert kish(torch.tensor(weights, dtype=torch.float64).log()).item() == pytest.approx(size)
 
 
+@pytest.mark.parametrize("constant", [-3e6, -3e4, 3e6])
+def test_a_constant_of_the_log_weights_does_not_matter_in_single_precision(constant):
+    equal = torch.full((1000,), constant, dtype=torch.float32)
+    assert kish(equal).item() == pytest.approx(1000, rel=1e-5)
+
+
 def test_lognormal_weights_are_worth_exp_of_minus_their_variance():
     torch.manual_seed(1)
     n = 400000
@@ -164,13 +170,23 @@ def test_the_error_of_two_draws_is_half_their_distance():
     assert monte_carlo(torch.tensor([0.0, 2.0])).error == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_error_bar_does_not_vanish_in_half_precision(dtype):
+    values = torch.arange(70_000).remainder(2).to(dtype)
+    found = monte_carlo(values)
+    assert found.ess == 70_000
+    assert found.error.item() == pytest.approx(0.5 / math.sqrt(70_000), rel=0.02)
+
+
 @pytest.mark.parametrize("nu", [0.5, 1.0, 10.0])
 def test_the_constant_is_where_the_value_is_highest(nu):
     data, noise = torch.randn(30) * 3, torch.randn(round(30 * nu)) * 3
     c = log_partition(data, noise, nu)
     v = [value(data - c - s, noise - c - s, nu).item() for s in (-0.01, 0.0, 0.01)]
     assert v[1] > max(v[0], v[2])
-    assert log_partition(data + 5, noise + 5, nu) == pytest.approx(c + 5)
+    for constant in (5, 2e6, -2e6):
+        found = log_partition(data + constant, noise + constant, nu)
+        assert found - constant == pytest.approx(c, abs=1e-6)
     assert log_partition(*ratios(nu=nu, n=8000), nu) == pytest.approx(0, abs=1e-3)
 
 

@@ -15,6 +15,7 @@ from ebm.samplers import (
     DecoupledLangevin,
     InSlices,
     Langevin,
+    RandomWalk,
     State,
     ais,
     at_milestones,
@@ -22,6 +23,7 @@ from ebm.samplers import (
     milestones,
     polynomial_decay,
     run,
+    with_acceptance,
 )
 from ebm.samplers.kernel import metropolise
 
@@ -268,6 +270,14 @@ def test_a_rejected_proposal_leaves_the_whole_state():
     assert 0 < stayed.sum() < 500
     torch.testing.assert_close(after.energy, gaussian(after.x))
     torch.testing.assert_close(after.gradient, after.x)
+
+
+def test_the_rates_of_a_run_are_of_its_own_steps():
+    kernel = RandomWalk(lambda x: x.square().sum(1) / 2, 1.0)
+    before, first = with_acceptance(kernel, torch.zeros(50, 1), 3)
+    after, second = with_acceptance(kernel, before, 5)
+    assert (len(first), len(second)) == (3, 5)
+    assert second[-1] == after.acceptance.mean()
 
 
 def test_run_shows_every_step_to_its_observer():

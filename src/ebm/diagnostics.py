@@ -7,8 +7,10 @@ and a few expectations, and only at chains of the target itself: the hot rungs o
 are chains of something else. Chains too short to be stationary have no effective sample size.
 """
 
+import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,12 +37,13 @@ def diagnose(trace: Tensor) -> Diagnosis:
     """All of them for a trace [chains, draws]."""
     if _says_nothing(trace):
         return Diagnosis(*[torch.nan] * 5)
-    array, stats = _array(trace), _arviz()
+    exponent, stats = _exponent(trace), _arviz()
+    array = _array(trace, exponent)
     return Diagnosis(
         float(stats.ess(array, method="bulk", **AXES)),
         float(stats.ess(array, method="tail", prob=(0.05, 0.95), **AXES)),
         float(stats.rhat(array, method="rank", **AXES)),
-        float(stats.mcse(array, method="mean", **AXES)),
+        math.ldexp(float(stats.mcse(array, method="mean", **AXES)), exponent),
         autocorrelation_time(trace),
     )
 
@@ -50,15 +53,23 @@ def autocorrelation_time(trace: Tensor) -> float:
     first-order autoregression. In draws; NaN for one value only; ask it of the energy."""
     if _says_nothing(trace):
         return torch.nan
-    return trace.numel() / float(_arviz().ess(_array(trace), method="mean", **AXES))
+    array = _array(trace, _exponent(trace))
+    return trace.numel() / float(_arviz().ess(array, method="mean", **AXES))
 
 
 def _says_nothing(trace: Tensor) -> bool:
     return not trace.isfinite().all() or bool((trace == trace[0, 0]).all())
 
 
-def _array(trace: Tensor) -> Any:
-    return trace.double().cpu().numpy()
+def _exponent(trace: Tensor) -> int:
+    """The least power of two above the range of the values, which a trace is divided by: ArviZ
+    takes one that varies by less than 1e-15 for constant."""
+    low, high = trace.double().aminmax()
+    return math.frexp((high - low).item())[1]
+
+
+def _array(trace: Tensor, exponent: int) -> Any:
+    return np.ldexp(trace.double().cpu().numpy(), -exponent)
 
 
 def _arviz() -> Any:

@@ -29,8 +29,8 @@ class Estimate(NamedTuple):
 
 def monte_carlo(values: Tensor) -> Estimate:
     """Mean of f over draws of p. Error: that of a mean; every draw counts."""
-    count = torch.tensor(len(values), dtype=values.dtype, device=values.device)
-    return Estimate(values.mean(), values.std() / count.sqrt(), count)
+    count = torch.tensor(len(values), dtype=torch.float64, device=values.device)
+    return Estimate(values.mean(), values.std() / math.sqrt(len(values)), count)
 
 
 def importance(values: Tensor, log_weight: Tensor) -> Estimate:
@@ -69,7 +69,7 @@ def accepted(log_weight: Tensor, log_bound: float) -> Tensor:
 def kish(log_weight: Tensor) -> Tensor:
     """Effective sample size of weighted draws, (sum w)^2 / sum w^2 (Kish 1965): N for equal
     weights, 1 where one draw has all."""
-    return (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp()
+    return 1 / log_weight.softmax(0).square().sum()
 
 
 def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
@@ -91,8 +91,9 @@ def log_partition(data: Tensor, noise: Tensor, ratio: float) -> float:
     def excess(log_z: float) -> float:
         return missed(log_z) - torch.sigmoid(noise - shift - log_z).sum().item()
 
-    everywhere = torch.cat([data, noise]).clamp(-1e6, 1e6)
-    low, high = everywhere.min().item() - 50, everywhere.max().item() + 50
+    ratios = torch.cat([data, noise])
+    finite = ratios[ratios.isfinite()]
+    low, high = (finite.min().item() - 50, finite.max().item() + 50) if len(finite) else (0.0, 0.0)
     if excess(low) < 0 < excess(high):
         log_z = brentq(excess, low, high)
         if missed(log_z) >= 1e-6:

@@ -77,10 +77,18 @@ def evaluate_table(case: Case) -> Evaluation:
 
 def _scored(model: EBM, rule: Rule, test: Tensor) -> Scored:
     found = scores(model, test)
+    _warn_of_strange(found, "test rows")
+    if rule.rows is test:
+        return Scored(found, found)
+    known = scores(model, rule.rows)
+    _warn_of_strange(known, "rows that set the threshold")
+    return Scored(known, found)
+
+
+def _warn_of_strange(found: dict[str, Tensor], rows: str) -> None:
     for name, score in found.items():
         if count := int((~score.isfinite()).sum()):
-            log.warning("%s of %d of %d test rows is not finite", TITLES[name], count, len(score))
-    return Scored(found if rule.rows is test else scores(model, rule.rows), found)
+            log.warning("%s of %d of %d %s is not finite", TITLES[name], count, len(score), rows)
 
 
 def _flag(result: Evaluation, scored: Scored, rule: Rule) -> None:
@@ -90,8 +98,9 @@ def _flag(result: Evaluation, scored: Scored, rule: Rule) -> None:
     flagged = energy >= threshold
     known = math.isfinite(threshold) and not energy.isnan().any()
     result.metrics["flagged_share"] = flagged.double().mean().item() if known else math.nan
-    wanted = rule.flagged or 0.0
-    reached = (scored.known["energy"] >= threshold).double().mean().item()
+    wanted, reached = rule.flagged or 0.0, math.nan
+    if math.isfinite(threshold):
+        reached = (scored.known["energy"] >= threshold).double().mean().item()
     source = f"of the validation split, whose highest {wanted:.2%} were to be flagged"
     result.refer("flagged_share", reached, "baseline", source)
     if reached > 2 * wanted:

@@ -102,7 +102,7 @@ def with_acceptance(kernel: Kernel[State], x: Tensor | State, steps: int) -> tup
     rates: list[Tensor] = []
 
     def observe(step: int, state: State) -> None:
-        if state.acceptance is not None:
+        if step and state.acceptance is not None:  # that of a state it goes on from is none of its
             rates.append(state.acceptance.mean())
 
     state = run(kernel, x, steps, observe)
