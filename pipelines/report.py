@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 
 from ebm import EBMError, params
 from pipelines import page, places, results, stage
-from pipelines.commands import guarded
 from pipelines.results import Comparison, History, Provenance, Result
 
 log = logging.getLogger(__name__)
@@ -128,4 +126,4 @@ def _fill(folder: Path, files: Mapping[str, bytes], absent: Sequence[str]) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    stage.main_alone(main)

@@ -1,7 +1,6 @@
 """Stage `samplers`: compare the kernels on targets of which everything is known; numbers, a table,
 figures."""
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from ebm import params
 from ebm.params import ParamsError
 from pipelines import provenance, stage, tracking
-from pipelines.commands import guarded
 
 if TYPE_CHECKING:
     from ebm.comparison import Comparison
@@ -55,4 +53,4 @@ def _track(settings: dict[str, Any], result: "Comparison", record: dict[str, Any
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    stage.main_alone(main)

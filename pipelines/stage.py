@@ -31,6 +31,12 @@ def main(run: Callable[[str], None], noun: str) -> None:
     sys.exit(guarded(lambda: run(name)))
 
 
+def main_alone(run: Callable[[], None]) -> None:
+    """Run a stage that there is but one of, which takes no argument, and exit."""
+    argparse.ArgumentParser(description=sys.modules["__main__"].__doc__).parse_args()
+    sys.exit(guarded(run))
+
+
 def claim_device(threads: int, wait: bool = True) -> "torch.device":
     """Claim a GPU where there is one (EBM_DEVICE overrides), else take the CPU, with `threads`
     threads.

@@ -1,6 +1,9 @@
 """What every stage shares: errors in one line, checkpoints that outlive what cannot matter."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +12,8 @@ import torch
 
 from ebm import EBMError
 from pipelines import evaluate, places, train
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -65,3 +70,16 @@ def test_checkpoints_are_of_one_configuration_one_data_set_and_one_kind_of_devic
     assert folder() == folder()
     on_cards = [folder(device="cuda") for _ in range(2)]
     assert len({folder(), folder(steps=2), folder(sha256="1"), *on_cards}) == 5
+
+
+@pytest.mark.parametrize("name", ["report", "samplers", "train"])
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--hlep", 2)])
+def test_who_asks_a_stage_what_it_does_does_not_run_it(tmp_path, name, argument, code):
+    asked = [sys.executable, "-m", f"pipelines.{name}", argument]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        asked, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == code, found.stderr
+    assert f"Stage `{name}" in found.stdout if code == 0 else "usage" in found.stderr
+    assert not list(tmp_path.iterdir())
