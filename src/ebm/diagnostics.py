@@ -37,8 +37,7 @@ def diagnose(trace: Tensor) -> Diagnosis:
     """All of them for a trace [chains, draws]."""
     if _says_nothing(trace):
         return Diagnosis(*[torch.nan] * 5)
-    exponent, stats = _exponent(trace), _arviz()
-    array = _array(trace, exponent)
+    (array, exponent), stats = _scaled(trace), _arviz()
     return Diagnosis(
         float(stats.ess(array, method="bulk", **AXES)),
         float(stats.ess(array, method="tail", prob=(0.05, 0.95), **AXES)),
@@ -53,7 +52,7 @@ def autocorrelation_time(trace: Tensor) -> float:
     first-order autoregression. In draws; NaN for one value only; ask it of the energy."""
     if _says_nothing(trace):
         return torch.nan
-    array = _array(trace, _exponent(trace))
+    array, _ = _scaled(trace)
     return trace.numel() / float(_arviz().ess(array, method="mean", **AXES))
 
 
@@ -61,15 +60,12 @@ def _says_nothing(trace: Tensor) -> bool:
     return not trace.isfinite().all() or bool((trace == trace[0, 0]).all())
 
 
-def _exponent(trace: Tensor) -> int:
-    """The least power of two above the range of the values, which a trace is divided by: ArviZ
-    takes one that varies by less than 1e-15 for constant."""
-    low, high = trace.double().aminmax()
-    return math.frexp((high - low).item())[1]
-
-
-def _array(trace: Tensor, exponent: int) -> Any:
-    return np.ldexp(trace.double().cpu().numpy(), -exponent)
+def _scaled(trace: Tensor) -> tuple[Any, int]:
+    """The values over 2^e, the least power of two above their range, and e: ArviZ takes a trace
+    that varies by less than 1e-15 for constant."""
+    values = trace.double().cpu().numpy()
+    exponent = math.frexp(np.ptp(values))[1]
+    return np.ldexp(values, -exponent), exponent
 
 
 def _arviz() -> Any:
