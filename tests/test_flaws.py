@@ -52,7 +52,7 @@ PARAMS["experiments"]["nce"] = PARAMS["experiments"]["rbm"] | {
     "dataset": "plane",
     "variant": "nce",
     "model": MODELS["nce"] | {"warmup": 2},
-    "evaluate": {"grid": 20, "flagged": None},
+    "evaluate": {"grid": 160, "flagged": None},
 }
 STAGES = [
     (prepare.prepare, "plane", "data/plane/splits.safetensors"),
@@ -138,6 +138,6 @@ def test_an_experiment_is_one_run_with_all_that_came_of_it_and_leaves_no_checkpo
     assert {
         "sample.count": "40",
         "sample.steps": "2",
-        "evaluate.grid": "20",
+        "evaluate.grid": "160",
     }.items() <= tags.items()
     assert not list(Path(".checkpoints").rglob("*.ckpt"))
