@@ -6,6 +6,7 @@ import logging
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,10 @@ from pipelines.repository import opened, unmade, when_free
 
 RESTORED = 64
 """The exit code of `reproduce` where the command did not run, because DVC had its outputs."""
+
+INTERRUPTED = threading.Event()
+"""Set by SIGINT before the command has begun: should the exception be lost in what DVC does with
+exceptions, the command does not begin."""
 
 WRITTEN_BY_DVC = {"dvc.lock", ".gitignore"}
 
@@ -160,6 +165,8 @@ def _enter_what_was_read() -> None:
     run, save = Stage._run_stage, Stage.save_deps
 
     def begun(stage: Stage, dry: bool, force: bool, **kwargs: Any) -> None:
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
         if force:  # else DVC itself looks at once, for the sake of its run cache
             stage.save_deps()
         run(stage, dry, force, **kwargs)
@@ -185,6 +192,7 @@ def _give_up_unless_there_is_a_result(_: int, frame: FrameType | None) -> None:
     """
     if _command_has_ended():
         return
+    INTERRUPTED.set()
     if uninterruptible(frame):
         signal.setitimer(signal.ITIMER_REAL, 0.001)  # SIGALRM: again in a moment
         return

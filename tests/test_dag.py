@@ -237,15 +237,17 @@ def interruptible():
     return interrupted
 
 
-def interrupted(root, owner, name):
-    """Reproduce `prepare`, and get SIGINT when DVC calls owner.name."""
+def interrupted(root, owner, name, lost=""):
+    """Reproduce `prepare`, and get SIGINT when DVC calls owner.name; the exception may be `lost`
+    there."""
     os.chdir(root)
     place = pkgutil.resolve_name(owner)
     method = getattr(place, name)
 
     def call(*args, **kwargs):
         setattr(place, name, method)
-        os.kill(os.getpid(), signal.SIGINT)
+        with contextlib.suppress(KeyboardInterrupt) if lost else contextlib.nullcontext():
+            os.kill(os.getpid(), signal.SIGINT)
         return method(*args, **kwargs)
 
     setattr(place, name, call)
@@ -281,6 +283,14 @@ def test_sigint_costs_no_result_and_breaks_none_of_dvcs_files(
     assert (house.ran() == ["prepare"]) == recorded
     (prepare,) = dag.plan(["prepare"], house.root).stages
     assert prepare.stale != recorded
+
+
+def test_sigint_whose_exception_is_lost_keeps_the_command_from_beginning(house, launcher):
+    house.edit("params.yaml", "seed: 0", "seed: 1")
+    process = launcher.start(str(house.root), "dvc.stage:Stage", "remove_outs", "lost")
+    said = list(process.lines())
+    assert process.wait() == Ended(130), said
+    assert house.ran() == []
 
 
 def test_sources_are_what_no_stage_makes_and_tell_of_an_edit(house):
