@@ -18,7 +18,6 @@ point of data, has its optimum where p is the density of the data, normalised (G
 
 import math
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -66,9 +65,9 @@ class Contrasted(EBM):
     log Z that are learned: log p(v) = log b(v) - f(v) - log Z. Of several `outputs` f_k, log Z_k
     the density is the mixture of equal parts; they share all layers but the last.
 
-    b is the flow after its warm-up if the energy is `tilted`; else, of vectors, the Gaussian of
-    the data, so that p falls where neither data nor noise ever were (f grows like |v| at most, and
-    of Fourier features it need not grow); of images there is none.
+    b is the flow as it is now if the energy is `tilted`; else, of vectors, the Gaussian of the
+    data, so that p falls where neither data nor noise ever were (f grows like |v| at most, and of
+    Fourier features it need not grow); of images there is none. Nothing trains b through p.
 
     `network` are the settings of f (`ebm.networks.scalar`); `noise`, `levels` and `margin` those
     of a `flows.Density`; the others as in `schema.Contrasted`.
@@ -111,7 +110,7 @@ class Contrasted(EBM):
             nn.init.zeros_(self.network.head.weight)
         self.log_z = nn.Parameter(torch.zeros(outputs))
         self.noise = Density(shape, noise, levels, margin)
-        self.base = deepcopy(self.flow).requires_grad_(False) if tilted else None
+        self.tilted = tilted
         self.defence = defence
         vectors = len(shape) == 1
         self.broad = Gaussian(*shape) if vectors and (defence or not tilted) else None
@@ -119,7 +118,6 @@ class Contrasted(EBM):
 
     def initialise(self, data: Tensor, labels: Tensor | None = None) -> None:
         self.noise.initialise(data)
-        self._take_up_flow()
         if self.broad is not None:
             self.broad.initialise(self.space.enter(data))
         self.start_constants()
@@ -140,22 +138,24 @@ class Contrasted(EBM):
         return Defended(self.flow, self.broad, self.defence)
 
     @property
-    def corrected(self) -> Noise | None:
+    def corrected(self) -> Flow | None:
         """b: what the energy is a correction of, if of anything."""
-        return self.broad if self.base is None else self.base
+        return self.flow if self.tilted else self.broad
 
     def unnormalised(self, v: Tensor) -> Tensor:
         """f_k(v) for points v [B, *] of the space: [B, outputs]."""
         return self.network.of_points(v).view(len(v), -1)
 
-    def log_densities(self, v: Tensor) -> Tensor:
-        """log p_k(v) of every output: [B, outputs]."""
+    def log_densities(self, v: Tensor, log_b: Tensor | None = None) -> Tensor:
+        """log p_k(v) of every output, with `log_b` [B] where it is known: [B, outputs]."""
         tilt, b = -self.unnormalised(v) - self.log_z, self.corrected
-        return tilt if b is None else tilt + b.log_prob(v).unsqueeze(1)
+        if log_b is None and b is not None:
+            log_b = b.held(v)
+        return tilt if log_b is None else tilt + log_b.unsqueeze(1)
 
-    def log_density(self, v: Tensor) -> Tensor:
-        """log p(v), of the mixture of all outputs: [B]."""
-        log_p = self.log_densities(v)
+    def log_density(self, v: Tensor, log_b: Tensor | None = None) -> Tensor:
+        """log p(v), of the mixture of all outputs, with `log_b` [B] where it is known: [B]."""
+        log_p = self.log_densities(v, log_b)
         return log_p.logsumexp(1) - math.log(log_p.shape[1])
 
     def energy(self, x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Contrasted(EBM):
         loss = self.warm_up(data)
         if loss is None:
             return self._logs(**self.turn(data, warming=False))
-        if self.base is not None:  # it has nothing to correct yet
+        if self.tilted:  # it has nothing to correct yet
             return self._logs(noise_loss=loss)
         return self._logs(**self.turn(data, warming=True) | {"noise_loss": loss})
 
@@ -206,13 +206,22 @@ class Contrasted(EBM):
         with torch.no_grad():
             draws, log_q_draws = noise.from_latents(*latents)
             log_q = noise.log_prob(data)
-        v, logs = self.play(data, draws, log_q, log_q_draws)
+        log_b = torch.cat([log_q, log_q_draws]) if noise is self.flow and self.tilted else None
+        v, logs = self.play(data, draws, log_q, log_q_draws, log_b)
         return -v, logs
 
-    def play(self, data: Tensor, draws: Tensor, log_q: Tensor, log_q_draws: Tensor) -> Loss:
-        """V on points [B, *] and draws [R, *] with their log q, and what is logged of it."""
+    def play(
+        self,
+        data: Tensor,
+        draws: Tensor,
+        log_q: Tensor,
+        log_q_draws: Tensor,
+        log_b: Tensor | None = None,
+    ) -> Loss:
+        """V on points [B, *] and draws [R, *] with their log q, and log b [B + R] of both where it
+        is known; what is logged of it."""
         sizes = len(data), len(draws)
-        log_p, log_p_draws = self.log_density(torch.cat([data, draws])).split(sizes)
+        log_p, log_p_draws = self.log_density(torch.cat([data, draws]), log_b).split(sizes)
         r, r_draws = log_p - log_q, log_p_draws - log_q_draws
         v = value(r, r_draws, self.ratio)
         return v, {
@@ -225,12 +234,10 @@ class Contrasted(EBM):
     def warm_up(self, data: Tensor) -> Tensor | None:
         """One of the first `warmup` steps, in which the flow follows the likelihood of `data`,
         points of the space: its loss, or None where there is no such step to take. The learning
-        rate falls from what `ebm.train` has set for this step to 0 over the second half of them.
-        The first step after them lets a tilted energy take up the flow as its base."""
+        rate falls from what `ebm.train` has set for this step to 0 over the second half of
+        them."""
         left = self.warmup - int(self.steps)
         self.steps += 1
-        if left == 0:
-            self._take_up_flow()
         optimizer = self.optimizers.get("warmup")
         if left <= 0 or optimizer is None:
             return None
@@ -242,16 +249,11 @@ class Contrasted(EBM):
         loss = -self.flow.log_prob(data).mean()
         return loss, {"noise_loss": loss}
 
-    def _take_up_flow(self) -> None:
-        """The base of a tilted energy is the flow as it is now."""
-        if self.base is not None:
-            self.base.load_state_dict(self.flow.state_dict())
-
     @torch.no_grad()
     def start_constants(self) -> None:
         """c as importance sampling from the noise has it; of a tilted energy, where p starts as
         the noise, 0."""
-        if self.base is None:
+        if not self.tilted:
             v, log_q = self.contrast.draw_with_log_prob(STARTING)
             self.log_z.zero_()
             self.log_z.copy_(importance_log_partition(-self.log_densities(v), log_q))

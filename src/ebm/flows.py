@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
+from torch.func import functional_call
 from torch.optim import AdamW, Optimizer
 
 from ebm import EBMError
@@ -75,6 +76,14 @@ class Flow(nn.Module, Noise):
 
     def initialise(self, v: Tensor) -> None:
         """Set what depends on data [N, *], if anything does, once, before the first step."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.log_prob(v)
+
+    def held(self, v: Tensor) -> Tensor:
+        """log density [B] of points [B, *] in which it is differentiable, but not in the
+        parameters, which are held at what they are."""
+        return functional_call(self, {n: p.detach() for n, p in self.named_parameters()}, v)
 
     def draw_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
         latents = self.latents(n)

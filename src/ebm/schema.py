@@ -454,9 +454,9 @@ Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
 class Contrasted(Section):
     """What noise- and flow-contrastive energies share: the `network` of f; a share `defence` of
     the noise that a Gaussian of the data draws, and whether the energy is `tilted`, a correction
-    of the flow as it is after `warmup` steps of maximum likelihood at `warmup_learning_rate`;
-    grey `levels` of images (0: vectors) and the `margin` of their logit; Adam's
-    `learning_rate`s for f and for its constant, `betas`, `weight_decay`; the norm to which
+    of the flow; the `warmup` steps in which the flow follows the likelihood alone, at
+    `warmup_learning_rate`; grey `levels` of images (0: vectors) and the `margin` of their logit;
+    Adam's `learning_rate`s for f and for its constant, `betas`, `weight_decay`; the norm to which
     gradients are cut (`clip`, null: none); whether to `compile` training."""
 
     network: EnergyNetwork

@@ -24,9 +24,11 @@ data, and in the warm-up the energy of vectors is trained against that alone: a 
 soon has no draws where nothing lies, and an energy trained against it is free to be low there. At
 equilibrium V is then above -log 4 by about 0.7 times the share. The energy corrects a density b,
 where the paper has none: of vectors the same Gaussian, without which p need not fall beyond all
-noise; of images (`tilted`) the flow at the end of the warm-up, for which it waits, and f begins at
-0. And p(k | v) of a semi-supervised energy is kept smooth by virtual adversarial training, as the
-paper combines both (`roughness`).
+noise; of images (`tilted`) the flow as it is now, q: then log p - log q is -f - log Z, which
+begins at 0 when the warm-up ends, and needs not learn how the flow has changed. In a turn of the
+flow b stays what it was, as p does in the paper; afterwards p moves with it. And p(k | v) of a
+semi-supervised energy is kept smooth by virtual adversarial training, as the paper combines both
+(`roughness`).
 
 Beside a semi-supervised energy a twin of its network learns from the same labels alone: what the
 unlabelled points are worth is the difference.
