@@ -7,7 +7,9 @@ import torch
 from torch.nn import Conv2d
 from torch.nn import functional as F
 
+from ebm import EBMError
 from ebm.networks import (
+    BatchNorm,
     FourierFeatures,
     Modulation,
     Residual,
@@ -151,3 +153,13 @@ def test_networks_of_images_have_the_channels_that_they_are_said_to_have():
     block = [(4, 4)] * 4
     widened = [(4, 8), (8, 8), (4, 8), (8, 8), (8, 8)]  # the third is beside the first two
     assert channels("resnet") == [(3, 4), *block, *widened, *[(8, 8)] * 4]
+
+
+def test_one_number_of_a_channel_is_too_few_to_normalise_by():
+    layer = BatchNorm(3)
+    with pytest.raises(EBMError, match=r"train\.batch_size: expected two rows"):
+        layer(torch.randn(1, 3, 1, 1))
+    for rows, side in [(2, 1), (1, 2)]:
+        normalised = layer(torch.randn(rows, 3, side, side))
+        torch.testing.assert_close(normalised.mean((0, 2, 3)), torch.zeros(3))
+    assert layer.eval()(torch.randn(1, 3, 1, 1)).isfinite().all()

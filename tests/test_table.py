@@ -201,6 +201,17 @@ def test_numbers_too_large_to_be_told_apart_are_no_larger_than_others(step):
     assert found.max() <= 1
 
 
+@pytest.mark.parametrize("step", [100, 10**4])
+def test_whole_numbers_that_double_precision_cannot_tell_apart_are_told_of(caplog, step):
+    """Of 10^18 there is a number every 128."""
+    many = [10**18 + step * k for k in range(100)]
+    fit(pd.DataFrame({"id": many}), [], "minmax", "it")
+    kept = len({float(number) for number in many})
+    assert (kept < 100) == (step < 128)
+    told = f"column 'id': only {kept} of 100 different whole numbers stay different"
+    assert (told in caplog.text) == (kept < 100)
+
+
 @pytest.mark.parametrize(("start", "told"), [(1.7e12, True), (0.0, False)])
 def test_numbers_that_single_precision_cannot_tell_apart_are_told_of(caplog, start, told):
     """Milliseconds since 1970, of one hour: of 131,072 each there is one number."""

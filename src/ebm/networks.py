@@ -67,11 +67,24 @@ def decoder(
     for (i, o), (high, broad) in zip(pairwise([*widths, channels]), sizes[1:], strict=True):
         extra = 1 - high % 2, 1 - broad % 2  # n becomes 2 n - 1, or 2 n
         layers += [
-            nn.BatchNorm2d(i),
+            BatchNorm(i),
             nn.ReLU(),
             nn.ConvTranspose2d(i, o, KERNEL, STRIDE, PADDING, output_padding=extra),
         ]
     return nn.Sequential(*layers, *last, nn.Flatten(), nn.Unflatten(1, shape))
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Channels of [B, C, H, W] over the batch and the image, in training by what these are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            needed = "two rows for each update and process"
+            why = (
+                "images that layers of stride 2 have made one pixel are normalised over the batch"
+            )
+            raise EBMError(f"train.batch_size: expected {needed}: {why}")
+        return super().forward(x)
 
 
 class Signed(nn.Module):

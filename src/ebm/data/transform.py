@@ -224,6 +224,7 @@ def fit(
         else:
             values = present(frame[name], source)
             numbers = _finite(numbers_of(values, source), values, source)
+            _warn_of_lost_digits(values, numbers, source)
             columns.append(Column(name, "numeric", (), numbers.min().item(), numbers.max().item()))
             _warn_of_outlier(columns[-1], numbers, scale, source)
     return Transform(tuple(columns), scale, missing, tuple(others))
@@ -235,6 +236,16 @@ def _warn_of_blanks(name: str, categories: Sequence[str], source: str) -> None:
     if alike := [c for c, s in zip(categories, stripped, strict=True) if stripped.count(s) > 1]:
         told = f"{listed(alike)} differ by blanks only, and are categories of their own"
         log.warning("%s: column %s: %s", source, short(name), told)
+
+
+def _warn_of_lost_digits(values: "Series", numbers: np.ndarray, source: str) -> None:
+    """A warning if whole numbers that differ are one number in float64, in which they are
+    `numbers`, as some beyond 2^53 are."""
+    if values.dtype.kind in "iu" and (after := len(np.unique(numbers))) < values.nunique():
+        told = f"only {after} of {values.nunique()} different whole numbers stay different"
+        advice = "they are too large for double precision; if they are names, ignore the column"
+        where = f"{source}: column {short(str(values.name))}"
+        log.warning("%s: %s: %s", where, told, advice)
 
 
 def _warn_of_outlier(column: Column, numbers: np.ndarray, scale: Scale, source: str) -> None:
