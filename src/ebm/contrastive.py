@@ -17,7 +17,7 @@ point of data, has its optimum where p is the density of the data, normalised (G
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -56,6 +56,9 @@ def importance_log_partition(energy: Tensor, log_q: Tensor) -> Tensor:
 
 STARTING = 4096
 """Draws of the noise that say where the constants start."""
+
+LogDensity = Callable[[Tensor], Tensor]
+"""From points [B, *] to log densities [B]."""
 
 LOGGED = ("value", "accuracy", "log_z", "noise_loss", "energy_gap", "gradient_norm")
 
@@ -146,15 +149,13 @@ class Contrasted(EBM):
         """f_k(v) for points v [B, *] of the space: [B, outputs]."""
         return self.network.of_points(v).view(len(v), -1)
 
-    def log_densities(self, v: Tensor, log_b: Tensor | None = None) -> Tensor:
-        """log p_k(v) of every output, with `log_b` [B] where it is known: [B, outputs]."""
+    def log_densities(self, v: Tensor, log_b: LogDensity | None = None) -> Tensor:
+        """log p_k(v) of every output, with log b as `log_b` has it, or else b: [B, outputs]."""
         tilt, b = -self.unnormalised(v) - self.log_z, self.corrected
-        if log_b is None and b is not None:
-            log_b = b.held(v)
-        return tilt if log_b is None else tilt + log_b.unsqueeze(1)
+        return tilt if b is None else tilt + (log_b or b.log_prob)(v).unsqueeze(1)
 
-    def log_density(self, v: Tensor, log_b: Tensor | None = None) -> Tensor:
-        """log p(v), of the mixture of all outputs, with `log_b` [B] where it is known: [B]."""
+    def log_density(self, v: Tensor, log_b: LogDensity | None = None) -> Tensor:
+        """log p(v), of the mixture of all outputs, with log b as for each of them: [B]."""
         log_p = self.log_densities(v, log_b)
         return log_p.logsumexp(1) - math.log(log_p.shape[1])
 
@@ -205,30 +206,28 @@ class Contrasted(EBM):
         no gradient of it reaches the noise."""
         with torch.no_grad():
             draws, log_q_draws = noise.from_latents(*latents)
-            log_q = noise.log_prob(data)
-        log_b = torch.cat([log_q, log_q_draws]) if noise is self.flow and self.tilted else None
-        v, logs = self.play(data, draws, log_q, log_q_draws, log_b)
+            log_q = torch.cat([noise.log_prob(data), log_q_draws])
+        points, known = torch.cat([data, draws]), self.tilted and noise is self.flow
+        v, logs = self.play(points, log_q, len(data), (lambda _: log_q) if known else None)
         return -v, logs
 
     def play(
-        self,
-        data: Tensor,
-        draws: Tensor,
-        log_q: Tensor,
-        log_q_draws: Tensor,
-        log_b: Tensor | None = None,
+        self, points: Tensor, log_q: Tensor, rows: int, log_b: LogDensity | None = None
     ) -> Loss:
-        """V on points [B, *] and draws [R, *] with their log q, and log b [B + R] of both where it
-        is known; what is logged of it."""
-        sizes = len(data), len(draws)
-        log_p, log_p_draws = self.log_density(torch.cat([data, draws]), log_b).split(sizes)
-        r, r_draws = log_p - log_q, log_p_draws - log_q_draws
+        """V on so many rows of data and on the draws that follow them, together `points` [N, *],
+        with their log q [N]; p does not change with b. What is logged of it. `log_b`: log b at
+        the points, where it need not be computed."""
+        sizes, b = (rows, len(points) - rows), self.corrected
+        if b is not None:
+            log_b = log_b or b.held
+        log_p = self.log_density(points, log_b)
+        r, r_draws = (log_p - log_q).split(sizes)
         v = value(r, r_draws, self.ratio)
         return v, {
             "value": v,
             "accuracy": accuracy(r, r_draws, self.ratio),
-            "noise_loss": -log_q.mean(),
-            "energy_gap": log_p_draws.mean() - log_p.mean(),
+            "noise_loss": -log_q[:rows].mean(),
+            "energy_gap": log_p[rows:].mean() - log_p[:rows].mean(),
         }
 
     def warm_up(self, data: Tensor) -> Tensor | None:
