@@ -178,12 +178,22 @@ IMAGES = (3, 8, 8)
 CONVOLUTIONS = {"network": "conv", "energy": [4, 8], "generator": [8, 4]}
 SEMI = {"classes": 2, "labelled": 3, "supervision": 1.0, "smoothness": 0.5}
 GLOW = {"kind": "glow", "levels": 1, "depth": 1, "width": 4}
+TILTED = {
+    "tilted": True,
+    "network": {"kind": "conv", "width": 2, "depth": 1},
+    "defence": 0.0,
+    "levels": 5,
+    "margin": 0.01,
+    "warmup": 4,
+    "threshold": 0.4,
+}
 COMPILED = {
     "flow": ("flow", (4,), {}),
     "glow": ("flow", (4, 4), {"flow": GLOW, "levels": 5, "margin": 0.01}),
     "nce": ("nce", (4,), {"clip": None}),
     "fce": ("fce", (4,), {}),
     "fce-semi": ("fce", (4,), SEMI | {"flow": MODELS["flow"]["flow"]}),
+    "fce-images": ("fce", (4, 4), TILTED | {"flow": GLOW}),
     "igebm": ("igebm", (4,), {}),
     "meg": ("meg", (4,), {}),
     "meg-images": ("meg", IMAGES, CONVOLUTIONS | {"statistics": [4, 8]}),
