@@ -206,28 +206,28 @@ class Contrasted(EBM):
         no gradient of it reaches the noise."""
         with torch.no_grad():
             draws, log_q_draws = noise.from_latents(*latents)
-            log_q = torch.cat([noise.log_prob(data), log_q_draws])
-        points, known = torch.cat([data, draws]), self.tilted and noise is self.flow
-        v, logs = self.play(points, log_q, len(data), (lambda _: log_q) if known else None)
+            log_q = noise.log_prob(data)
+        known = self.tilted and noise is self.flow
+        v, logs = self.play(data, draws, log_q, log_q_draws, known)
         return -v, logs
 
     def play(
-        self, points: Tensor, log_q: Tensor, rows: int, log_b: LogDensity | None = None
+        self, data: Tensor, draws: Tensor, log_q: Tensor, log_q_draws: Tensor, known: bool = False
     ) -> Loss:
-        """V on so many rows of data and on the draws that follow them, together `points` [N, *],
-        with their log q [N]; p does not change with b. What is logged of it. `log_b`: log b at
-        the points, where it need not be computed."""
-        sizes, b = (rows, len(points) - rows), self.corrected
-        if b is not None:
-            log_b = log_b or b.held
-        log_p = self.log_density(points, log_b)
-        r, r_draws = (log_p - log_q).split(sizes)
+        """V on points [B, *] and draws [R, *] with their log q, which may be `known` to be log b
+        too, and what is logged of it; p does not change with b."""
+        points, b = torch.cat([data, draws]), self.corrected
+        both = torch.cat([log_q, log_q_draws])
+        held = None if b is None else b.held
+        log_p = self.log_density(points, (lambda _: both) if known else held)
+        log_p, log_p_draws = log_p.split((len(data), len(draws)))
+        r, r_draws = log_p - log_q, log_p_draws - log_q_draws
         v = value(r, r_draws, self.ratio)
         return v, {
             "value": v,
             "accuracy": accuracy(r, r_draws, self.ratio),
-            "noise_loss": -log_q[:rows].mean(),
-            "energy_gap": log_p[rows:].mean() - log_p[:rows].mean(),
+            "noise_loss": -log_q.mean(),
+            "energy_gap": log_p_draws.mean() - log_p.mean(),
         }
 
     def warm_up(self, data: Tensor) -> Tensor | None:

@@ -238,10 +238,16 @@ def _warn_of_blanks(name: str, categories: Sequence[str], source: str) -> None:
         log.warning("%s: column %s: %s", source, short(name), told)
 
 
+EXACT = 2.0**53
+"""Below it, and above its negative, float64 has every whole number."""
+
+
 def _warn_of_lost_digits(values: "Series", numbers: np.ndarray, source: str) -> None:
     """A warning if whole numbers that differ are one number in float64, in which they are
-    `numbers`, as some beyond 2^53 are."""
-    if values.dtype.kind in "iu" and (after := len(np.unique(numbers))) < values.nunique():
+    `numbers`."""
+    if values.dtype.kind not in "iu" or np.abs(numbers).max() < EXACT:
+        return
+    if (after := len(np.unique(numbers))) < values.nunique():
         told = f"only {after} of {values.nunique()} different whole numbers stay different"
         advice = "they are too large for double precision; if they are names, ignore the column"
         where = f"{source}: column {short(str(values.name))}"

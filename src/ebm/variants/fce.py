@@ -175,8 +175,7 @@ class FCE(Contrasted):
     def _flow_loss(self, data: Tensor, latents: Latents) -> Loss:
         """V, with the draws that are made of `latents` differentiable in the flow."""
         draws, log_q_draws = self.contrast.from_latents(*latents)
-        log_q = torch.cat([self.contrast.log_prob(data), log_q_draws])
-        return self.play(torch.cat([data, draws]), log_q, len(data))
+        return self.play(data, draws, self.contrast.log_prob(data), log_q_draws)
 
     def _labelled(self, most: int) -> tuple[Tensor, Tensor]:
         """Labelled points of the space, at most so many, and their classes."""
