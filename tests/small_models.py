@@ -30,6 +30,7 @@ MODELS = {
         "flow": {"kind": "coupling", "transforms": 1, "width": 8},
         "threshold": 0.55,
         "flow_learning_rate": 1e-3,
+        "saturating": True,
         "classes": 0,
         "labelled": 0,
         "supervision": 0.0,

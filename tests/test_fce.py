@@ -60,20 +60,35 @@ def test_one_class_alone_is_learned_too():
     assert fce.classify(x)["accuracy_supervised"].tolist() == [0] * 40
 
 
-def flow_turn_value(fce, data, seed, p=None):
-    """V of the flow's turn with the draws of a seed, and with the density of another model `p`."""
+def flow_turn_logits(fce, data, seed, p=None):
+    """log p - log q in the flow's turn with the draws of a seed, and with the density of another
+    model `p`."""
     torch.manual_seed(seed)
     draws, log_q = fce.contrast.draw_with_log_prob(len(data))
     v, p = fce.space.enter(data), p or fce
-    return value(p.log_density(v) - fce.contrast.log_prob(v), p.log_density(draws) - log_q)
+    return p.log_density(v) - fce.contrast.log_prob(v), p.log_density(draws) - log_q
+
+
+def flow_turn_value(fce, data, seed, p=None):
+    """V of the flow's turn, likewise."""
+    return value(*flow_turn_logits(fce, data, seed, p))
+
+
+def flow_turn_loss(fce, data, seed, p=None):
+    """What the flow descends in its turn, likewise, by the probabilities of the classes."""
+    data_is_data, draws_are_data = (r.sigmoid() for r in flow_turn_logits(fce, data, seed, p))
+    if fce.saturating:
+        return data_is_data.log().mean() + (1 - draws_are_data).log().mean()
+    return -(1 - data_is_data).log().mean() - draws_are_data.log().mean()
 
 
 @pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("saturating", [False, True])
 @pytest.mark.parametrize("tilted", [False, True])
 @pytest.mark.parametrize("defence", [0.0, 0.25])
-def test_the_flow_s_gradient_passes_through_its_density_and_its_draws(tilted, defence):
-    """By finite differences of V with common random numbers."""
-    fce, data = ready(40, tilted=tilted, defence=defence, warmup=0)
+def test_the_flow_s_gradient_passes_through_its_density_and_its_draws(tilted, defence, saturating):
+    """By finite differences of what it descends with common random numbers."""
+    fce, data = ready(40, tilted=tilted, defence=defence, warmup=0, saturating=saturating)
     with torch.no_grad():
         fce.network.head.weight += 0.3 * torch.randn_like(fce.network.head.weight)
     fce.warm_up(data)
@@ -94,12 +109,40 @@ def test_the_flow_s_gradient_passes_through_its_density_and_its_draws(tilted, de
             ends = []
             for sign in (1, -1):
                 parameter[0] += sign * step
-                ends.append(flow_turn_value(twin, data, 2, held).item())
+                ends.append(flow_turn_loss(twin, data, 2, held).item())
                 parameter[0] -= sign * step
             slope = (ends[0] - ends[1]) / (2 * step)
             assert gradient[0].item() == pytest.approx(slope, abs=1e-6)
             through_q = max(through_q, abs(slope))
     assert through_q > 1e-3
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("gap", [0.0, 20.0])
+def test_a_game_that_does_not_saturate_has_the_same_gradient_where_nothing_is_left_to_tell(gap):
+    """And where the classifier is right about all, by a `gap` of log p - log q, that of the
+    likelihood of the data and of KL(q || p), while that of V is next to nothing."""
+    fce, data = ready(40, tilted=True)
+    v = fce.space.enter(data)
+    fce.unnormalised = lambda x: torch.where((x[:, None] == v).all(2).any(1), -gap, gap)[:, None]
+    flow = list(fce.noise.parameters())
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, flow)])
+
+    def turn(saturating):
+        fce.saturating = saturating
+        return gradient(fce._flow_loss(v, latents)[0])
+
+    latents = fce.contrast.latents(40)
+    one, other = turn(True), turn(False)
+    if gap == 0:
+        torch.testing.assert_close(one, other)
+        return
+    draws, log_q = fce.contrast.from_latents(*latents)
+    kl = (log_q - fce.log_density(draws, fce.flow.held)).mean()
+    torch.testing.assert_close(other, gradient(kl - fce.contrast.log_prob(v).mean()))
+    assert one.norm() < 1e-6 * other.norm()
 
 
 @pytest.mark.parametrize("semi", [{}, SEMI])

@@ -60,6 +60,9 @@ STARTING = 4096
 LogDensity = Callable[[Tensor], Tensor]
 """From points [B, *] to log densities [B]."""
 
+Logits = tuple[Tensor, Tensor]
+"""log p - log q at data [B] and at draws of the noise [R]."""
+
 LOGGED = ("value", "accuracy", "log_z", "noise_loss", "energy_gap", "gradient_norm")
 
 
@@ -208,23 +211,22 @@ class Contrasted(EBM):
             draws, log_q_draws = noise.from_latents(*latents)
             log_q = noise.log_prob(data)
         known = self.tilted and noise is self.flow
-        v, logs = self.play(data, draws, log_q, log_q_draws, known)
-        return -v, logs
+        _, logs = self.play(data, draws, log_q, log_q_draws, known)
+        return -logs["value"], logs
 
     def play(
         self, data: Tensor, draws: Tensor, log_q: Tensor, log_q_draws: Tensor, known: bool = False
-    ) -> Loss:
-        """V on points [B, *] and draws [R, *] with their log q, which may be `known` to be log b
-        too, and what is logged of it; p does not change with b."""
+    ) -> tuple[Logits, dict[str, Tensor]]:
+        """The logits at points [B, *] and at draws [R, *] with their log q, which may be `known`
+        to be log b too; and what is logged of them, V among it; p does not change with b."""
         points, b = torch.cat([data, draws]), self.corrected
         both = torch.cat([log_q, log_q_draws])
         held = None if b is None else b.held
         log_p = self.log_density(points, (lambda _: both) if known else held)
         log_p, log_p_draws = log_p.split((len(data), len(draws)))
         r, r_draws = log_p - log_q, log_p_draws - log_q_draws
-        v = value(r, r_draws, self.ratio)
-        return v, {
-            "value": v,
+        return (r, r_draws), {
+            "value": value(r, r_draws, self.ratio),
             "accuracy": accuracy(r, r_draws, self.ratio),
             "noise_loss": -log_q.mean(),
             "energy_gap": log_p_draws.mean() - log_p.mean(),

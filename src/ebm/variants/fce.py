@@ -19,14 +19,21 @@ over one value, which the energy ascends and the flow descends.
                     | the batch join every turn of the energy, by `supervision` times the cross
                     | entropy of p(k | v) = p_k(v) / sum_j p_j(v)
 
-Three things stand beside the paper. A share `defence` of the noise is a broad Gaussian of the
+Four things stand beside the paper. A share `defence` of the noise is a broad Gaussian of the
 data, and in the warm-up the energy of vectors is trained against that alone: a flow that is good
 soon has no draws where nothing lies, and an energy trained against it is free to be low there. At
 equilibrium V is then above -log 4 by about 0.7 times the share. The energy corrects a density b,
 where the paper has none: of vectors the same Gaussian, without which p need not fall beyond all
 noise; of images (`tilted`) the flow as it is now, q: then log p - log q is -f - log Z, which
 begins at 0 when the warm-up ends, and needs not learn how the flow has changed. In a turn of the
-flow b stays what it was, as p does in the paper; afterwards p moves with it. And p(k | v) of a
+flow b stays what it was, as p does in the paper; afterwards p moves with it. The flow descends V
+only if the game is `saturating`. V hardly changes with draws that the classifier knows for what
+they are; else the flow ascends the same value with the labels exchanged,
+
+    E_data[log q / (p + q)] + E_u[log p(g(u)) / (p(g(u)) + q(g(u)))]
+
+(as Goodfellow et al. 2014 do with the draws' half): its gradient is that of V where p = q, and
+where the classifier is right, of the likelihood of the data and of -KL(q || p). And p(k | v) of a
 semi-supervised energy is kept smooth by virtual adversarial training, as the paper combines both
 (`roughness`).
 
@@ -52,7 +59,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from ebm import EBMError
-from ebm.contrastive import LOGGED, Contrasted
+from ebm.contrastive import LOGGED, Contrasted, value
 from ebm.flows import Defended, Latents, Noise, adam
 from ebm.parallel import averaged, mine, permutation, share, world
 from ebm.recorded import Loss
@@ -76,6 +83,7 @@ class FCE(Contrasted):
         flow: Mapping[str, Any],
         threshold: float,
         flow_learning_rate: float,
+        saturating: bool,
         classes: int,
         labelled: int,
         supervision: float,
@@ -87,6 +95,7 @@ class FCE(Contrasted):
             raise EBMError("model.flow: a gaussian has nothing to train; the variant nce keeps it")
         super().__init__(shape, flow, **contrasted, outputs=max(classes, 1))
         self.threshold, self.flow_learning_rate = threshold, flow_learning_rate
+        self.saturating = saturating
         self.labelled_classes, self.supervision = classes, supervision
         self.smoothness, self.radius = smoothness, radius
         self.register_buffer("last_accuracy", torch.zeros(()))
@@ -173,9 +182,11 @@ class FCE(Contrasted):
         return logs | {"flow_turns": torch.ones_like(logs["value"])}
 
     def _flow_loss(self, data: Tensor, latents: Latents) -> Loss:
-        """V, with the draws that are made of `latents` differentiable in the flow."""
+        """V, or minus what it is with the labels exchanged; the draws that are made of `latents`
+        are differentiable in the flow."""
         draws, log_q_draws = self.contrast.from_latents(*latents)
-        return self.play(data, draws, self.contrast.log_prob(data), log_q_draws)
+        (r, r_draws), logs = self.play(data, draws, self.contrast.log_prob(data), log_q_draws)
+        return logs["value"] if self.saturating else -value(-r, -r_draws), logs
 
     def _labelled(self, most: int) -> tuple[Tensor, Tensor]:
         """Labelled points of the space, at most so many, and their classes."""

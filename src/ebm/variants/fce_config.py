@@ -16,7 +16,8 @@ def _of_classes(labelled: int, section: ValidationInfo) -> int:
 
 
 class Model(schema.Contrasted):
-    """The `flow`, its turn after an accuracy over `threshold`, its learning rate in the game.
+    """The `flow`, its turn after an accuracy over `threshold`, its learning rate in the game, in
+    which it descends the value if that is `saturating`, else ascends it with exchanged labels.
     Semi-supervised with `classes` (0: none), of each of which the first `labelled` points show
     theirs: `supervision` is the weight of their cross entropy, `smoothness` that of the roughness
     of p(k | x) over the distance `radius`."""
@@ -24,6 +25,7 @@ class Model(schema.Contrasted):
     flow: Flow
     threshold: Share
     flow_learning_rate: Positive
+    saturating: bool
     classes: Size
     labelled: Annotated[Size, AfterValidator(_of_classes)]
     supervision: NonNegative
