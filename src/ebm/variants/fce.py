@@ -27,13 +27,13 @@ where the paper has none: of vectors the same Gaussian, without which p need not
 noise; of images (`tilted`) the flow as it is now, q: then log p - log q is -f - log Z, which
 begins at 0 when the warm-up ends, and needs not learn how the flow has changed. In a turn of the
 flow b stays what it was, as p does in the paper; afterwards p moves with it. The flow descends V
-only if the game is `saturating`. V hardly changes with draws that the classifier knows for what
-they are; else the flow ascends the same value with the labels exchanged,
+if the game is `saturating`: V hardly changes with points that the classifier knows for what they
+are. If it is not, the flow ascends the same value with the labels exchanged,
 
     E_data[log q / (p + q)] + E_u[log p(g(u)) / (p(g(u)) + q(g(u)))]
 
-(as Goodfellow et al. 2014 do with the draws' half): its gradient is that of V where p = q, and
-where the classifier is right, of the likelihood of the data and of -KL(q || p). And p(k | v) of a
+(as Goodfellow et al. 2014 do with the draws' half): the gradient is that of -V where p = q; where
+the classifier is right, that of the likelihood of the data and of -KL(q || p). And p(k | v) of a
 semi-supervised energy is kept smooth by virtual adversarial training, as the paper combines both
 (`roughness`).
 
