@@ -48,7 +48,7 @@ $(BIN)/.synced: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	command -v uv >/dev/null || { $(BIN)/python -m ensurepip >/dev/null && $(BIN)/python -m pip install -q uv; }
-	uv pip install -q --require-hashes --python $(BIN)/python -r requirements.lock
+	uv pip install -q --compile-bytecode --require-hashes --python $(BIN)/python -r requirements.lock
 	touch $@
 
 .PHONY: help repro flow serve test test-slow lint doctor ui benchmark
