@@ -400,6 +400,23 @@ def test_samples_come_with_the_flow_s_own_draws_and_every_acceptance():
     assert ((drawn["acceptance"] > 0) & (drawn["acceptance"] <= 1)).all()
 
 
+@pytest.mark.parametrize(("tilted", "defence"), [(0, 0.0), (0, 0.3), (1, 0.0), (1, 0.3)])
+def test_the_energy_of_a_draw_is_relative_to_the_noise(monkeypatch, tilted, defence):
+    """Whose density at a draw is known, and of a tilted energy that is all that it needs of it."""
+    fce, x = ready(tilted=bool(tilted), defence=defence, **SEMI)
+    v = fce.space.enter(x)
+    torch.nn.init.normal_(fce.network.head.weight)
+    torch.nn.init.normal_(fce.log_z)
+    expected = fce.contrast.log_prob(v) - fce.log_density(v)
+    torch.testing.assert_close(fce.relative_energy(v, fce.contrast.log_prob(v)), expected)
+    draws, energy = fce.draw_with_energy(50)
+    torch.testing.assert_close(energy, fce.contrast.log_prob(draws) - fce.log_density(draws))
+    asked = []
+    monkeypatch.setattr(fce.flow, "log_prob", lambda v: asked.append(len(v)) or v.sum(1))
+    fce.draw_with_energy(50)
+    assert bool(asked) == (defence > 0)
+
+
 def test_a_killed_semi_supervised_run_ends_with_the_same_bits(tmp_path):
     x, y = blobs(40)
 

@@ -304,9 +304,9 @@ def test_kernels_that_keep_something_else_than_the_energy_are_refused(kind):
 
     def draw(n):
         x = normal.sample((n,))
-        return x, normal.log_prob(x).sum(1)
+        return x, torch.zeros(n)
 
-    independent = Independence(gaussian, draw, lambda x: normal.log_prob(x).sum(1))
+    independent = Independence(lambda x: torch.zeros(len(x)), draw)
     for kernel in (independent, DecoupledLangevin(gaussian, 0.1, 0.1)):
         name = type(kernel).__name__
         jumping = Interspersed(Interspersed(kernel, kernel, 2, 1), kernel, 2, 1)

@@ -41,9 +41,10 @@ AT_ONCE = 2**23
 """Numbers of points that go through a flow, or the energy beside it, at once in drawing many."""
 
 
-def in_slices(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A function of points [B, *] to values [B], some of them at once."""
-    return lambda v: torch.cat([function(part) for part in v.split(_rows_at_once(v))])
+def in_slices(function: Callable[..., Tensor], v: Tensor, *known: Tensor) -> Tensor:
+    """Values [B] of a function at points [B, *], and what is known of each [B], some at once."""
+    parts = zip(*(each.split(_rows_at_once(v)) for each in (v, *known)), strict=True)
+    return torch.cat([function(*part) for part in parts])
 
 
 def _rows_at_once(*points: Tensor) -> int:

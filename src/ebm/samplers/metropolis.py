@@ -6,7 +6,7 @@ paper  | here
 q(y|x) | propose(x) draws y; q(y|x) = q(x|y), so it cancels from the ratio
 sigma  | step_size of `RandomWalk`: y = x + sigma N(0, I)
 Z      | archive of `DifferentialEvolution`: y = x + a - b, a and b of Z
-q(y)   | draw() of `Independence`, with its log density
+w      | exp(-energy) of `Independence`, q what its draw() is of
 """
 
 from collections.abc import Callable
@@ -86,22 +86,16 @@ class SpinFlip(Metropolis):
 @dataclass(frozen=True)
 class Independence(Metropolis):
     """Proposals y ~ q from a density that is known, wherever the chain is, accepted with
-    probability min(1, w(y) / w(x)), w = p / q (Hastings 1970; Tierney 1994). `draw(n)` gives n
-    proposals [n, *] and their log q [n], `log_q` that of other points, where chains are put. The
-    `energy` of a state is -log w at x."""
+    probability min(1, w(y) / w(x)), w = p / q (Hastings 1970; Tierney 1994). The `energy` is
+    -log w, that of p relative to q. `draw(n)` gives n proposals [n, *] and their energies [n],
+    which where points are drawn often cost less than where any are given."""
 
     draw: Callable[[int], tuple[Tensor, Tensor]]
-    log_q: Callable[[Tensor], Tensor]
-
-    def init(self, x: Tensor) -> State:
-        with torch.no_grad():
-            return State(x, self.energy(x) + self.log_q(x))
 
     def start(self, n: int) -> State:
         """n chains, each at a proposal."""
         with torch.no_grad():
-            y, log_q = self.draw(n)
-            return State(y, self.energy(y) + log_q)
+            return State(*self.draw(n))
 
     def proposal(self, x: Tensor) -> State:
         return self.start(len(x))
