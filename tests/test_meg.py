@@ -7,6 +7,7 @@ import torch
 from small_models import MODELS, same, weights
 
 from benchmarks import meg as benchmark
+from ebm import EBMError
 from ebm.samplers import MALA, run
 from ebm.variants.base import autocast, multiplies_bfloat16
 from ebm.variants.meg import MEG
@@ -52,8 +53,12 @@ def test_the_generator_step_moves_generator_and_statistics_only():
     assert moved(meg.statistics, before["statistics"])
 
 
-def test_the_logged_score_norm_is_the_squared_gradient_by_finite_differences():
-    meg = model(energy_learning_rate=1e-12)
+FOURIER = {"kind": "fourier", "frequencies": 5, "bandwidth": 1.5}
+
+
+@pytest.mark.parametrize("network", ["mlp", FOURIER])
+def test_the_logged_score_norm_is_the_squared_gradient_by_finite_differences(network):
+    meg = model(energy_learning_rate=1e-12, network=network)
     data = torch.randn(8, 2, dtype=torch.float64)
     h = 1e-6
     steps = h * torch.eye(2, dtype=torch.float64)
@@ -114,8 +119,27 @@ def test_reduced_precision_leaves_energies_and_weights_as_they_are():
     assert len(energy.unique()) > 60
 
 
-def test_the_energy_is_that_of_the_moving_average():
-    meg = model(energy_ema=0.9)
+def test_fourier_features_are_of_the_energy_alone_and_stay_as_they_are_drawn():
+    meg, plain = model(network=FOURIER, energy_ema=0.9), model()
+    features = meg.energy_network[0].frequencies
+    assert features.shape == (2, 5)
+    for _ in range(3):
+        meg.training_step(torch.randn(8, 2).double())
+    assert torch.equal(features, model(network=FOURIER).energy_network[0].frequencies)
+    assert torch.equal(features, meg.energy_average[0].frequencies)
+    for part in ("generator", "statistics"):
+        shapes = [[w.shape for w in weights(getattr(m, part)).values()] for m in (meg, plain)]
+        assert shapes[0] == shapes[1]
+
+
+def test_fourier_features_are_of_vectors():
+    with pytest.raises(EBMError, match=r"'fourier' does not fit points of shape \(8, 8\)"):
+        model((8, 8), network=FOURIER)
+
+
+@pytest.mark.parametrize("network", ["mlp", FOURIER])
+def test_the_energy_is_that_of_the_moving_average(network):
+    meg = model(energy_ema=0.9, network=network)
     x = torch.randn(5, 2).double()
     before = meg.energy(x)
     meg._energy_step(torch.randn(8, 2).double())

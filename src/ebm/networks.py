@@ -179,6 +179,7 @@ class FourierFeatures(nn.Module):
     def __init__(self, dimensions: int, count: int, bandwidth: float) -> None:
         super().__init__()
         self.register_buffer("frequencies", bandwidth * torch.randn(dimensions, count))
+        self.outputs = dimensions + 2 * count
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # a phase of 50 is rounded to 0.25
@@ -274,7 +275,7 @@ def scalar_fourier(
 ) -> Scalar:
     """A `scalar` network over `FourierFeatures` of so many frequencies."""
     features = FourierFeatures(dimensions, frequencies, bandwidth)
-    mlp = scalar_mlp(dimensions + 2 * frequencies, width, depth, classes, outputs)
+    mlp = scalar_mlp(features.outputs, width, depth, classes, outputs)
     return Scalar([features, *mlp.blocks], width, images=False, outputs=outputs)
 
 

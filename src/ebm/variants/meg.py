@@ -27,15 +27,17 @@ mean |grad E|^2 at data; `information`, the bound I_JSD (at most 0; -2 log 2 = n
 `gradient_norm` and `generator_gradient_norm` of the two steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.optim import Adam, Optimizer
 
-from ebm.networks import Joint, Kind, decoder, encoder
+from ebm import EBMError
+from ebm.networks import FourierFeatures, Joint, Kind, decoder, encoder
 from ebm.parallel import parts, shuffled
 from ebm.recorded import Loss
 from ebm.samplers import MALA, InSlices, with_acceptance
@@ -55,7 +57,7 @@ class MEG(Generative):
     def __init__(
         self,
         shape: tuple[int, ...],
-        network: Kind,
+        network: Kind | Mapping[str, Any],
         energy: Sequence[int],
         generator: Sequence[int],
         statistics: Sequence[int],
@@ -76,9 +78,10 @@ class MEG(Generative):
         self.shape, self.latent, self.ema, self.energy_ema = shape, latent, ema, energy_ema
         self.energy_steps, self.score_penalty, self.entropy = energy_steps, score_penalty, entropy
         self.precision = getattr(torch, precision)
-        self.energy_network = encoder(network, shape, energy, 1)
-        self.generator = decoder(network, latent, shape, generator)
-        self.statistics = Joint(network, shape, latent, statistics)
+        kind = network if isinstance(network, str) else "mlp"
+        self.energy_network = _energy_network(network, shape, energy)
+        self.generator = decoder(kind, latent, shape, generator)
+        self.statistics = Joint(kind, shape, latent, statistics)
         self.average = average_of(self.generator, ema)
         self.energy_average = average_of(self.energy_network, energy_ema)
         self.energy_learning_rate, self.betas = energy_learning_rate, betas
@@ -160,3 +163,15 @@ class MEG(Generative):
         energy = InSlices(lambda z: self.latent_energy(z, inverse_temperature), SLICE)
         end, rates = with_acceptance(MALA(energy, step_size), z, steps)
         return {"samples": self.generated(end.x), "generator": generated, "acceptance": rates}
+
+
+def _energy_network(
+    network: Kind | Mapping[str, Any], shape: tuple[int, ...], widths: Sequence[int]
+) -> nn.Sequential:
+    """The energy of points of `shape`; of vectors also hidden layers over Fourier features."""
+    if isinstance(network, str):
+        return encoder(network, shape, widths, 1)
+    if len(shape) != 1:
+        raise EBMError(f"network 'fourier' does not fit points of shape {shape}; use 'conv'")
+    features = FourierFeatures(*shape, network["frequencies"], network["bandwidth"])
+    return nn.Sequential(features, encoder("mlp", (features.outputs,), widths, 1))

@@ -1,20 +1,38 @@
 """Settings of maximum entropy generators, as they stand in `params.yaml`."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Tag
 
 from ebm import schema
 from ebm.schema import Betas, Count, Decay, NonNegative, Positive, Section, Size, Widths
 
 
-class Model(Section):
-    """`network`: `mlp`, or `conv` for images (`ebm.networks.encoder` and `decoder`). Widths of the
-    hidden layers, channels of the convolutions, of the `energy`, the `generator` and the
-    `statistics` network; `latent` dimension of z, `energy_steps` per generator step, weights of
-    the `score_penalty` and of the `entropy` bound, Adam's `learning_rate`s and `betas`, the decay
-    of the moving averages of the generator (`ema`) and of the energy (`energy_ema`; 0 keeps none),
-    the `precision` in which the layers compute in training, and whether to `compile` it."""
+class Features(Section):
+    """So many `frequencies`, drawn with the standard deviation `bandwidth`
+    (`ebm.networks.FourierFeatures`)."""
 
-    network: Literal["mlp", "conv"]
+    kind: Literal["fourier"]
+    frequencies: Count
+    bandwidth: Positive
+
+
+Network = Annotated[
+    Annotated[Literal["mlp", "conv"], Tag("name")] | Annotated[Features, Tag("fourier")],
+    Discriminator(lambda value: "fourier" if isinstance(value, dict | Section) else "name"),
+]
+
+
+class Model(Section):
+    """`network`: `mlp`, or `conv` for images (`ebm.networks.encoder` and `decoder`), or that of
+    vectors with Fourier features before the energy. Widths of the hidden layers, channels of the
+    convolutions, of the `energy`, the `generator` and the `statistics` network; `latent` dimension
+    of z, `energy_steps` per generator step, weights of the `score_penalty` and of the `entropy`
+    bound, Adam's `learning_rate`s and `betas`, the decay of the moving averages of the generator
+    (`ema`) and of the energy (`energy_ema`; 0 keeps none), the `precision` in which the layers
+    compute in training, and whether to `compile` it."""
+
+    network: Network
     energy: Widths
     generator: Widths
     statistics: Widths
