@@ -15,7 +15,10 @@ from ebm import EBMError
 
 LAST_LINES = 12
 """Of what a process said, told again when it fails."""
-OUT_OF_MEMORY = r"can't allocate memory(: you tried to allocate \d+ bytes)?"
+OUT_OF_MEMORY = (
+    r"can't allocate memory(: you tried to allocate \d+ bytes)?"
+    r"|Storage size calculation overflowed|numel: integer multiplication overflow"
+)
 """What PyTorch says, among other things, where the machine has no more."""
 LESS = "fewer points or rows, or a smaller batch, take less"
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

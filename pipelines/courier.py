@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from pipelines.mlflow_store import Store
 
 POLL, RETRY = 2.0, 10.0  # seconds to the next round after a good one, after a bad one
-LINGER = 15.0  # seconds that a courier may outlive the last stage, its own while it only waits
+LINGER = 15.0  # seconds that a courier may outlive the last stage, its own while it only waits;
+# not counted are those in which it imports MLflow and opens a store: minutes on a busy machine
 MEASURE = 10.0  # seconds between two looks at how busy the machine is
 BATCH = 1000  # values in a request: MLflow's limit
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST"}
@@ -150,9 +151,7 @@ class Courier:
         if uri in self._down:
             raise self._down[uri]
         if uri not in self._stores:
-            from pipelines.mlflow_store import Store
-
-            self._stores[uri] = Store(uri)
+            self._stores[uri] = _opened(uri)
         return self._stores[uri]
 
     def _postpone(self, spool: Spool, state: State, error: Exception) -> None:
@@ -166,6 +165,20 @@ class Courier:
         state.failed_at = time.time()
         with suppress(OSError):
             spool.save(state)
+
+
+OPENING = threading.Event()
+"""Set while a store is being opened."""
+
+
+def _opened(uri: str) -> "Store":
+    OPENING.set()
+    try:
+        from pipelines.mlflow_store import Store
+
+        return Store(uri)
+    finally:
+        OPENING.clear()
 
 
 def batches(events: Iterable[tuple[Event, int]]) -> Iterator[tuple[list[Event], int]]:
@@ -269,9 +282,11 @@ def _lock(wanted: Callable[[], bool]) -> bool:
 def _leave_in_time(own: Spool, delivers: threading.Event) -> None:
     """End the process, in the middle of whatever it does, when the last stage is long gone, or its
     own while another courier delivers."""
-    while own.written() or (delivers.is_set() and _any_written(own)):
+    needed = time.monotonic()
+    while time.monotonic() - needed < LINGER:
+        if own.written() or (delivers.is_set() and (OPENING.is_set() or _any_written(own))):
+            needed = time.monotonic()
         time.sleep(0.5)
-    time.sleep(LINGER)
     os._exit(1)
 
 

@@ -5,7 +5,8 @@ checkout()       the repository around the current folder: ROOT, or the copy of 
                  made for an experiment
 main_checkout()  where runs are recorded, in mlflow.db, mlruns/ and .tracking/: DVC_ROOT, which
                  DVC sets to where it was called, also for stages in a copy; else ROOT
-scratch()        where checkpoints lie, in .checkpoints/: EBM_SCRATCH, which each trial of a
+checkpoints()    where those of an experiment lie, each training's in a folder of its own
+scratch()        what holds .checkpoints/: EBM_SCRATCH, which each trial of a
                  sweep has of its own; else DVC_ROOT; else checkout()
 tracking_uri()   the store of runs: MLFLOW_TRACKING_URI; else mlflow.db in main_checkout()
 """
@@ -32,6 +33,11 @@ def scratch() -> Path:
     """The folder that holds .checkpoints/."""
     named = os.environ.get("EBM_SCRATCH") or os.environ.get("DVC_ROOT")
     return Path(named).resolve() if named else checkout()
+
+
+def checkpoints(experiment: str) -> Path:
+    """The folder of the folders of checkpoints of an experiment's trainings."""
+    return scratch() / ".checkpoints" / experiment
 
 
 def tracking_uri() -> str:

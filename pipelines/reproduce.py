@@ -18,7 +18,7 @@ from dvc.repo import Repo
 from dvc.stage import Stage
 
 from ebm import EBMError
-from pipelines import ROOT
+from pipelines import ROOT, ended
 from pipelines.commands import uninterruptible
 from pipelines.lockfile import Entry, entries, lent, modified
 from pipelines.provenance import CODE
@@ -53,6 +53,7 @@ def reproduce(name: str, force: bool) -> int:
     def work() -> None:
         with opened() as repo:
             repo.reproduce(name, single_item=True, force=force)
+        _clear(name)
 
     _prepare_process()
     try:
@@ -86,6 +87,7 @@ def travel(name: str, force: bool, job: str) -> int:
             _check_commit(repo, asked["commit"])
             with lent(repo, asked["entries"] or {}):
                 _carry(repo, name, force)
+                _clear(name)
                 return entries([name], Path(repo.root_dir))[name]
 
     _prepare_process()
@@ -96,6 +98,13 @@ def travel(name: str, force: bool, job: str) -> int:
         return 1
     file.write_text(json.dumps(answer), encoding="utf-8")
     return 0 if _command_has_ended() else RESTORED
+
+
+def _clear(name: str) -> None:
+    """What a stage that DVC has recorded needs no more."""
+    kind, _, experiment = name.rpartition(":")[2].partition("@")
+    if kind == "train":
+        ended.clear(experiment)
 
 
 def _carry(repo: Repo, name: str, force: bool) -> None:

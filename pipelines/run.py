@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,16 +104,36 @@ def reproduce(
     """
     tail: deque[str] = deque(maxlen=LAST_LINES)
     process = launcher.start(stage.name, force, *more, timeout=stage.timeout)
-    with log.open("a", encoding="utf-8", buffering=1) as file:  # another run may be at it
-        file.write(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}\n")
-        for line in process.lines():
-            tail.append(line)
-            show(line)
-            file.write(f"{line}\n")
+    keep = Log(log, show)
+    keep.write(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}")
+    for line in process.lines():
+        tail.append(line)
+        show(line)
+        keep.write(line)
     ended = process.wait()
     if ended.code not in (0, RESTORED):
         raise StageFailed(str(ended), tail)
     return ended.code == RESTORED
+
+
+@dataclass
+class Log:
+    """Lines at the end of a file, to which another run may be writing too, as long as that is
+    possible: a full disk, of which it tells once, fails no stage."""
+
+    path: Path
+    tell: Callable[[str], None]
+    broken: bool = False
+
+    def write(self, line: str) -> None:
+        if self.broken:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except OSError as error:
+            self.broken = True
+            self.tell(f"the log ends here: {error}")
 
 
 def log_path(stage: Stage, root: Path) -> Path:

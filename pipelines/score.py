@@ -63,6 +63,8 @@ class Seen:
     flagged: int = 0
     beyond: int = 0
     """Those with a number that is not below LARGEST."""
+    far: int = 0
+    """Others with a number far from all that was trained on."""
     unseen: Counter[str] = field(default_factory=Counter)
     """By column, values of categories that the model was never fitted to."""
 
@@ -81,7 +83,6 @@ def score(
     _check(input, output, threshold, chunk, threads)
     config = model / "config.json"
     _check_kind(config, input)
-    threshold = _threshold(model) if threshold is None else threshold
     import torch  # only once the arguments are known to be right
     from tqdm import tqdm
 
@@ -90,6 +91,7 @@ def score(
 
     device = stage.claim_device(threads or torch.get_num_threads(), wait=False)
     loaded = trained.read(model / "weights.safetensors", config, device)
+    threshold = _threshold(model) if threshold is None else threshold
     seen = Seen("images" if input.is_dir() else "rows")
     if loaded.transform is None:
         found = _of_images(loaded, input)
@@ -211,6 +213,7 @@ def _of_rows(
         seen.unseen.update(unseen)
         within = (points.abs() < LARGEST).all(1).numpy()
         seen.beyond += int((~within).sum())
+        seen.far += int(transform.far(points[within]).sum())
         found = np.full(len(points), np.inf)
         found[within] = model.energies(points[within])
         _refuse(found, f"{source}: row ", frame.index[kept] + FIRST_ROW)
@@ -278,6 +281,12 @@ def _report(seen: Seen, threshold: float | None, seconds: float) -> None:
     if seen.beyond:
         log.warning(
             "%d rows have a number too large to compute with, so their energy is inf", seen.beyond
+        )
+    if seen.far:
+        log.warning(
+            "%d rows have a number far from all that were trained on, where an energy may be low "
+            "without meaning it",
+            seen.far,
         )
     if threshold is None:
         log.info("no threshold, so nothing is flagged: give one by --threshold")

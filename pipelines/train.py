@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm import EBMError, params
-from pipelines import places, processes, provenance, stage, tracking
+from pipelines import ended, places, processes, provenance, stage, tracking
 
 if TYPE_CHECKING:
     import torch
@@ -76,18 +76,19 @@ def _recorded(
         return
     folder = Path("models", name)
     with checkpoints.locked():
+        ended.clear(name, but=checkpoints.folder)
         record = _provenance(name, settings, prepared, device)
         with _tracked(name, settings, record, prepared, checkpoints.folder / "run") as run:
             progress = work(
                 checkpoints=checkpoints,
                 listener=lambda step, restarts, scalars: run.log(scalars, step, restarts),
             )
-            ended = {"seconds": round(progress.seconds, 3), "restarts": progress.restarts}
+            cost = {"seconds": round(progress.seconds, 3), "restarts": progress.restarts}
             _write(folder, model, settings, prepared, progress.history)
-            run.log_final(ended)
+            run.log_final(cost)
             tracked = {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=5)}
-            stage.write_json(folder / "run.json", record | ended | tracked)
-        checkpoints.clear()
+            stage.write_json(folder / "run.json", record | cost | tracked)
+        ended.mark(checkpoints.folder)
 
 
 def _labels(model: "EBM", prepared: "Prepared", name: str, device: "torch.device") -> Any:
@@ -116,7 +117,7 @@ def _checkpoint_folder(
     )
     code = [sha256(Path(file).read_bytes()).hexdigest() for file in modules]
     key = stage.digest([settings, prepared.manifest["sha256"], provenance.hardware(device), code])
-    return places.scratch() / ".checkpoints" / name / key[:16]
+    return places.checkpoints(name) / key[:16]
 
 
 def _provenance(

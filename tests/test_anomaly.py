@@ -235,6 +235,15 @@ def test_rows_without_a_score_are_told_of_and_have_no_curve(caplog):
     assert not found.figures
 
 
+def test_a_detector_that_is_no_better_than_chance_says_so(caplog):
+    measured(Bowl(), table())
+    assert "no better than chance" not in caplog.text
+    kinds = table().labels("test")
+    found = measured(Bowl(), changed(table(), test_labels=1 - kinds))
+    assert found.metrics["auroc"] < 0.5
+    assert "by its energy this model tells anomalies no better than chance" in caplog.text
+
+
 def test_a_test_of_one_kind_is_one_line():
     prepared = changed(table(), test_labels=torch.zeros(200, dtype=torch.long))
     with pytest.raises(EBMError, match=r"^test_labels: all rows are of one kind"):

@@ -32,6 +32,7 @@ ROUTING = {
     "ebm/schema.py": "declares; no field has a default (tests/test_params.py)",
     "ebm/variants/__init__.py": "finds a variant by its name",
     "pipelines/__init__.py": "finds the source tree",
+    "pipelines/ended.py": "removes what a result needs no more",
     "pipelines/places.py": "says where records and checkpoints lie",
     "pipelines/polling.py": "looks beside the work",
     "pipelines/processes.py": "starts others; how many there are changes rounding at most",

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing, contextmanager, suppress
 from urllib.request import urlopen
@@ -94,6 +95,30 @@ def test_a_courier_goes_on_with_the_stages_that_outlive_its_own(database):
             second.communicate()
     assert wait_until(lambda: not couriers(), LEFT)
     assert undelivered() == []
+
+
+@pytest.mark.parametrize("delivers", [False, True])
+def test_to_open_a_store_takes_as_long_as_it_takes(fresh_root, monkeypatch, delivers):
+    """On a busy machine MLflow's import alone takes longer than a courier may linger."""
+
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left
+
+    flag, opening = threading.Event(), threading.Event()
+    opening.set()
+    if delivers:
+        flag.set()
+    monkeypatch.setattr(courier, "LINGER", 0.1)
+    monkeypatch.setattr(courier, "OPENING", opening)
+    monkeypatch.setattr(courier.os, "_exit", leave)
+    threading.Timer(2.0, opening.clear).start()
+    began = time.monotonic()
+    with pytest.raises(Left):
+        courier._leave_in_time(Spool("nobody"), flag)
+    assert (time.monotonic() - began >= 2.0) == delivers
 
 
 def test_a_courier_that_only_waits_does_not_outlive_its_stage(database, monkeypatch):

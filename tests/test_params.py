@@ -120,6 +120,12 @@ WRONG = [
     (f"{RBM}.sample.count", 0),
     (f"{MEG}.sample.count", 1),
     (f"{RBM}.evaluate.temperatures", 1),
+    (f"{RBM}.model.hidden", 10**18),
+    (f"{RBM}.model.chains", 10**40),
+    (f"{RBM}.model.learning_rate", 1e300),
+    (f"{RBM}.threads", 100_000),
+    (f"{MEG}.model.network", {"kind": "fourier", "frequencies": 9}),
+    (f"{MEG}.model.network", {"kind": "mlp"}),
     (f"{SAMPLERS}.chains", 3),
     (f"{SAMPLERS}.warmup", 1.5),
     (f"{SAMPLERS}.evaluations", 10),
@@ -184,6 +190,12 @@ def test_a_broken_file_is_one_line_that_names_the_key(tmp_path, path, content):
     line = complaint(tmp_path, content)
     assert "\n" not in line
     assert line.startswith(f"params.yaml: {path}")
+
+
+def test_keys_of_a_section_beside_which_a_word_would_do_are_named(tmp_path):
+    features = {"kind": "fourier", "frequencies": 9, "bandwidth": 1.0, "colour": 4}
+    line = complaint(tmp_path, broken(put(f"{MEG}.model.network", features)))
+    assert line.endswith("network.colour: unknown key; allowed: kind, frequencies, bandwidth")
 
 
 def test_the_real_file_is_right():

@@ -41,6 +41,12 @@ def test_a_classifier_learns_the_digits_in_seconds(digits, prepared):
     assert digits.metrics["accuracy"] == seen.double().mean().item()
 
 
+@pytest.mark.parametrize(("accuracy", "told"), [(0.5, True), (0.74, True), (0.76, False)])
+def test_a_classifier_that_knows_little_says_so(caplog, accuracy, told):
+    reference._warn_of_ignorance(accuracy, torch.tensor([0, 1, 0, 1]))
+    assert ("of which 50.0% are of one class: distances by it mean" in caplog.text) == told
+
+
 def test_its_floors_are_small_beside_what_noise_scores(digits, prepared):
     test = digits.statistics["test"]
     noise = digits.see(torch.rand(360, 8, 8)).features

@@ -185,6 +185,30 @@ def test_a_failure_ends_what_depends_on_it_and_the_next_run_mends_it(house):
     assert kept.count("ValueError: the dog ate it") == 1
 
 
+def test_checkpoints_of_a_training_stay_until_dvc_has_recorded_what_came_of_it(house):
+    house.tell("train@a", ends=True, breaks_cache=True)
+    kept, cache = house.root / ".checkpoints/a/0/ended", house.root / ".dvc/cache"
+    assert not run.run(["train@a"], root=house.root)
+    assert house.ran() == ["train@a"]
+    assert kept.exists()
+    cache.unlink()
+    (house.root / ".dvc/away").rename(cache)
+    house.tell("train@a", ends=True)
+    assert run.run(["train@a"], root=house.root)
+    assert not kept.exists()
+
+
+def test_a_log_that_cannot_be_written_ends_no_stage(house, capsys):
+    log = run.log_path(stage("train@a"), house.root)
+    log.unlink(missing_ok=True)
+    log.symlink_to("/dev/full")
+    house.tell("train@a", prints="one\ntwo")
+    assert run.run(["train@a"], root=house.root)
+    shown = capsys.readouterr().out
+    assert "train@a | two" in shown
+    assert shown.count("train@a | the log ends here: [Errno 28]") == 1
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_what_is_edited_while_a_stage_runs_makes_it_stale(house, force):
     """DVC itself would take the new parameters for those that the old results were made with."""

@@ -323,6 +323,15 @@ def test_a_number_beyond_any_model_is_an_anomaly_and_stops_nothing(home, first, 
     assert "1 rows have a number too large to compute with" in caplog.text
 
 
+def test_rows_far_from_all_that_were_trained_on_are_told_of(home, first, caplog):
+    wrong("x.csv", HEAD + "1,red\n1e7,red\n-1e7,red\n1e30,red\n")
+    scored("x.csv", chunk=2, threshold=1e9)
+    assert "2 rows have a number far from all that were trained on" in caplog.text
+    caplog.clear()
+    scored()
+    assert "far from" not in caplog.text
+
+
 def test_a_table_is_not_for_a_model_of_points_in_the_plane(home):
     saved(home / "models/plane", density())
     with pytest.raises(EBMError, match=r"^models/plane: a model of data set 'mine', which is no"):

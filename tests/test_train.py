@@ -59,6 +59,16 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, name, at):
     assert progress.history == history
 
 
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_training_that_has_ended_is_at_its_end_at_once(tmp_path, name, monkeypatch):
+    first = build(name)
+    progress = train(first, tmp_path)
+    again = build(name)
+    monkeypatch.setattr(type(again), "training_step", None)
+    assert train(again, tmp_path).history == progress.history
+    assert same(weights(first), weights(again))
+
+
 def test_bits_are_drawn_anew_at_every_update_and_after_a_kill_the_same(tmp_path):
     """Of one half grey no two updates see the same."""
 
@@ -103,8 +113,9 @@ def test_another_seed_gives_other_weights(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage, caplog):
-    broken, again = build("meg"), build("meg")
-    train(broken, tmp_path, steps=30)
+    again = build("meg")
+    with pytest.raises(Killed):
+        train(killed_at(build("meg"), 31), tmp_path)
     newest = Checkpoints(tmp_path).paths()[-1]
     raw = bytearray(newest.read_bytes())
     if damage == "flip":

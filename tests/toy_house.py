@@ -42,6 +42,13 @@ if told.get("child"):
     note("child", subprocess.Popen(["sleep", "600"]).pid)
 note("start")
 print(told.get("prints", ""))
+if told.get("ends"):
+    folder = pathlib.Path(".checkpoints", sys.argv[2], "0")
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.joinpath("ended").touch()
+if told.get("breaks_cache"):
+    os.rename(".dvc/cache", ".dvc/away")
+    pathlib.Path(".dvc/cache").touch()  # a file, which is no place to keep anything
 time.sleep(told.get("seconds", 0))
 if told.get("failures", 0) >= open("events").read().count(f'["start", "{name}"'):
     sys.exit("ValueError: the dog ate it")
@@ -139,7 +146,8 @@ class House:
 
     def tell(self, stage: str, **told: object) -> None:
         """Tell a stage to: sleep `seconds`, `print` a text, fail the first `failures` times, start
-        a `child`, be `stubborn` (ignore SIGINT and SIGTERM)."""
+        a `child`, be `stubborn` (ignore SIGINT and SIGTERM), leave the checkpoints of a training
+        that `ends`, or have DVC's cache out of the way (`breaks_cache`)."""
         self.write(f"told/{stage}", json.dumps(told))
 
     def events(self, *kinds: str) -> list[tuple[str, str, float, int]]:

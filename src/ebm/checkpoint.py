@@ -9,7 +9,6 @@ import hashlib
 import io
 import logging
 import pickle
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,10 +90,6 @@ class Checkpoints:
                     other.unlink()
             return content
         raise EBMError(f"{self.folder}: no checkpoint is whole")
-
-    def clear(self) -> None:
-        """Remove the folder: the training is done and its result is elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:010d}.ckpt"

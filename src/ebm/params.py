@@ -324,7 +324,10 @@ def _known_keys(keys: Sequence[int | str], tags: Sequence[str]) -> list[str]:
         model = _tagged(choices, next(told))
         for key in keys[2:-1]:
             inner = model.model_fields[str(key)].annotation
-            sections = [c for c in (inner, *get_args(inner)) if _is_section(c)]
+            found = (
+                c for choice in (inner, *get_args(inner)) for c in (choice, *get_args(choice))
+            )
+            sections = [c for c in dict.fromkeys(found) if _is_section(c)]  # tagged or not
             if not sections:
                 return []
             model = sections[0] if len(sections) == 1 else _tagged(sections, next(told))

@@ -12,6 +12,7 @@ KEPT images; `<split>_mean` [D] and `<split>_covariance` [D, D] of all of them) 
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from ebm import EBMError, metrics
 from ebm.data import Prepared, mode, unit
 from ebm.schema import ClassifierReference, InceptionReference
 from ebm.variants.base import descend
+
+log = logging.getLogger(__name__)
 
 KEPT = 10000
 """Features kept of a split, for metrics that look at single points."""
@@ -295,12 +298,23 @@ def _floors(found: Reference, prepared: Prepared, device: torch.device) -> dict[
     classes = found.see(test).classes if found.classifies else None
     if labels is not None and classes is not None:
         floors["accuracy"] = (classes == labels.to(device)).double().mean().item()
+        _warn_of_ignorance(floors["accuracy"], labels)
     if isinstance(found.network, Parts):
         singles, truth = (prepared.tensors[f"test_parts{end}"] for end in ("", "_labels"))
         judge = found.network.classifier
         guess = metrics.in_batches(lambda x: judge.logits(unit(x)), singles.to(device), BATCH)
         floors["part_accuracy"] = (guess.argmax(1) == truth.to(device)).double().mean().item()
     return floors
+
+
+def _warn_of_ignorance(accuracy: float, labels: Tensor) -> None:
+    """A warning if a classifier is nearer to one that always names the most frequent class of the
+    test `labels` [N] than to one that is always right."""
+    blind = labels.bincount().max().item() / len(labels)
+    if accuracy < (1 + blind) / 2:
+        told = f"right on {accuracy:.1%} of the test images, of which {blind:.1%} are of one class"
+        advice = "distances by it mean little; more epochs or smaller batches may teach it more"
+        log.warning("the classifier is %s: %s", told, advice)
 
 
 def write(reference: Reference, folder: Path) -> None:

@@ -12,15 +12,20 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
-Count = Annotated[int, Field(gt=0)]
-Size = Annotated[int, Field(ge=0)]
+WHOLE = 2**31
+"""Beyond all whole numbers: what is counted with them counts in 32 bits here and there."""
+LARGEST = 3.4e38
+"""The largest number: float32 has hardly larger ones."""
+Count = Annotated[int, Field(gt=0, lt=WHOLE)]
+Size = Annotated[int, Field(ge=0, lt=WHOLE)]
+Threads = Annotated[int, Field(gt=0, le=1024)]
 FEWEST = 6
 """Images of a split that distances take: those of thirds of them are extrapolated, and three
 neighbours of each are looked for."""
-Images = Annotated[int, Field(ge=FEWEST)]
-Several = Annotated[int, Field(ge=2)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Images = Annotated[int, Field(ge=FEWEST, lt=WHOLE)]
+Several = Annotated[int, Field(ge=2, lt=WHOLE)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["float32", "bfloat16"]
 """Arithmetic of layers in training; float32 where the device has none for bfloat16."""
@@ -30,7 +35,7 @@ half a minute for each, needs a C++ compiler, and rounds otherwise."""
 Scale = Literal["none", "minmax", "log"]
 """What becomes of the numbers of a table (`ebm.data.transform`)."""
 Widths = Annotated[list[Count], Field(min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=WHOLE)]
 Binarize = Literal["sample", "dynamic", "threshold", "none"]
 """What becomes of greys: `sample` draws each pixel once, on with the probability that is its grey
 value (Salakhutdinov & Murray's way); `dynamic` does too, and has updates see bits that are drawn
@@ -60,16 +65,16 @@ class ClassifierReference(Section):
     kind: Literal["classifier"]
     width: Count
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Several
     learning_rate: Positive
-    threads: Count
+    threads: Threads
 
 
 class InceptionReference(Section):
     """Images are compared by the features of torchvision's Inception network."""
 
     kind: Literal["inception"]
-    threads: Count
+    threads: Threads
 
 
 Reference = Annotated[
@@ -221,7 +226,7 @@ class FolderData(OfImages):
 
     kind: Literal["folder"]
     path: Annotated[str, Field(min_length=1)]
-    size: Annotated[int, Field(ge=4)]
+    size: Annotated[int, Field(ge=4, lt=WHOLE)]
     colour: bool
     outliers: Annotated[list[str], AfterValidator(_own_names)]
     validation: Part
@@ -409,7 +414,7 @@ class SplineFlow(Section):
 
     kind: Literal["spline"]
     transforms: Count
-    bins: Annotated[int, Field(ge=2)]
+    bins: Several
     width: Count
 
 
@@ -537,7 +542,7 @@ class Experiment(Section):
     dataset: str
     variant: str
     seed: Seed
-    threads: Count
+    threads: Threads
     train: Train
     ensemble: Ensemble | None
     model: Section
@@ -575,9 +580,9 @@ class Samplers(Section):
     """
 
     seed: Seed
-    threads: Count
-    chains: Annotated[int, Field(ge=4)]
-    evaluations: Annotated[int, Field(ge=1000)]
+    threads: Threads
+    chains: Annotated[int, Field(ge=4, lt=WHOLE)]
+    evaluations: Annotated[int, Field(ge=1000, lt=WHOLE)]
     warmup: Count
     leapfrogs: Count
     ladders: Annotated[dict[OracleName, Ladder], Field(min_length=1)]

@@ -109,11 +109,11 @@ def fit(
     drawn anew from them; what a model looks at once, or keeps, is the data.
 
     A model that is fitted to all rows at once is left as `initialise` made it by `steps` of 0.
-    Resumes from `checkpoints` where there are any. The learning rates fall linearly to zero over
-    the last share `cooldown` of the steps. On divergence (see Watch) training goes back to the
-    older of the kept checkpoints, because the newer may already carry the trouble, and on with
-    rows in another order and fresh noise. Raises DivergenceError when that has happened more than
-    `watch.restarts` times.
+    Resumes from `checkpoints` where there are any; the last is of the end. The learning rates fall
+    linearly to zero over the last share `cooldown` of the steps. On divergence (see Watch)
+    training goes back to the older of the kept checkpoints, because the newer may already carry
+    the trouble, and on with rows in another order and fresh noise. Raises DivergenceError when
+    that has happened more than `watch.restarts` times.
 
     Processes that train together call this alike, each with all rows; the first of them keeps
     checkpoints and is the only one to call the listener.
@@ -160,7 +160,7 @@ def fit(
                 listener(progress.step, progress.restarts, scalars)
             bar.set_postfix({name: f"{value:.3g}" for name, value in scalars.items()})
             bar.update(progress.step - bar.n)
-            if progress.step % checkpoint_every == 0 and progress.step < steps:
+            if progress.step % checkpoint_every == 0 or progress.step == steps:
                 with parallel.whole(model):
                     _save(model, checkpoints, progress)
                 if bar.disable:

@@ -27,6 +27,7 @@ from ebm.data.transform import (
     numbers_of,
     present,
     short,
+    warn_of_lost_digits,
     warn_of_unseen,
 )
 from ebm.schema import TableData
@@ -232,11 +233,16 @@ def _checked(frame: "DataFrame", settings: TableData, source: str) -> tuple["Dat
             worst = empty.sum().idxmax()
             where = f"column {str(worst)!r} is empty in {int(empty[worst].sum())}"
             raise EBMError(f"{source}: no row is left: {where} of {dropped}")
-        log.warning("%s: %d rows with an empty cell are left out", source, dropped)
+        most = empty.sum().nlargest(3)
+        where = ", ".join(f"{short(name)} {count}" for name, count in most.items() if count)
+        told = "%s: %d rows with an empty cell are left out; most are empty in %s"
+        log.warning(told, source, dropped, where)
         used = used[complete]
     columns = {str(name): present(used[name], source) for name in used}
     numeric = set(columns) - {*settings.categorical, settings.label}
     numbers = {name: numbers_of(columns[name], source) for name in columns if name in numeric}
+    for name, values in numbers.items():
+        warn_of_lost_digits(columns[name], values, source)
     used = used.copy()
     for name, values in numbers.items():
         used[name] = values

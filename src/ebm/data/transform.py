@@ -20,7 +20,7 @@ import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -155,6 +155,20 @@ class Transform:
                 unseen[column.name] = unknown
         return points, unseen
 
+    def far(self, points: Tensor) -> Tensor:
+        """Which of the points [N, D] have a number that lies beyond its bounds in training by more
+        than these are apart: bool [N]."""
+        ends = []
+        for column in self.columns:
+            if column.kind == "categorical":
+                ends += [(0.0, 1.0)] * column.width
+            else:
+                low, high = column.scaled(np.array([column.low, column.high]), self.scale).tolist()
+                ends.append((low, high))
+        low, high = torch.tensor(ends).T
+        apart = torch.where(high > low, high - low, 1.0)
+        return ((points < low - apart) | (points > high + apart)).any(1)
+
     def decode(self, points: Tensor) -> "DataFrame":
         """Rows of which `encode` makes `points` [N, D], up to rounding; for a category the largest
         of its columns counts."""
@@ -188,8 +202,11 @@ class Transform:
         try:
             columns = [c | {"categories": tuple(c["categories"])} for c in content["columns"]]
             lists = {"columns": tuple(Column(**c) for c in columns)}
-            return cls(**content | lists | {"others": tuple(content["others"])})
-        except (KeyError, TypeError) as error:
+            found = cls(**content | lists | {"others": tuple(content["others"])})
+            if not found.columns or found.scale not in get_args(Scale):
+                raise ValueError(f"{len(found.columns)} columns, scale {found.scale!r}")
+            return found
+        except (KeyError, TypeError, ValueError) as error:
             raise EBMError(f"{source}: not a transform of a table ({error!r})") from None
 
 
@@ -224,7 +241,6 @@ def fit(
         else:
             values = present(frame[name], source)
             numbers = _finite(numbers_of(values, source), values, source)
-            _warn_of_lost_digits(values, numbers, source)
             columns.append(Column(name, "numeric", (), numbers.min().item(), numbers.max().item()))
             _warn_of_outlier(columns[-1], numbers, scale, source)
     return Transform(tuple(columns), scale, missing, tuple(others))
@@ -240,12 +256,16 @@ def _warn_of_blanks(name: str, categories: Sequence[str], source: str) -> None:
 
 EXACT = 2.0**53
 """Below it, and above its negative, float64 has every whole number."""
+WHOLE = r"[+-]?[0-9]+"
+"""Whole numbers in words: those of more than 64 bits are read as text."""
 
 
-def _warn_of_lost_digits(values: "Series", numbers: np.ndarray, source: str) -> None:
-    """A warning if whole numbers that differ are one number in float64, in which they are
-    `numbers`."""
-    if values.dtype.kind not in "iu" or np.abs(numbers).max() < EXACT:
+def warn_of_lost_digits(values: "Series", numbers: np.ndarray, source: str) -> None:
+    """A warning if whole numbers that differ, as they were read, are one number in float64, in
+    which they are `numbers`."""
+    if values.dtype.kind == "f" or not len(values) or np.abs(numbers).max() < EXACT:
+        return
+    if values.dtype.kind not in "iu" and not values.astype(str).str.fullmatch(WHOLE).all():
         return
     if (after := len(np.unique(numbers))) < values.nunique():
         told = f"only {after} of {values.nunique()} different whole numbers stay different"

@@ -17,6 +17,9 @@ from ebm.variants.base import EBM
 
 log = logging.getLogger(__name__)
 
+CHANCE = 0.5
+"""The area under the ROC curve of scores that know nothing."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -132,6 +135,9 @@ def _detect(result: Evaluation, model: EBM, rule: Rule, test: Tensor, truth: Ten
         for snapshots in members
     ]
     result.metrics |= summarised(numbers)
+    if result.metrics["auroc"] <= CHANCE:
+        told = "AUROC %.3g: by its energy this model tells anomalies no better than chance does"
+        log.warning(told, result.metrics["auroc"])
     whole = shown if model is first else _scored(model, rule, test)
     _set_threshold(result, whole, rule)
     if len(members) > 1:
@@ -177,7 +183,7 @@ def _refer_to_rankings(result: Evaluation, truth: Tensor, share: float | None) -
     that flags a fixed `share` of the rows."""
     outliers = int(truth.sum())
     p = outliers / len(truth)
-    result.refer("auroc", 0.5, "chance", "scores that know nothing")
+    result.refer("auroc", CHANCE, "chance", "scores that know nothing")
     mean = metrics.chance_auprc(len(truth) - outliers, outliers)
     result.refer("auprc", mean, "chance", "scores that know nothing, on average")
     lowest = metrics.worst(metrics.auprc, len(truth) - outliers, outliers)

@@ -1,11 +1,9 @@
 """Settings of the restricted Boltzmann machine, as they stand in `params.yaml`."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from ebm import schema
-from ebm.schema import Count, Decay, NonNegative, Positive, Section
+from ebm.schema import Count, Decay, NonNegative, Positive, Section, Several
 
 
 class Model(Section):
@@ -32,7 +30,7 @@ class Evaluate(schema.Detection):
     chains of the reverse estimate from the data into the model's own distribution first."""
 
     chains: Count
-    temperatures: Annotated[int, Field(ge=2)]
+    temperatures: Several
     burn_in: Count
 
 
