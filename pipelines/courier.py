@@ -283,11 +283,12 @@ def _leave_in_time(own: Spool, delivers: threading.Event) -> None:
     """End the process, in the middle of whatever it does, when the last stage is long gone, or its
     own while another courier delivers."""
     needed = time.monotonic()
-    while time.monotonic() - needed < LINGER:
+    while True:
         if own.written() or (delivers.is_set() and (OPENING.is_set() or _any_written(own))):
             needed = time.monotonic()
+        elif time.monotonic() - needed > LINGER:
+            os._exit(1)
         time.sleep(0.5)
-    os._exit(1)
 
 
 def main(arguments: list[str]) -> int:
