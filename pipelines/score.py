@@ -64,7 +64,7 @@ class Seen:
     beyond: int = 0
     """Those with a number that is not below LARGEST."""
     far: int = 0
-    """Others with a number far from all that was trained on."""
+    """Others with a number far from all that was trained on, and all the same not flagged."""
     unseen: Counter[str] = field(default_factory=Counter)
     """By column, values of categories that the model was never fitted to."""
 
@@ -97,7 +97,7 @@ def score(
         found = _of_images(loaded, input)
     else:
         rows = chunk or max(1, min(CHUNK, POINTS // loaded.transform.width))
-        found = _of_rows(loaded, loaded.transform, input, rows, seen)
+        found = _of_rows(loaded, loaded.transform, input, rows, threshold, seen)
     with (
         _complete_or_absent(output) as file,
         tqdm(unit=f" {seen.things}", unit_scale=True, disable=None) as bar,
@@ -191,7 +191,12 @@ def _open(path: Path, packed: bool) -> TextIO:
 
 
 def _of_rows(
-    model: "Trained", transform: "Transform", source: Path, chunk: int, seen: Seen
+    model: "Trained",
+    transform: "Transform",
+    source: Path,
+    chunk: int,
+    threshold: float | None,
+    seen: Seen,
 ) -> "Iterator[tuple[DataFrame, np.ndarray]]":
     """Rows of a CSV file by their numbers, and their energies, `chunk` of them at a time: NaN
     where a row is left out."""
@@ -213,9 +218,10 @@ def _of_rows(
         seen.unseen.update(unseen)
         within = (points.abs() < LARGEST).all(1).numpy()
         seen.beyond += int((~within).sum())
-        seen.far += int(transform.far(points[within]).sum())
         found = np.full(len(points), np.inf)
         found[within] = model.energies(points[within])
+        normal = found < (math.inf if threshold is None else threshold)
+        seen.far += int((transform.far(points).numpy() & normal).sum())
         _refuse(found, f"{source}: row ", frame.index[kept] + FIRST_ROW)
         energy = np.full(len(frame), np.nan)
         energy[kept] = found
@@ -284,8 +290,8 @@ def _report(seen: Seen, threshold: float | None, seconds: float) -> None:
         )
     if seen.far:
         log.warning(
-            "%d rows have a number far from all that were trained on, where an energy may be low "
-            "without meaning it",
+            "%d rows that are not flagged have a number far from all that were trained on, where "
+            "an energy may be low without meaning it",
             seen.far,
         )
     if threshold is None:

@@ -325,11 +325,13 @@ def test_a_number_beyond_any_model_is_an_anomaly_and_stops_nothing(home, first, 
 
 def test_rows_far_from_all_that_were_trained_on_are_told_of(home, first, caplog):
     wrong("x.csv", HEAD + "1,red\n1e7,red\n-1e7,red\n1e30,red\n")
-    scored("x.csv", chunk=2, threshold=1e9)
-    assert "2 rows have a number far from all that were trained on" in caplog.text
-    caplog.clear()
+    told = "rows that are not flagged have a number far from all that were trained on"
+    for threshold, count in ((1e9, 2), (None, 2), (2.0, 1)):  # the energy is the amount, scaled
+        scored("x.csv", chunk=2, threshold=threshold)
+        assert f"{count} {told}" in caplog.text
+        caplog.clear()
     scored()
-    assert "far from" not in caplog.text
+    assert told not in caplog.text
 
 
 def test_a_table_is_not_for_a_model_of_points_in_the_plane(home):
