@@ -4,23 +4,44 @@ Their last checkpoint stays until then: where DVC fails, of a full disk, the nex
 end at once and trains nothing again.
 """
 
+import hashlib
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from pipelines import places
 
 MARK = "ended"
-"""A file in the folder of the checkpoints of such a training."""
+"""A file in the folder of the checkpoints of such a training: the MD5 of its result, by which DVC
+knows it."""
 
 
-def mark(folder: Path) -> None:
-    """Note that the training whose checkpoints are in `folder` has ended."""
-    (folder / MARK).touch()
+def mark(folder: Path, result: Path) -> None:
+    """Note that the training with checkpoints in `folder` has ended with the file `result`."""
+    with open(result, "rb") as file:
+        (folder / MARK).write_text(hashlib.file_digest(file, "md5").hexdigest())
 
 
-def clear(experiment: str, but: Path | None = None) -> None:
-    """Remove the checkpoints of all trainings of an experiment that have ended `but` those in a
-    folder."""
+def clear(experiment: str) -> None:
+    """Remove the checkpoints of all trainings of an experiment that have ended."""
     for note in places.checkpoints(experiment).glob(f"*/{MARK}"):
-        if note.parent != but:
+        shutil.rmtree(note.parent, ignore_errors=True)
+
+
+def clear_for(folder: Path) -> None:
+    """Before a training in `folder`, which is locked: remove the checkpoints of others of the
+    experiment that have ended, and its own if DVC has recorded their result in the `dvc.lock`
+    here, so that who asks for the training again gets one."""
+    for note in folder.parent.glob(f"*/{MARK}"):
+        if note.parent != folder:
             shutil.rmtree(note.parent, ignore_errors=True)
+        elif _recorded(note):
+            for file in folder.iterdir():
+                if file.name != "lock":
+                    file.unlink()
+
+
+def _recorded(note: Path) -> bool:
+    with suppress(OSError):
+        return note.read_text() in Path("dvc.lock").read_text(encoding="utf-8")
+    return False

@@ -76,7 +76,7 @@ def _recorded(
         return
     folder = Path("models", name)
     with checkpoints.locked():
-        ended.clear(name, but=checkpoints.folder)
+        ended.clear_for(checkpoints.folder)
         record = _provenance(name, settings, prepared, device)
         with _tracked(name, settings, record, prepared, checkpoints.folder / "run") as run:
             progress = work(
@@ -88,7 +88,7 @@ def _recorded(
             run.log_final(cost)
             tracked = {"tracking_key": run.key, "mlflow_run_id": run.mlflow_run_id(wait=5)}
             stage.write_json(folder / "run.json", record | cost | tracked)
-        ended.mark(checkpoints.folder)
+        ended.mark(checkpoints.folder, folder / "weights.safetensors")
 
 
 def _labels(model: "EBM", prepared: "Prepared", name: str, device: "torch.device") -> Any:

@@ -1,5 +1,6 @@
 """Flaws of released code that no other file would notice: seeds that are set in part only."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -141,5 +142,25 @@ def test_an_experiment_is_one_run_with_all_that_came_of_it_and_leaves_no_checkpo
         "evaluate.grid": "160",
     }.items() <= tags.items()
     assert list(Path(".checkpoints").rglob("*.ckpt"))
-    ended.clear("nce")  # as when DVC has recorded it
+    ended.clear("nce")  # as `pipelines.reproduce` does when DVC has recorded it
     assert not list(Path(".checkpoints").rglob("*.ckpt"))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_training_that_has_ended_is_repeated_only_if_its_result_is_recorded(caplog):
+    caplog.set_level("INFO")
+    prepare.prepare("plane")
+    train.train("nce")
+    weights = Path("models/nce/weights.safetensors")
+    first = weights.read_bytes()
+    for lock, resumed in (("", True), (hashlib.md5(first).hexdigest(), False)):
+        Path("dvc.lock").write_text(f"outs: {lock}")
+        weights.unlink()
+        caplog.clear()
+        train.train("nce")
+        assert ("resuming at step" in caplog.text) == resumed
+        assert weights.read_bytes() == first
+    [folder] = Path(".checkpoints/nce").iterdir()
+    old = folder.rename(folder.with_name("0123"))
+    train.train("nce")
+    assert not old.exists()
