@@ -9,8 +9,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from pipelines import places
-
 MARK = "ended"
 """A file in the folder of the checkpoints of such a training: the MD5 of its result, by which DVC
 knows it."""
@@ -22,23 +20,23 @@ def mark(folder: Path, result: Path) -> None:
         (folder / MARK).write_text(hashlib.file_digest(file, "md5").hexdigest())
 
 
-def clear(experiment: str) -> None:
-    """Remove the checkpoints of all trainings of an experiment that have ended."""
-    for note in places.checkpoints(experiment).glob(f"*/{MARK}"):
-        shutil.rmtree(note.parent, ignore_errors=True)
+def clear(trainings: Path, but: Path | None = None) -> None:
+    """Remove the checkpoints of all `trainings` of an experiment that have ended `but` those in a
+    folder."""
+    for note in trainings.glob(f"*/{MARK}"):
+        if note.parent != but:
+            shutil.rmtree(note.parent, ignore_errors=True)
 
 
 def clear_for(folder: Path) -> None:
     """Before a training in `folder`, which is locked: remove the checkpoints of others of the
     experiment that have ended, and its own if DVC has recorded their result in the `dvc.lock`
     here, so that who asks for the training again gets one."""
-    for note in folder.parent.glob(f"*/{MARK}"):
-        if note.parent != folder:
-            shutil.rmtree(note.parent, ignore_errors=True)
-        elif _recorded(note):
-            for file in folder.iterdir():
-                if file.name != "lock":
-                    file.unlink()
+    clear(folder.parent, but=folder)
+    if _recorded(folder / MARK):
+        for file in folder.iterdir():
+            if file.name != "lock":
+                file.unlink()
 
 
 def _recorded(note: Path) -> bool:

@@ -21,6 +21,7 @@ from ebm import EBMError
 from pipelines import ROOT, ended
 from pipelines.commands import uninterruptible
 from pipelines.lockfile import Entry, entries, lent, modified
+from pipelines.places import checkpoints
 from pipelines.provenance import CODE
 from pipelines.repository import opened, unmade, when_free
 
@@ -104,7 +105,7 @@ def _clear(name: str) -> None:
     """What a stage that DVC has recorded needs no more."""
     kind, _, experiment = name.rpartition(":")[2].partition("@")
     if kind == "train":
-        ended.clear(experiment)
+        ended.clear(checkpoints(experiment))
 
 
 def _carry(repo: Repo, name: str, force: bool) -> None:

@@ -225,6 +225,7 @@ def test_whole_numbers_that_double_precision_cannot_tell_apart_are_told_of(
     many = [start + step * k for k in range(100)]
     csv(pd.DataFrame({"id": many, "other": range(100)}, dtype=object), **PLAIN)
     kept = len({float(number) for number in many})
+    assert (kept < 100) == (step < np.spacing(float(start)))
     told = f"column 'id': only {kept} of 100 different whole numbers stay different"
     assert (told in caplog.text) == (kept < 100)
 

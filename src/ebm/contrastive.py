@@ -270,22 +270,19 @@ class Contrasted(EBM):
         v, log_q = self.contrast.draw_with_log_prob(n)
         return v, in_slices(self.relative_energy, v, log_q)
 
-    def relative_energy(self, v: Tensor, log_q: Tensor) -> Tensor:
-        """-log of p / q at points [B, *] whose log q by the noise is known: [B]. Where the energy
-        corrects that very density, p / q is the correction alone."""
+    def relative_energy(self, v: Tensor, log_q: Tensor | None = None) -> Tensor:
+        """-log of p / q at points [B, *], whose log q by the noise may be known: [B]. Where the
+        energy corrects that very density, p / q is the correction alone."""
         if self.tilted and self.contrast is self.flow:
             return -self.log_density(v, lambda v: v.new_zeros(len(v)))
-        return log_q - self.log_density(v)
-
-    def _energy(self, v: Tensor) -> Tensor:
-        return self.relative_energy(v, self.contrast.log_prob(v))
+        return (self.contrast.log_prob(v) if log_q is None else log_q) - self.log_density(v)
 
     @torch.no_grad()
     def sample(self, n: int, steps: int = 100) -> dict[str, Tensor]:
         """`samples` [n, *], after `steps` of Metropolis' algorithm that starts at draws of the
         noise and proposes such; `generator` [n, *], those that it started at, or where these have
         a defence other ones of the flow alone; the mean `acceptance` of every step [steps]."""
-        kernel = Independence(self._energy, self.draw_with_energy)
+        kernel = Independence(self.relative_energy, self.draw_with_energy)
         start = kernel.start(n)
         end, rates = with_acceptance(kernel, start, steps)
         drawn = self.flow.draw_with_log_prob(n)[0] if self.defence else start.x

@@ -187,6 +187,13 @@ class FourierFeatures(nn.Module):
         return torch.cat([x, phase.sin(), phase.cos()], 1)
 
 
+def vector_size(shape: tuple[int, ...]) -> int:
+    """D of points [D], which Fourier features are of; EBMError of other points."""
+    if len(shape) != 1:
+        raise EBMError(f"network 'fourier' does not fit points of shape {shape}; use 'conv'")
+    return shape[0]
+
+
 class Residual(nn.Module):
     """Two 3x3 convolutions beside a skip connection, then halving if `down` (the block of Du &
     Mordatch 2019; its second convolution begins at zero, by its gain)."""
@@ -247,9 +254,7 @@ def scalar(
     if kind == "mlp":
         return scalar_mlp(math.prod(shape), classes=classes, outputs=outputs, **sizes)
     if kind == "fourier":
-        if len(shape) != 1:
-            raise EBMError(f"network 'fourier' does not fit points of shape {shape}; use 'conv'")
-        return scalar_fourier(*shape, classes=classes, outputs=outputs, **sizes)
+        return scalar_fourier(vector_size(shape), classes=classes, outputs=outputs, **sizes)
     depth = sizes["depth"]
     if len(shape) < 2 or min(shape[-2:]) >> depth == 0:
         raise EBMError(f"network {kind!r} of depth {depth} does not fit points of shape {shape}")

@@ -227,13 +227,13 @@ def _checked(frame: "DataFrame", settings: TableData, source: str) -> tuple["Dat
     used = frame.drop(columns=settings.ignore)
     empty = used.isna()
     complete = ~empty.any(axis=1)
-    dropped = int((~complete).sum())
+    dropped, by_column = int((~complete).sum()), empty.sum()
     if settings.missing == "drop" and dropped:
         if dropped == len(used):
-            worst = empty.sum().idxmax()
-            where = f"column {str(worst)!r} is empty in {int(empty[worst].sum())}"
+            worst = str(by_column.idxmax())
+            where = f"column {worst!r} is empty in {int(by_column[worst])}"
             raise EBMError(f"{source}: no row is left: {where} of {dropped}")
-        most = empty.sum().nlargest(3)
+        most = by_column.nlargest(3)
         where = ", ".join(f"{short(name)} {count}" for name, count in most.items() if count)
         told = "%s: %d rows with an empty cell are left out; most are empty in %s"
         log.warning(told, source, dropped, where)
@@ -241,10 +241,9 @@ def _checked(frame: "DataFrame", settings: TableData, source: str) -> tuple["Dat
     columns = {str(name): present(used[name], source) for name in used}
     numeric = set(columns) - {*settings.categorical, settings.label}
     numbers = {name: numbers_of(columns[name], source) for name in columns if name in numeric}
-    for name, values in numbers.items():
-        warn_of_lost_digits(columns[name], values, source)
     used = used.copy()
     for name, values in numbers.items():
+        warn_of_lost_digits(columns[name], values, source)
         used[name] = values
     return used, dropped
 

@@ -36,8 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.optim import Adam, Optimizer
 
-from ebm import EBMError
-from ebm.networks import FourierFeatures, Joint, Kind, decoder, encoder
+from ebm.networks import FourierFeatures, Joint, Kind, decoder, encoder, vector_size
 from ebm.parallel import parts, shuffled
 from ebm.recorded import Loss
 from ebm.samplers import MALA, InSlices, with_acceptance
@@ -171,7 +170,5 @@ def _energy_network(
     """The energy of points of `shape`; of vectors also hidden layers over Fourier features."""
     if isinstance(network, str):
         return encoder(network, shape, widths, 1)
-    if len(shape) != 1:
-        raise EBMError(f"network 'fourier' does not fit points of shape {shape}; use 'conv'")
-    features = FourierFeatures(*shape, network["frequencies"], network["bandwidth"])
+    features = FourierFeatures(vector_size(shape), network["frequencies"], network["bandwidth"])
     return nn.Sequential(features, encoder("mlp", (features.outputs,), widths, 1))
